@@ -1,0 +1,1 @@
+"""PEFT tuners: where generated weights go in a model."""

@@ -1,0 +1,174 @@
+"""Expanding the coefficients of many layers in one product, and not more often than needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..generators import RandomBasis
+
+
+class SharedExpansion:
+    """The weights that one generator makes for one adapter in all the layers that read it.
+
+    A call with a layer returns the generated weights of that layer. The first layer of a forward pass pays for a
+    single product over all of them; the others find theirs ready:
+
+    - with gradients, the product serves one forward pass: a layer that asks a second time starts a new one, so every
+      pass has a graph of its own;
+    - without gradients, it is kept until a coefficient changes. Version counters show most changes at every read;
+      writes through `.data` leave no trace there, so once a pass the coefficients are compared with those that were
+      expanded.
+
+    A layer is expanded alone, which is always right and slower, where the coefficients of other layers cannot be
+    read or a cached tensor would be wrong: sharded parameters (FSDP), parameters on other devices, replicas, under
+    `torch.func` transforms and inside `torch.compile`. When activation checkpointing runs a layer again inside a
+    backward pass, the layer gets the same bits as before with a graph of its own: gradients accumulate per layer
+    and, under re-entrant checkpointing, in the block that is being recomputed.
+
+    A layer is known by the `ParameterDict` (adapter name -> coefficients) that it owns: the object stays the same
+    when parameters are cast, moved or loaded, and holding it does not keep the layer's base weights alive.
+
+    Args:
+        generator: coefficients of shape `(..., k)` -> weights of shape `(..., size)`.
+        adapter_name: the adapter whose coefficients are read.
+        span: the part of each layer's coefficients that this generator reads.
+    """
+
+    def __init__(self, generator: RandomBasis, adapter_name: str, span: slice) -> None:
+        self.generator = generator
+        self.adapter_name = adapter_name
+        self.span = span
+        self._layers: list[nn.ParameterDict] = []
+        self._ready: dict[torch.device, _Expanded] = {}
+        self._verified = False
+
+    def add(self, layer: nn.ParameterDict) -> None:
+        self._layers.append(layer)
+
+    def __call__(self, layer: nn.ParameterDict) -> torch.Tensor:
+        """The generated weights of `layer`, shape `(size,)`, in float32 (float64 for float64 coefficients).
+
+        Raises:
+            ValueError: the coefficients hold NaN or infinity when they are expanded for the first time.
+        """
+        parameter = layer[self.adapter_name]
+        if torch.compiler.is_compiling() or not _is_plain(parameter):
+            return self.generator.expand(parameter[self.span])
+
+        needs_graph = parameter.requires_grad and torch.is_grad_enabled()
+        ready = self._ready.get(parameter.device)
+        if ready is not None and not ready.fits(layer, parameter):
+            ready = None
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
+            return _Recomputed.apply(parameter[self.span], self.generator, ready.values[layer] if ready else None)
+        if ready is not None and not self._serves(ready, layer, needs_graph):
+            ready = None
+        if ready is None:
+            ready = self._expand_all(parameter.device)
+            if layer not in ready.values:
+                return self.generator.expand(parameter[self.span])
+        ready.served.add(layer)
+        return ready.graph[layer] if needs_graph else ready.values[layer]
+
+    def _serves(self, ready: _Expanded, layer: nn.ParameterDict, needs_graph: bool) -> bool:
+        if needs_graph:
+            return bool(ready.graph) and layer not in ready.served
+        if layer in ready.served:  # another forward pass begins
+            if not torch.equal(self._stack(ready.parameters), ready.coefficients):
+                return False
+            ready.served.clear()
+        return True
+
+    def _expand_all(self, device: torch.device) -> _Expanded:
+        parameters = {
+            layer: parameter
+            for layer in self._layers
+            if self.adapter_name in layer
+            and _is_plain(parameter := layer[self.adapter_name])
+            and parameter.device == device
+            and parameter.numel() >= self.span.stop
+        }
+        if len({parameter.dtype for parameter in parameters.values()}) > 1:
+            parameters = {}
+        gradients = torch.is_grad_enabled()
+        # The tensors must outlive an inference mode that they are made under; leaving it turns gradients on.
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            expanded = _Expanded(parameters)
+            if parameters:
+                coefficients = self._stack(parameters)
+                if not self._verified:
+                    _check_finite(coefficients)
+                    self._verified = True
+                weights = self.generator.expand(coefficients)
+                expanded.coefficients = coefficients.detach()
+                expanded.values = dict(zip(parameters, weights.detach().unbind()))
+                if weights.requires_grad:
+                    expanded.graph = dict(zip(parameters, weights.unbind()))
+        self._ready[device] = expanded
+        return expanded
+
+    def _stack(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([parameter[self.span] for parameter in parameters.values()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": {}}  # copies and pickles of a model expand for themselves
+
+    def __repr__(self) -> str:
+        return f"SharedExpansion({self.generator!r}, {len(self._layers)} layers)"
+
+
+class _Expanded:
+    """One product: what it was made from, what it gave, and which layers have taken theirs in this pass."""
+
+    def __init__(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> None:
+        self.parameters = parameters
+        self.versions = {layer: _version(parameter) for layer, parameter in parameters.items()}
+        self.coefficients = torch.empty(0)
+        self.values: dict[nn.ParameterDict, torch.Tensor] = {}
+        self.graph: dict[nn.ParameterDict, torch.Tensor] = {}
+        self.served: set[nn.ParameterDict] = set()
+
+    def fits(self, layer: nn.ParameterDict, parameter: torch.Tensor) -> bool:
+        return self.parameters.get(layer) is parameter and self.versions[layer] == _version(parameter)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Expands one layer's coefficients, with the value taken from an earlier expansion if there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, coefficients: torch.Tensor, generator: RandomBasis, value: torch.Tensor | None
+    ) -> torch.Tensor:
+        # No tensor is saved for backward: non-reentrant checkpointing compares the numbers of saved tensors.
+        ctx.generator, ctx.coefficients = generator, coefficients
+        return generator.expand(coefficients) if value is None else value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return ctx.generator.vjp(ctx.coefficients, grad), None, None
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is what it looks like: a whole tensor of its layer, not a shard, view or wrapper."""
+    return (
+        type(parameter) is nn.Parameter
+        and parameter.numel() > 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _version(parameter: torch.Tensor) -> tuple[int, int]:
+    if parameter.is_inference():  # no version counter; the comparison once a pass still sees changes
+        return 0, parameter.data_ptr()
+    return parameter._version, parameter.data_ptr()
+
+
+def _check_finite(coefficients: torch.Tensor) -> None:
+    if not torch.isfinite(coefficients).all():
+        raise ValueError(
+            "The coefficients of an adapter must be finite, got NaN or infinity. The checkpoint is damaged, or the "
+            "training that wrote it diverged."
+        )

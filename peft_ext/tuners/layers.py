@@ -1,0 +1,204 @@
+"""What adapted layers share whatever generates their update: forward, merge, dtypes, quantized bases."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+
+def layer_kind(base_layer: nn.Module) -> str | None:
+    """`"linear"`, `"conv2d"` or `"embedding"` for a layer that can be adapted, quantized or not, otherwise `None`."""
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads this layer's weight and never calls it: an adapter would do nothing
+    if isinstance(base_layer, (nn.Linear, Conv1D)):
+        return "linear"
+    if isinstance(base_layer, nn.Conv2d):
+        return "conv2d"
+    if isinstance(base_layer, nn.Embedding):
+        return "embedding"
+    backend = resolve_quantization_backend(base_layer)
+    return backend.layer_type if backend is not None else None
+
+
+def fans(base_layer: nn.Module) -> tuple[int, int]:
+    """(fan_out, fan_in) of a layer that can be adapted: the shape of its weight as a matrix, inputs in the columns.
+
+    For an embedding the inputs are the tokens.
+    """
+    fan_in, fan_out = _get_in_out_features(base_layer)
+    if isinstance(base_layer, nn.Conv2d):
+        fan_in = base_layer.weight[0].numel()  # of one group
+    return fan_out, fan_in
+
+
+class LowRankLayer(nn.Module, BaseTunerLayer):
+    """A layer `W` with the update `scaling * B @ A`, where a method makes the factors.
+
+    A method subclasses this once for its parameters and names, and once more together with each of `LowRankLinear`,
+    `LowRankConv2d` and `LowRankEmbedding`. It provides `factors` and fills `scaling` and `dropout` per adapter.
+    """
+
+    method: str  # lower-case name, which is also the prefix of every attribute that belongs to adapters
+    fan_in: int  # columns of A
+    fan_out: int  # rows of B
+
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.fan_out, self.fan_in = fans(self.get_base_layer())
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
+        # A Conv1D weight is stored (in, out), an nn.Linear weight (out, in); the configuration speaks for the others.
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D) or (
+            fan_in_fan_out and not isinstance(self.get_base_layer(), nn.Linear)
+        )
+
+    @property
+    def coefficients(self) -> nn.ParameterDict:
+        """The trainable coefficients by adapter name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    @property
+    def dropout(self) -> nn.ModuleDict:
+        return getattr(self, f"{self.method}_dropout")
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A of shape `(r, fan_in)` and B of shape `(fan_out, r)`, in the dtype of the coefficients."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The update `scaling * B @ A` in the shape of the base weight and the dtype of the coefficients."""
+        A, B = self.factors(adapter)
+        # Half precision products are slow and coarse on a CPU.
+        return self._to_weight((B.float() @ A.float()) * self.scaling[adapter]).to(A.dtype)
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """Brings `(fan_out, fan_in)` into the shape of the base weight."""
+        raise NotImplementedError
+
+    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter adds to the output of the base layer."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        coefficients = self.coefficients
+        for adapter in self.active_adapters:
+            if adapter in coefficients:
+                result = result + self._update(adapter, x)
+        return result if result.dtype == dtype else result.to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the updates of adapters to the base weight.
+
+        Args:
+            safe_merge: merge into a copy first and keep it only if it is finite.
+            adapter_names: which adapters; the active ones by default.
+
+        Raises:
+            ValueError: `safe_merge` and the merged weight is not finite. The base weight is then unchanged.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.coefficients:
+                continue
+            self._add_to_base(self.get_delta_weight(adapter), safe_merge, adapter)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Takes the updates of the merged adapters off the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.coefficients:
+                self._add_to_base(-self.get_delta_weight(adapter), False, adapter)
+
+    @torch.no_grad()
+    def _add_to_base(self, delta: torch.Tensor, safe: bool, adapter: str) -> None:
+        weight = self.get_base_weight()
+        merged = (weight + delta.to(weight.device)).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaN or infinity in the merged weights: adapter {adapter!r} seems to be broken. The base weights "
+                "are unchanged."
+            )
+        self.set_base_weight(merged)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return f"{self.method}.{super().__repr__()}"
+
+
+class LowRankLinear(LowRankLayer):
+    """`nn.Linear`, transformers' `Conv1D` and the quantized linears that PEFT knows."""
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T if self.fan_in_fan_out else delta
+
+    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        A, B = self.factors(adapter)
+        x = self.dropout[adapter](self._cast_input_dtype(x, A.dtype))
+        return F.linear(F.linear(x, A), B) * self.scaling[adapter]
+
+
+class LowRankConv2d(LowRankLayer):
+    """`nn.Conv2d` with any stride, padding, dilation and groups: A is a convolution, B mixes its channels."""
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.view(self.get_base_layer().weight.shape)
+
+    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        base_layer = self.get_base_layer()
+        x = self.dropout[adapter](self._cast_input_dtype(x, self.coefficients[adapter].dtype))
+        if base_layer.groups > 1:
+            # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
+            return base_layer._conv_forward(x, self.get_delta_weight(adapter), None)
+        A, B = self.factors(adapter)
+        hidden = base_layer._conv_forward(x, A.view(-1, *base_layer.weight.shape[1:]), None)
+        return F.conv2d(hidden, B[:, :, None, None]) * self.scaling[adapter]
+
+
+class LowRankEmbedding(LowRankLayer):
+    """`nn.Embedding`: A has a column per token, B maps to the embedding dimension."""
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T
+
+    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        base_layer = self.get_base_layer()
+        A, B = self.factors(adapter)
+        embedded = F.embedding(
+            x, A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq
+        )
+        update = F.linear(self.dropout[adapter](embedded), B) * self.scaling[adapter]
+        embed_scale = self._get_embed_scale()  # layers that multiply their embeddings (Gemma)
+        return update if embed_scale is None else update * embed_scale.to(update.dtype)

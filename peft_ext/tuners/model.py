@@ -1,0 +1,169 @@
+"""What the tuners of all methods share: placement in the model, checks before it is changed, loading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from .. import checkpoint
+from ..generators import RandomBasis
+from .config import SeededConfig
+from .expansion import SharedExpansion
+from .layers import LowRankLayer, fans, layer_kind
+
+_VISION_TARGETS = ["query", "value", "q_proj", "v_proj"]  # names in transformers 4 and 5
+
+
+class SeededModel(BaseTuner):
+    """Base of the tuners whose layers expand coefficients with a frozen generator.
+
+    A method sets `prefix`, `tuner_layer_cls` and `layer_classes`, the layer class for every kind of layer that it
+    can adapt.
+    """
+
+    layer_classes: ClassVar[dict[str, type[LowRankLayer]]]
+    target_module_mapping = {
+        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+        **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit"), _VISION_TARGETS),
+        **dict.fromkeys(("smollm3", "phi3", "qwen2_moe", "qwen3_moe", "olmo", "olmo2", "cohere"), ["q_proj", "v_proj"]),
+        "distilbert": ["q_lin", "v_lin"],
+    }
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._expansions: dict[RandomBasis, SharedExpansion] = {}
+        self._targets_from_state_dict = state_dict is not None
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+
+    def _prepare_model(self, peft_config: SeededConfig, model: nn.Module) -> None:
+        """Looks at every target before PEFT replaces the first.
+
+        Raises:
+            ValueError: a target cannot be adapted, or the shapes of the targets are not those that a loaded
+                configuration was saved with.
+            NoMatchingPeftModuleError: there is no target.
+        """
+        if self._targets_from_state_dict or peft_config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        shapes: Counter[str] = Counter()
+        adaptable: set[str] = set()
+        inside_adapted: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside_adapted):
+                continue
+            base_layer = module
+            if isinstance(module, BaseTunerLayer):
+                inside_adapted += (f"{name}.",)
+                base_layer = module.get_base_layer()
+            kind = layer_kind(base_layer)
+            if kind in self.layer_classes:
+                adaptable.add(name.rpartition(".")[-1])
+            if self._check_target_module_exists(peft_config, name):
+                if kind not in self.layer_classes:
+                    raise ValueError(
+                        f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which {self._method} "
+                        "cannot adapt. It adapts nn.Linear, transformers' Conv1D, nn.Conv2d, nn.Embedding and "
+                        "quantized linear layers (but not the output projection inside nn.MultiheadAttention, which "
+                        "is never called)."
+                    )
+                shapes[_shape_name(*fans(base_layer))] += 1
+        if not shapes and not peft_config.exclude_modules and not peft_config.modules_to_save:
+            raise NoMatchingPeftModuleError(
+                f"`target_modules` matches no module of {type(model).__name__}: got {peft_config.target_modules!r}"
+                + (
+                    f" with `layers_to_transform` {peft_config.layers_to_transform!r}"
+                    if peft_config.layers_to_transform is not None
+                    else ""
+                )
+                + f". Names that can be adapted here: {', '.join(sorted(adaptable)) or 'none'}."
+            )
+        checkpoint.check_target_shapes(peft_config.target_shapes, shapes)
+
+    @property
+    def _method(self) -> str:
+        return type(self).__name__.removesuffix("Model").upper()
+
+    def _create_and_replace(
+        self,
+        peft_config: SeededConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        module_name = current_key.removeprefix("_orig_mod.")
+        if isinstance(target, LowRankLayer):
+            target.update_layer(adapter_name, peft_config, module_name, self._expansions)
+            return
+        kind = layer_kind(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
+        if kind not in self.layer_classes:
+            raise ValueError(f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {self._method}.")
+        layer = self.layer_classes[kind](
+            target, fan_in_fan_out=peft_config.fan_in_fan_out, **get_quantization_kwargs(self)
+        )
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, peft_config, module_name, self._expansions)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable before it is activated
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SeededConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # The configuration is saved after the state. It is also the user's object, perhaps used for another model
+        # next: what belongs to this model's checkpoint stays out of its fields.
+        config._saved_shapes = dict(  # type: ignore[attr-defined]
+            Counter(_shape_name(layer.fan_out, layer.fan_in) for layer in _layers(model, adapter_name))
+        )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SeededConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        names = {id(module): name for name, module in model.named_modules()}
+        expected = {
+            f"{names[id(layer.coefficients)]}.{adapter_name}": layer.coefficients[adapter_name].shape
+            for layer in _layers(model, adapter_name)
+        }
+        checkpoint.check_coefficients(state_dict, expected, marker=f".{cls.prefix}")
+        return state_dict
+
+
+def _layers(model: nn.Module, adapter_name: str) -> list[LowRankLayer]:
+    return [
+        module for module in model.modules() if isinstance(module, LowRankLayer) and adapter_name in module.coefficients
+    ]
+
+
+def _shape_name(fan_out: int, fan_in: int) -> str:
+    return f"{fan_out} x {fan_in}"

@@ -1,0 +1,109 @@
+"""Layers adapted with NOLA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ...generators import RandomBasis
+from ..expansion import SharedExpansion
+from ..layers import LowRankConv2d, LowRankEmbedding, LowRankLayer, LowRankLinear
+from .config import NolaConfig
+
+
+class NolaLayer(LowRankLayer):
+    """Factors that are random combinations: `A = A0 + sum_i a_i A_i`, `B = sum_j b_j B_j` (paper, section 2.2).
+
+    The one parameter of an adapter is `nola_coefficients`, the `num_basis` coefficients a followed by those of B.
+    `A0` is uniform on [-1, 1) / sqrt(fan_in), LoRA's usual initialisation; `A_i` and `B_j` are uniform on
+    [-1, 1) / sqrt(num_basis). All are regenerated from the seed. The update starts at zero since b does.
+    """
+
+    method = "nola"
+    adapter_layer_names = ("nola_coefficients",)
+    other_param_names = ("r", "alpha", "scaling", "nola_dropout", "nola_expansions")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.nola_coefficients = nn.ParameterDict()
+        self.nola_dropout = nn.ModuleDict()
+        self.nola_expansions: dict[str, tuple[SharedExpansion, SharedExpansion]] = {}
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: NolaConfig,
+        module_name: str,
+        expansions: dict[RandomBasis, SharedExpansion],
+        inference_mode: bool = False,
+    ) -> None:
+        """Adds an adapter to this layer.
+
+        Args:
+            module_name: name of the base layer in the model; seeds the layer's own basis if none is shared.
+            expansions: those of the adapter's other layers, joined or added to.
+        """
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module_name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module_name), config.alpha)
+        num_A, num_B = config.num_basis_per_factor
+        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
+        self.scaling[adapter_name] = alpha / r
+        dropout = config.nola_dropout
+        self.nola_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+
+        coefficients = torch.zeros(num_A + num_B) if config.init_weights else torch.randn(num_A + num_B)
+        self.nola_coefficients[adapter_name] = nn.Parameter(coefficients)
+
+        # Layers that share their basis draw it by shape; otherwise by the module's name as well, never by position.
+        own: tuple[str, ...] = () if config.share_basis else (module_name,)
+        options: dict[str, Any] = {"streamed": not config.share_basis, "version": config.generator_version}
+        basis_A = RandomBasis.shared(
+            config.seed,
+            ("nola", "A", r, self.fan_in, *own),
+            num_A,
+            r * self.fan_in,
+            scale=1 / math.sqrt(num_A),
+            offset_scale=1 / math.sqrt(self.fan_in),
+            **options,
+        )
+        basis_B = RandomBasis.shared(
+            config.seed,
+            ("nola", "B", self.fan_out, r, *own),
+            num_B,
+            self.fan_out * r,
+            scale=1 / math.sqrt(num_B),
+            **options,
+        )
+        spans = slice(0, num_A), slice(num_A, num_A + num_B)
+        for basis, span in zip((basis_A, basis_B), spans):
+            expansions.setdefault(basis, SharedExpansion(basis, adapter_name, span)).add(self.nola_coefficients)
+        self.nola_expansions[adapter_name] = expansions[basis_A], expansions[basis_B]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        coefficients = self.nola_coefficients
+        expand_A, expand_B = self.nola_expansions[adapter]
+        r = self.r[adapter]
+        A = expand_A(coefficients).view(r, self.fan_in)
+        B = expand_B(coefficients).view(self.fan_out, r)
+        dtype = coefficients[adapter].dtype
+        return (A, B) if A.dtype == dtype else (A.to(dtype), B.to(dtype))
+
+
+class NolaLinear(NolaLayer, LowRankLinear):
+    """An adapted linear layer."""
+
+
+class NolaConv2d(NolaLayer, LowRankConv2d):
+    """An adapted 2-d convolution."""
+
+
+class NolaEmbedding(NolaLayer, LowRankEmbedding):
+    """An adapted embedding."""

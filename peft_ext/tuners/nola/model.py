@@ -1,0 +1,17 @@
+"""NOLA on a whole model."""
+
+from __future__ import annotations
+
+from ..model import SeededModel
+from .layer import NolaConv2d, NolaEmbedding, NolaLayer, NolaLinear
+
+
+class NolaModel(SeededModel):
+    """Adapts a model with NOLA; see [`NolaConfig`].
+
+    Made by `peft.get_peft_model(model, NolaConfig(...))`.
+    """
+
+    prefix = "nola_"
+    tuner_layer_cls = NolaLayer
+    layer_classes = {"linear": NolaLinear, "conv2d": NolaConv2d, "embedding": NolaEmbedding}

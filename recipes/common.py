@@ -1,0 +1,259 @@
+"""What the recipes share: arguments from YAML files and flags, methods by name, output folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import HfArgumentParser, TrainingArguments
+
+import peft_ext  # noqa: F401  (registers its methods with PEFT)
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# Where a run is written and how it reports may change between an interruption and its continuation.
+_FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "preset", "disable_tqdm"}
+
+
+class UserError(Exception):
+    """Something the user can put right; shown without a traceback."""
+
+
+@dataclass
+class MethodArguments:
+    """Which adapters are trained, one after the other, on the same data."""
+
+    methods: list[str] = field(
+        default_factory=lambda: ["nola"],
+        metadata={
+            "help": "Any PEFT method: its name, or a YAML mapping of its name and options, such as "
+            "'{name: lora, r: 1, learning_rate: 2e-4, label: LoRA r=1}'. The options are the fields of its PEFT "
+            "config; a learning rate of its own goes before --learning_rate."
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Train every method once with each of these seeds. Default: --seed alone."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into --output_dir even if it holds files."}
+    )
+    verify_adapters: bool = field(
+        default=False,
+        metadata={"help": "Load every saved adapter in a fresh process and compare its outputs with the trained one."},
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A PEFT method with its options, as the user named it."""
+
+    name: str
+    label: str
+    learning_rate: float | None
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The label as a folder name."""
+        return re.sub(r"[^A-Za-z0-9=._-]+", "-", self.label).strip("-.")
+
+    def config(self, task_type: str | None, seed: int) -> PeftConfig:
+        """The PEFT config.
+
+        Args:
+            task_type: PEFT's task type.
+            seed: The run's seed. It becomes the seed of the method's frozen numbers too, where the method has such a
+                field and the user left it open, so that a spread over seeds includes the draw of the basis.
+        """
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[self.name.upper()]
+        options = {"task_type": task_type, **self.options}
+        if "seed" in (f.name for f in dataclasses.fields(config_class)):
+            options.setdefault("seed", seed)
+        try:
+            return config_class(**options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method {self.label!r}: {error}") from error
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML that also reads ``5e-3`` as a number; YAML 1.1 wants ``5.0e-3``."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML; a syntax error is the user's."""
+    try:
+        return yaml.load(text, _YamlLoader)  # noqa: S506  (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML: {error}") from error
+
+
+def parse_methods(specs: Sequence[str]) -> list[Method]:
+    """Read ``--methods``: names, or YAML mappings with options."""
+    methods = []
+    for spec in specs:
+        value = load_yaml(spec)
+        options = {"name": value} if isinstance(value, str) else value
+        if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+            raise UserError(f"methods: {spec!r} is neither a name nor a mapping with a 'name'")
+        options = dict(options)
+        name = options.pop("name").lower()
+        known = {str(key.value).lower() for key in PEFT_TYPE_TO_CONFIG_MAPPING}
+        if name not in known:
+            raise UserError(f"methods: unknown method {name!r}; PEFT has {', '.join(sorted(known))}")
+        learning_rate = options.pop("learning_rate", None)
+        if learning_rate is not None and (not isinstance(learning_rate, (int, float)) or learning_rate <= 0):
+            raise UserError(f"method {name!r}: learning_rate is {learning_rate!r}; it must be a positive number")
+        scalars = [f"{key}={value}" for key, value in options.items() if isinstance(value, (int, float)) and key != "label"]
+        label = str(options.pop("label", " ".join([name, *scalars])))
+        internal = {f.name for f in dataclasses.fields(PeftConfig)}
+        fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[name.upper()])
+        allowed = sorted({f.name for f in fields if f.init} - internal)
+        for key, value in options.items():
+            if key not in allowed:
+                raise UserError(f"method {name!r}: unknown option {key!r} (given {value!r}); it has {', '.join(allowed)}")
+        methods.append(Method(name, label, learning_rate, options))
+    folders = [method.folder for method in methods]
+    for method in methods:
+        if folders.count(method.folder) > 1:
+            raise UserError(f"methods: two are called {method.label!r}; give each a 'label' of its own")
+    return methods
+
+
+def parse_arguments(recipe: str, types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
+    """Read ``[config.yaml] [--preset NAME] [--flag value ...]`` into dataclasses.
+
+    The values of the file are turned into flags and put before the user's own, so that both are converted and checked
+    by one parser and the user's win.
+
+    Args:
+        recipe: Name of the recipe's module; its presets are ``configs/<recipe>_<preset>.yaml``.
+        types: Argument dataclasses.
+        argv: The command line without the program.
+
+    Returns:
+        One instance of each type.
+    """
+    presets = {path.stem.removeprefix(f"{recipe}_"): path for path in sorted(CONFIGS.glob(f"{recipe}_*.yaml"))}
+    parser = HfArgumentParser(
+        types,
+        prog=f"python -m recipes.{recipe}",
+        usage="%(prog)s [config.yaml] [--preset NAME] [--FLAG VALUE ...]",
+        description="Values come from the YAML file or preset; flags override them. Without any argument: "
+        "--preset quickstart.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", choices=list(presets), help="A YAML file that comes with the recipe.")
+    known = {f.name for each in types for f in dataclasses.fields(each) if f.init}
+
+    flags = list(argv) or ["--preset", "quickstart"]
+    path = Path(flags.pop(0)) if not flags[0].startswith("-") else None
+    preset = parser.parse_known_args(flags)[0].preset
+    if preset is not None:
+        if path is not None:
+            raise UserError(f"give either a YAML file ({path}) or --preset ({preset}), not both")
+        path = presets[preset]
+    if path is not None:
+        flags = _flags_of_file(path, known) + flags
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}{_hint(unknown[0].lstrip('-'), known)}")
+    return tuple(parsed)
+
+
+def _flags_of_file(path: Path, known: set[str]) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    values = load_yaml(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold 'key: value' lines")
+    flags: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{_hint(str(key), known)}")
+        if isinstance(value, list) and value:
+            flags += [f"--{key}", *map(_as_text, value)]
+        elif value is not None and value != []:
+            flags.append(f"--{key}={_as_text(value)}")
+    return flags
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _hint(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists what there is"
+
+
+def prepare_output_dir(training: TrainingArguments, arguments: Sequence[Any], overwrite: bool) -> None:
+    """Refuse a folder that holds files, unless it is to be overwritten or continued with the same arguments.
+
+    Call it in the main process only.
+
+    Args:
+        training: The Trainer's arguments.
+        arguments: All argument dataclasses, recorded in ``arguments.json``.
+        overwrite: Whether files may be overwritten.
+    """
+    folder = Path(training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file")
+    resume = training.resume_from_checkpoint
+    if resume is not None and resume.lower() != "true":
+        raise UserError(
+            f"resume_from_checkpoint: {resume!r}; the recipe finds the last checkpoint of every method in --output_dir "
+            "by itself, so the only value is true"
+        )
+    record = {}
+    for each in arguments:
+        values = each.to_dict() if isinstance(each, TrainingArguments) else dataclasses.asdict(each)
+        record.update({key: value for key, value in values.items() if key not in _FREE_ON_RESUME})
+    record = json.loads(json.dumps(record, default=str))
+    path = folder / "arguments.json"
+    if folder.is_dir() and any(folder.iterdir()):
+        if resume is None and not overwrite:
+            raise UserError(
+                f"output_dir: {folder} is not empty; name another, or give --overwrite_output_dir, or continue the "
+                "interrupted run in it with --resume_from_checkpoint true"
+            )
+        if resume is not None and path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            for key in sorted(record.keys() | before.keys()):
+                if record.get(key) != before.get(key):
+                    raise UserError(
+                        f"resume_from_checkpoint: the run in {folder} was started with {key} = {before.get(key)!r}, "
+                        f"now it is {record.get(key)!r}"
+                    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a recipe from the command line: what the user can put right is a line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
