@@ -107,6 +107,11 @@ class RandomBasis:
             flat = _Product.apply(scaled, self, False)
         return flat + self._offset(scaled) if self.offset_scale else flat
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the basis holds now: 0 before its first use, and always if it is streamed."""
+        return sum(tensor.nbytes for tensor in self._stored.values())
+
     def vjp(self, coefficients: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The derivative of `(expand(coefficients) * grad).sum()`: shape and dtype of `coefficients`."""
         return (self._product(grad, adjoint=True) * self.scale).to(coefficients.dtype)

@@ -33,12 +33,14 @@ class SharedExpansion:
 
     Args:
         generator: coefficients of shape `(..., k)` -> weights of shape `(..., size)`.
+        shape: of one layer's weights, of `size` entries.
         adapter_name: the adapter whose coefficients are read.
         span: the part of each layer's coefficients that this generator reads.
     """
 
-    def __init__(self, generator: RandomBasis, adapter_name: str, span: slice) -> None:
+    def __init__(self, generator: RandomBasis, shape: tuple[int, ...], adapter_name: str, span: slice) -> None:
         self.generator = generator
+        self.shape = shape
         self.adapter_name = adapter_name
         self.span = span
         self._layers: list[nn.ParameterDict] = []
@@ -49,27 +51,28 @@ class SharedExpansion:
         self._layers.append(layer)
 
     def __call__(self, layer: nn.ParameterDict) -> torch.Tensor:
-        """The generated weights of `layer`, shape `(size,)`, in float32 (float64 for float64 coefficients).
+        """The generated weights of `layer`, in float32 (float64 for float64 coefficients).
 
         Raises:
             ValueError: the coefficients hold NaN or infinity when they are expanded for the first time.
         """
         parameter = layer[self.adapter_name]
         if torch.compiler.is_compiling() or not _is_plain(parameter):
-            return self.generator.expand(parameter[self.span])
+            return self._expand_alone(parameter)
 
         needs_graph = parameter.requires_grad and torch.is_grad_enabled()
         ready = self._ready.get(parameter.device)
         if ready is not None and not ready.fits(layer, parameter):
             ready = None
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
-            return _Recomputed.apply(parameter[self.span], self.generator, ready.values[layer] if ready else None)
+            value = ready.values[layer].flatten() if ready else None
+            return _Recomputed.apply(parameter[self.span], self.generator, value).view(self.shape)
         if ready is not None and not self._serves(ready, layer, needs_graph):
             ready = None
         if ready is None:
             ready = self._expand_all(parameter.device)
             if layer not in ready.values:
-                return self.generator.expand(parameter[self.span])
+                return self._expand_alone(parameter)
         ready.served.add(layer)
         return ready.graph[layer] if needs_graph else ready.values[layer]
 
@@ -81,6 +84,9 @@ class SharedExpansion:
                 return False
             ready.served.clear()
         return True
+
+    def _expand_alone(self, parameter: torch.Tensor) -> torch.Tensor:
+        return self.generator.expand(parameter[self.span]).view(self.shape)
 
     def _expand_all(self, device: torch.device) -> _Expanded:
         parameters = {
@@ -102,7 +108,7 @@ class SharedExpansion:
                 if not self._verified:
                     _check_finite(coefficients)
                     self._verified = True
-                weights = self.generator.expand(coefficients)
+                weights = self.generator.expand(coefficients).view(-1, *self.shape)
                 expanded.coefficients = coefficients.detach()
                 expanded.values = dict(zip(parameters, weights.detach().unbind()))
                 if weights.requires_grad:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from .expansion import SharedExpansion
+
 
 def layer_kind(base_layer: nn.Module) -> str | None:
     """`"linear"`, `"conv2d"` or `"embedding"` for a layer that can be adapted, quantized or not, otherwise `None`."""
@@ -73,6 +75,11 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     @property
+    def expansions(self) -> dict[str, tuple[SharedExpansion, ...]]:
+        """What makes the weights from the coefficients, by adapter name."""
+        return getattr(self, f"{self.method}_expansions")
+
+    @property
     def dropout(self) -> nn.ModuleDict:
         return getattr(self, f"{self.method}_dropout")
 
@@ -93,6 +100,13 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output of the base layer."""
         raise NotImplementedError
+
+    def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout[adapter](x) if self.training else x
+
+    def _scaled(self, adapter: str, update: torch.Tensor) -> torch.Tensor:
+        scaling = self.scaling[adapter]
+        return update if scaling == 1 else update * scaling
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters:
@@ -166,8 +180,8 @@ class LowRankLinear(LowRankLayer):
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         A, B = self.factors(adapter)
-        x = self.dropout[adapter](self._cast_input_dtype(x, A.dtype))
-        return F.linear(F.linear(x, A), B) * self.scaling[adapter]
+        x = self._drop_out(adapter, self._cast_input_dtype(x, A.dtype))
+        return self._scaled(adapter, F.linear(F.linear(x, A), B))
 
 
 class LowRankConv2d(LowRankLayer):
@@ -178,13 +192,13 @@ class LowRankConv2d(LowRankLayer):
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         base_layer = self.get_base_layer()
-        x = self.dropout[adapter](self._cast_input_dtype(x, self.coefficients[adapter].dtype))
+        x = self._drop_out(adapter, self._cast_input_dtype(x, self.coefficients[adapter].dtype))
         if base_layer.groups > 1:
             # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
             return base_layer._conv_forward(x, self.get_delta_weight(adapter), None)
         A, B = self.factors(adapter)
         hidden = base_layer._conv_forward(x, A.view(-1, *base_layer.weight.shape[1:]), None)
-        return F.conv2d(hidden, B[:, :, None, None]) * self.scaling[adapter]
+        return self._scaled(adapter, F.conv2d(hidden, B[:, :, None, None]))
 
 
 class LowRankEmbedding(LowRankLayer):
@@ -199,6 +213,6 @@ class LowRankEmbedding(LowRankLayer):
         embedded = F.embedding(
             x, A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq
         )
-        update = F.linear(self.dropout[adapter](embedded), B) * self.scaling[adapter]
+        update = self._scaled(adapter, F.linear(self._drop_out(adapter, embedded), B))
         embed_scale = self._get_embed_scale()  # layers that multiply their embeddings (Gemma)
         return update if embed_scale is None else update * embed_scale.to(update.dtype)

@@ -80,19 +80,19 @@ class NolaLayer(LowRankLayer):
             scale=1 / math.sqrt(num_B),
             **options,
         )
-        spans = slice(0, num_A), slice(num_A, num_A + num_B)
-        for basis, span in zip((basis_A, basis_B), spans):
-            expansions.setdefault(basis, SharedExpansion(basis, adapter_name, span)).add(self.nola_coefficients)
-        self.nola_expansions[adapter_name] = expansions[basis_A], expansions[basis_B]
+        own_A = SharedExpansion(basis_A, (r, self.fan_in), adapter_name, slice(0, num_A))
+        own_B = SharedExpansion(basis_B, (self.fan_out, r), adapter_name, slice(num_A, num_A + num_B))
+        joined = expansions.setdefault(basis_A, own_A), expansions.setdefault(basis_B, own_B)
+        for expansion in joined:
+            expansion.add(self.nola_coefficients)
+        self.nola_expansions[adapter_name] = joined
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         coefficients = self.nola_coefficients
         expand_A, expand_B = self.nola_expansions[adapter]
-        r = self.r[adapter]
-        A = expand_A(coefficients).view(r, self.fan_in)
-        B = expand_B(coefficients).view(self.fan_out, r)
+        A, B = expand_A(coefficients), expand_B(coefficients)
         dtype = coefficients[adapter].dtype
         return (A, B) if A.dtype == dtype else (A.to(dtype), B.to(dtype))
 

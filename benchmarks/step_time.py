@@ -1,0 +1,210 @@
+"""Time of a training step and of generation, wrapping, memory and file size: NOLA beside PEFT's own methods.
+
+Every method is timed in turn with LoRA r=8 on the same batch, step by step, and the table shows the median of the
+ratios of the pairs: a machine that slows down for a while slows both.
+
+    python -m benchmarks.step_time                      # a random Llama of the size of SmolLM2-135M
+    python -m benchmarks.step_time --model_name_or_path <folder> --gguf_file <file> --output step_time.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+
+import peft_ext
+from peft_ext.tuners.layers import LowRankLayer
+
+BASELINE = "LoRA r=8"
+
+
+def methods(targets: list[str]) -> dict[str, Callable[[], peft.PeftConfig]]:
+    """The methods compared: on the query and value projections, VeRA and RandLoRA where shapes are equal."""
+    query = targets[:1]
+    return {
+        BASELINE: lambda: peft.LoraConfig(r=8, target_modules=targets),
+        "LoRA r=1": lambda: peft.LoraConfig(r=1, target_modules=targets),
+        "VeRA r=256 (query only)": lambda: peft.VeraConfig(r=256, target_modules=query),
+        "VB-LoRA": lambda: peft.VBLoRAConfig(r=4, num_vectors=64, vector_length=64, target_modules=targets),
+        "UniLoRA": lambda: peft.UniLoraConfig(r=8, theta_d_length=15360, target_modules=targets),
+        "FourierFT n=256": lambda: peft.FourierFTConfig(n_frequency=256, target_modules=targets),
+        "RandLoRA r=32 (query only)": lambda: peft.RandLoraConfig(r=32, target_modules=query),
+        "NOLA r=8, 256 bases": lambda: peft_ext.NolaConfig(r=8, num_basis=256, target_modules=targets),
+        "NOLA r=8, 1024 bases": lambda: peft_ext.NolaConfig(r=8, num_basis=1024, target_modules=targets),
+        "NOLA r=8, 256 bases, a basis per layer": lambda: peft_ext.NolaConfig(
+            r=8, num_basis=256, share_basis=False, target_modules=targets
+        ),
+    }
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(
+        default="", metadata={"help": "A causal language model; by default a random Llama shaped like SmolLM2-135M."}
+    )
+    gguf_file: str = field(default="", metadata={"help": "The GGUF file of the model, if it has one."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Modules to adapt, the query projection first."}
+    )
+    method: list[str] = field(
+        default_factory=list, metadata={"help": "Parts of the names of the methods to time; all by default."}
+    )
+    batch_size: int = field(default=2, metadata={"help": "Sequences in a batch."})
+    sequence_length: int = field(default=64, metadata={"help": "Tokens in a sequence."})
+    pairs: int = field(default=15, metadata={"help": "Pairs of training steps."})
+    generation_pairs: int = field(default=5, metadata={"help": "Pairs of generations."})
+    new_tokens: int = field(default=64, metadata={"help": "Tokens to generate."})
+    device: str = field(default="cpu", metadata={"help": "Where to run."})
+    output: str = field(default="", metadata={"help": "JSON file for the figures."})
+
+
+def load_model(arguments: Arguments) -> torch.nn.Module:
+    if not arguments.model_name_or_path:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_pretrained(
+        arguments.model_name_or_path, gguf_file=arguments.gguf_file or None, dtype=torch.float32
+    )
+
+
+class Runner:
+    """A wrapped model that can be timed."""
+
+    def __init__(self, arguments: Arguments, config: peft.PeftConfig) -> None:
+        self.arguments = arguments
+        model = load_model(arguments)
+        start = time.perf_counter()
+        self.model = peft.get_peft_model(model, config)
+        self.wrap_seconds = time.perf_counter() - start
+        self.model.to(arguments.device)
+        generator = torch.Generator().manual_seed(0)
+        shape = (arguments.batch_size, arguments.sequence_length)
+        self.batch = torch.randint(10, 40000, shape, generator=generator).to(arguments.device)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trainable = sum(parameter.numel() for parameter in trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def timed(self, work: Callable[[], None]) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        work()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.arguments.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def train(self) -> None:
+        self.model.train()
+        self.model(input_ids=self.batch, labels=self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def generate(self) -> None:
+        self.model.eval()
+        tokens = self.arguments.new_tokens
+        self.model.generate(
+            input_ids=self.batch[:1, :16], attention_mask=torch.ones_like(self.batch[:1, :16]),
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+
+    def frozen_bytes(self) -> int:
+        """Memory of what the adapter adds and does not train."""
+        adapter = self.model.base_model.prefix
+        own = {
+            id(tensor): tensor.nbytes
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if adapter in name and not tensor.requires_grad
+        }
+        bases = {
+            id(expansion.generator): expansion.generator.nbytes
+            for layer in self.model.modules()
+            if isinstance(layer, LowRankLayer)
+            for expansions in layer.expansions.values()
+            for expansion in expansions
+        }
+        return sum(own.values()) + sum(bases.values())
+
+    def saved_bytes(self) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            return os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
+
+
+def paired(baseline: Runner, candidate: Runner, name: str, pairs: int) -> tuple[float, float]:
+    """(median seconds of the candidate, median ratio to the baseline), after a warm-up pair."""
+    work = [getattr(runner, name) for runner in (baseline, candidate)]
+    seconds, ratios = [], []
+    for pair in range(pairs + 1):
+        order = (0, 1) if pair % 2 else (1, 0)
+        times = {which: (baseline, candidate)[which].timed(work[which]) for which in order}
+        if pair:
+            seconds.append(times[1])
+            ratios.append(times[1] / times[0])
+    return statistics.median(seconds), statistics.median(ratios)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    console = Console(width=150)
+    known = methods(arguments.target_modules)
+    chosen = [name for name in known if not arguments.method or any(part in name for part in arguments.method)]
+    baseline = Runner(arguments, known[BASELINE]())
+    rows: dict[str, dict[str, Any]] = {}
+    for name in track(chosen, "Timing", console=Console(stderr=True)):
+        candidate = Runner(arguments, known[name]())
+        step, step_ratio = paired(baseline, candidate, "train", arguments.pairs)
+        generation, generation_ratio = paired(baseline, candidate, "generate", arguments.generation_pairs)
+        rows[name] = {
+            "trainable": candidate.trainable,
+            "saved_bytes": candidate.saved_bytes(),
+            "frozen_bytes": candidate.frozen_bytes(),
+            "wrap_seconds": candidate.wrap_seconds,
+            "step_seconds": step,
+            "step_ratio": step_ratio,
+            "generation_seconds": generation,
+            "generation_ratio": generation_ratio,
+        }
+
+    table = Table(title=f"Relative to {BASELINE}, median of {arguments.pairs} pairs of steps")
+    for heading in ("method", "trainable", "file (bytes)", "frozen (MB)", "wrap (s)", "step (s)", "step ratio"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table.add_column("generate (s)", justify="right")
+    table.add_column("generate ratio", justify="right")
+    for name, row in rows.items():
+        table.add_row(
+            name, f"{row['trainable']:,}", f"{row['saved_bytes']:,}", f"{row['frozen_bytes'] / 1e6:.1f}",
+            f"{row['wrap_seconds']:.2f}", f"{row['step_seconds']:.3f}", f"{row['step_ratio']:.3f}",
+            f"{row['generation_seconds']:.2f}", f"{row['generation_ratio']:.3f}",
+        )  # fmt: skip
+    console.print(table)
+    if arguments.output:
+        machine = {
+            "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+            "device": arguments.device, "torch": torch.__version__, "peft": peft.__version__,
+        }  # fmt: skip
+        with open(arguments.output, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine, "arguments": vars(arguments), "methods": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
