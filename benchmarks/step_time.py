@@ -129,7 +129,7 @@ class Runner:
 
     def frozen_bytes(self) -> int:
         """Memory of what the adapter adds and does not train."""
-        adapter = self.model.base_model.prefix
+        adapter = str(self.model.base_model.prefix)
         own = {
             id(tensor): tensor.nbytes
             for name, tensor in self.model.state_dict(keep_vars=True).items()

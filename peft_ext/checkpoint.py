@@ -55,9 +55,7 @@ def _shapes(shapes: Mapping[str, int]) -> str:
     return ", ".join(f"{number} layers of {shape}" for shape, number in sorted(shapes.items())) or "no layers"
 
 
-def check_coefficients(
-    state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], marker: str
-) -> None:
+def check_coefficients(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], marker: str) -> None:
     """Verifies the coefficients in a loaded state dict before any of them reaches the model.
 
     Args:
@@ -91,10 +89,13 @@ def check_coefficients(
             )
 
 
-def write_card(folder: str | os.PathLike[str], config: SeededConfig) -> None:
+def write_card(folder: str | os.PathLike[str], config: SeededConfig, base_model_class: str | None = None) -> None:
     """Describes an adapter in the model card `README.md` of its folder: method, paper, seed, base model, loading.
 
     A card that somebody wrote keeps its text; the description is put first, and replaced when saved again.
+
+    Args:
+        base_model_class: a class of transformers for the loading example, where the task does not tell.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -103,11 +104,13 @@ def write_card(folder: str | os.PathLike[str], config: SeededConfig) -> None:
     data = card.data.to_dict() if card else {}
     base_model = config.base_model_name_or_path
     data["library_name"] = "peft"
-    data["tags"] = sorted({*(data.get("tags") or []), "peft_ext", config.method_name.lower()})
-    if base_model and not os.path.isdir(base_model):
+    tags = {*(data.get("tags") or []), "peft_ext", config.method_name.lower()}
+    if base_model and os.path.isdir(base_model):  # means nothing to others, and the hub refuses a local path
+        data.pop("base_model", None)
+        tags -= {f"base_model:adapter:{base_model}"}
+    elif base_model:
         data.setdefault("base_model", base_model)
-    elif data.get("base_model") and os.path.isdir(str(data["base_model"])):
-        del data["base_model"]  # the hub refuses a local path here
+    data["tags"] = sorted(tags)
 
     fields = config.to_dict()
     described = "\n".join(
@@ -124,7 +127,7 @@ def write_card(folder: str | os.PathLike[str], config: SeededConfig) -> None:
                 version=config.generator_version,
                 fingerprint=fields["fingerprint"],
                 shapes=_shapes(fields["target_shapes"] or {}),
-                auto_class=_AUTO_CLASSES.get(str(config.task_type or ""), "AutoModel"),
+                auto_class=_AUTO_CLASSES.get(config.task_type or "", base_model_class or "AutoModel"),
             )
             .strip(),
             _CARD_END,

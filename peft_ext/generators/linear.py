@@ -69,9 +69,7 @@ class RandomBasis:
     _shared: weakref.WeakValueDictionary[tuple[Any, ...], RandomBasis] = weakref.WeakValueDictionary()
 
     @classmethod
-    def shared(
-        cls, seed: int, stream: tuple[str | int, ...], num_basis: int, size: int, **options: Any
-    ) -> RandomBasis:
+    def shared(cls, seed: int, stream: tuple[str | int, ...], num_basis: int, size: int, **options: Any) -> RandomBasis:
         """The one basis of these arguments in this process, for as long as something uses it."""
         key = (cls, seed, stream, num_basis, size, *sorted(options.items()))
         basis = cls._shared.get(key)
@@ -99,13 +97,13 @@ class RandomBasis:
                 f"`coefficients` must have {self.num_basis} entries in the last dimension, got shape "
                 f"{tuple(coefficients.shape)}."
             )
-        scaled = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)) * self.scale
+        coefficients = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
         if torch.compiler.is_compiling():
             # The compiler differentiates and plans memory itself: give it the plain product.
-            flat = self._product(scaled, adjoint=False)
+            flat = self._product(coefficients, adjoint=False)
         else:
-            flat = _Product.apply(scaled, self, False)
-        return flat + self._offset(scaled) if self.offset_scale else flat
+            flat = _Product.apply(coefficients, self, False)
+        return flat + self._offset(coefficients) if self.offset_scale else flat
 
     @property
     def nbytes(self) -> int:
@@ -114,10 +112,11 @@ class RandomBasis:
 
     def vjp(self, coefficients: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The derivative of `(expand(coefficients) * grad).sum()`: shape and dtype of `coefficients`."""
-        return (self._product(grad, adjoint=True) * self.scale).to(coefficients.dtype)
+        return self._product(grad, adjoint=True).to(coefficients.dtype)
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
-        """`x @ basis`, or `x @ basis.T` for the adjoint."""
+        """`scale * x @ basis`, or `scale * x @ basis.T` for the adjoint."""
+        x = x * self.scale
         with autocast_off(x.device):
             if not self.streamed:
                 matrix = self._matrix(x)
@@ -183,7 +182,7 @@ class RandomBasis:
 
 
 class _Product(torch.autograd.Function):
-    """`x @ basis` or `x @ basis.T`; each is the other's derivative."""
+    """`scale * x @ basis` or its adjoint; each is the other's derivative. Nothing is saved for backward."""
 
     generate_vmap_rule = True
 

@@ -52,9 +52,7 @@ class SeededConfig(PeftConfig):
     )
     modules_to_save: Optional[list[str]] = field(
         default=None,
-        metadata={
-            "help": "Modules that are trained and saved whole beside the adapter, such as a new classifier."
-        },
+        metadata={"help": "Modules that are trained and saved whole beside the adapter, such as a new classifier."},
     )
     init_weights: bool = field(
         default=True,
@@ -121,7 +119,9 @@ class SeededConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and describes the adapter in the model card beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        checkpoint.write_card(save_directory, self)
+        base_model = kwargs.get("auto_mapping_dict") or {}
+        in_transformers = str(base_model.get("parent_library", "")).startswith("transformers.")
+        checkpoint.write_card(save_directory, self, base_model.get("base_model_class") if in_transformers else None)
 
 
 def is_number(value: Any) -> bool:

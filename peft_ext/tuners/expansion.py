@@ -18,9 +18,9 @@ class SharedExpansion:
 
     - with gradients, the product serves one forward pass: a layer that asks a second time starts a new one, so every
       pass has a graph of its own;
-    - without gradients, it is kept until a coefficient changes. Version counters show most changes at every read;
-      writes through `.data` leave no trace there, so once a pass the coefficients are compared with those that were
-      expanded.
+    - without gradients, it is kept until a coefficient changes. Version counters show most changes; writes through
+      `.data` leave no trace there, so the coefficients are compared with those that were expanded: a layer's own at
+      every read on a CPU, all of them once a pass on other devices, where a comparison waits for the device.
 
     A layer is expanded alone, which is always right and slower, where the coefficients of other layers cannot be
     read or a cached tensor would be wrong: sharded parameters (FSDP), parameters on other devices, replicas, under
@@ -62,7 +62,7 @@ class SharedExpansion:
 
         needs_graph = parameter.requires_grad and torch.is_grad_enabled()
         ready = self._ready.get(parameter.device)
-        if ready is not None and not ready.fits(layer, parameter):
+        if ready is not None and not self._fits(ready, layer, parameter):
             ready = None
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
             value = ready.values[layer].flatten() if ready else None
@@ -76,11 +76,16 @@ class SharedExpansion:
         ready.served.add(layer)
         return ready.graph[layer] if needs_graph else ready.values[layer]
 
+    def _fits(self, ready: _Expanded, layer: nn.ParameterDict, parameter: torch.Tensor) -> bool:
+        if ready.parameters.get(layer) is not parameter or ready.versions[layer] != _version(parameter):
+            return False
+        return parameter.device.type != "cpu" or torch.equal(parameter[self.span], ready.coefficients[layer])
+
     def _serves(self, ready: _Expanded, layer: nn.ParameterDict, needs_graph: bool) -> bool:
         if needs_graph:
             return bool(ready.graph) and layer not in ready.served
-        if layer in ready.served:  # another forward pass begins
-            if not torch.equal(self._stack(ready.parameters), ready.coefficients):
+        if layer in ready.served and ready.stacked.device.type != "cpu":  # another forward pass begins
+            if not torch.equal(self._stack(ready.parameters), ready.stacked):
                 return False
             ready.served.clear()
         return True
@@ -109,7 +114,8 @@ class SharedExpansion:
                     _check_finite(coefficients)
                     self._verified = True
                 weights = self.generator.expand(coefficients).view(-1, *self.shape)
-                expanded.coefficients = coefficients.detach()
+                expanded.stacked = coefficients.detach()
+                expanded.coefficients = dict(zip(parameters, expanded.stacked.unbind()))
                 expanded.values = dict(zip(parameters, weights.detach().unbind()))
                 if weights.requires_grad:
                     expanded.graph = dict(zip(parameters, weights.unbind()))
@@ -132,13 +138,11 @@ class _Expanded:
     def __init__(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> None:
         self.parameters = parameters
         self.versions = {layer: _version(parameter) for layer, parameter in parameters.items()}
-        self.coefficients = torch.empty(0)
+        self.stacked = torch.empty(0)
+        self.coefficients: dict[nn.ParameterDict, torch.Tensor] = {}
         self.values: dict[nn.ParameterDict, torch.Tensor] = {}
         self.graph: dict[nn.ParameterDict, torch.Tensor] = {}
         self.served: set[nn.ParameterDict] = set()
-
-    def fits(self, layer: nn.ParameterDict, parameter: torch.Tensor) -> bool:
-        return self.parameters.get(layer) is parameter and self.versions[layer] == _version(parameter)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -166,10 +170,10 @@ def _is_plain(parameter: torch.Tensor) -> bool:
     )
 
 
-def _version(parameter: torch.Tensor) -> tuple[int, int]:
-    if parameter.is_inference():  # no version counter; the comparison once a pass still sees changes
-        return 0, parameter.data_ptr()
-    return parameter._version, parameter.data_ptr()
+def _version(parameter: torch.Tensor) -> tuple[bool, int, int]:
+    # An inference tensor counts no versions; the comparison of values still sees changes.
+    count = 0 if parameter.is_inference() else parameter._version
+    return parameter.requires_grad, count, parameter.data_ptr()
 
 
 def _check_finite(coefficients: torch.Tensor) -> None:

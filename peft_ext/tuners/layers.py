@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from abc import abstractmethod
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..generators import RandomBasis
 from .expansion import SharedExpansion
 
 
@@ -30,14 +32,21 @@ def layer_kind(base_layer: nn.Module) -> str | None:
     return backend.layer_type if backend is not None else None
 
 
+def _features(base_layer: nn.Module) -> tuple[int, int]:
+    in_features, out_features = _get_in_out_features(base_layer)
+    if in_features is None or out_features is None:
+        raise ValueError(f"Cannot tell the input and output sizes of a {type(base_layer).__name__}.")
+    return in_features, out_features
+
+
 def fans(base_layer: nn.Module) -> tuple[int, int]:
     """(fan_out, fan_in) of a layer that can be adapted: the shape of its weight as a matrix, inputs in the columns.
 
     For an embedding the inputs are the tokens.
     """
-    fan_in, fan_out = _get_in_out_features(base_layer)
+    fan_in, fan_out = _features(base_layer)
     if isinstance(base_layer, nn.Conv2d):
-        fan_in = base_layer.weight[0].numel()  # of one group
+        fan_in = base_layer.weight[0].numel()  # inputs of one group, times the kernel's size
     return fan_out, fan_in
 
 
@@ -58,7 +67,7 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = _features(self.get_base_layer())
         self.fan_out, self.fan_in = fans(self.get_base_layer())
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
@@ -83,9 +92,25 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
     def dropout(self) -> nn.ModuleDict:
         return getattr(self, f"{self.method}_dropout")
 
+    @abstractmethod
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: Any,
+        module_name: str,
+        expansions: dict[RandomBasis, SharedExpansion],
+        inference_mode: bool = False,
+    ) -> None:
+        """Adds an adapter to this layer.
+
+        Args:
+            module_name: name of the base layer in the model; names the layer's own basis if none is shared.
+            expansions: those of the adapter's other layers, joined or added to.
+        """
+
+    @abstractmethod
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A of shape `(r, fan_in)` and B of shape `(fan_out, r)`, in the dtype of the coefficients."""
-        raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update `scaling * B @ A` in the shape of the base weight and the dtype of the coefficients."""
@@ -93,13 +118,13 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         # Half precision products are slow and coarse on a CPU.
         return self._to_weight((B.float() @ A.float()) * self.scaling[adapter]).to(A.dtype)
 
+    @abstractmethod
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """Brings `(fan_out, fan_in)` into the shape of the base weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output of the base layer."""
-        raise NotImplementedError
 
     def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         return self.dropout[adapter](x) if self.training else x
@@ -187,17 +212,21 @@ class LowRankLinear(LowRankLayer):
 class LowRankConv2d(LowRankLayer):
     """`nn.Conv2d` with any stride, padding, dilation and groups: A is a convolution, B mixes its channels."""
 
+    @property
+    def _conv(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.get_base_layer())
+
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta.view(self.get_base_layer().weight.shape)
+        return delta.view(self._conv.weight.shape)
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        base_layer = self.get_base_layer()
+        conv = self._conv
         x = self._drop_out(adapter, self._cast_input_dtype(x, self.coefficients[adapter].dtype))
-        if base_layer.groups > 1:
+        if conv.groups > 1:
             # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
-            return base_layer._conv_forward(x, self.get_delta_weight(adapter), None)
+            return conv._conv_forward(x, self.get_delta_weight(adapter), None)
         A, B = self.factors(adapter)
-        hidden = base_layer._conv_forward(x, A.view(-1, *base_layer.weight.shape[1:]), None)
+        hidden = conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None)
         return self._scaled(adapter, F.conv2d(hidden, B[:, :, None, None]))
 
 
@@ -208,11 +237,9 @@ class LowRankEmbedding(LowRankLayer):
         return delta.T
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        base_layer = self.get_base_layer()
+        table = cast(nn.Embedding, self.get_base_layer())
         A, B = self.factors(adapter)
-        embedded = F.embedding(
-            x, A.T, padding_idx=base_layer.padding_idx, scale_grad_by_freq=base_layer.scale_grad_by_freq
-        )
+        embedded = F.embedding(x, A.T, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
         update = self._scaled(adapter, F.linear(self._drop_out(adapter, embedded), B))
         embed_scale = self._get_embed_scale()  # layers that multiply their embeddings (Gemma)
         return update if embed_scale is None else update * embed_scale.to(update.dtype)

@@ -14,7 +14,6 @@ from torch import nn
 
 from .. import checkpoint
 from ..generators import RandomBasis
-from .config import SeededConfig
 from .expansion import SharedExpansion
 from .layers import LowRankLayer, fans, layer_kind
 
@@ -28,8 +27,9 @@ class SeededModel(BaseTuner):
     can adapt.
     """
 
+    tuner_layer_cls: type[LowRankLayer]
     layer_classes: ClassVar[dict[str, type[LowRankLayer]]]
-    target_module_mapping = {
+    target_module_mapping: dict[str, Any] = {  # lists of names, or a regular expression
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit"), _VISION_TARGETS),
         **dict.fromkeys(("smollm3", "phi3", "qwen2_moe", "qwen3_moe", "olmo", "olmo2", "cohere"), ["q_proj", "v_proj"]),
@@ -54,7 +54,7 @@ class SeededModel(BaseTuner):
             state_dict=state_dict,
         )
 
-    def _prepare_model(self, peft_config: SeededConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Looks at every target before PEFT replaces the first.
 
         Raises:
@@ -71,10 +71,9 @@ class SeededModel(BaseTuner):
         for name, module in model.named_modules():
             if not name or name.startswith(inside_adapted):
                 continue
-            base_layer = module
             if isinstance(module, BaseTunerLayer):
                 inside_adapted += (f"{name}.",)
-                base_layer = module.get_base_layer()
+            base_layer = _base_layer(module)
             kind = layer_kind(base_layer)
             if kind in self.layer_classes:
                 adaptable.add(name.rpartition(".")[-1])
@@ -105,7 +104,7 @@ class SeededModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SeededConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -114,10 +113,10 @@ class SeededModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         module_name = current_key.removeprefix("_orig_mod.")
-        if isinstance(target, LowRankLayer):
+        if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, module_name, self._expansions)
             return
-        kind = layer_kind(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
+        kind = layer_kind(_base_layer(target))
         if kind not in self.layer_classes:
             raise ValueError(f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {self._method}.")
         layer = self.layer_classes[kind](
@@ -133,7 +132,7 @@ class SeededModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: SeededConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
@@ -147,7 +146,7 @@ class SeededModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SeededConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         names = {id(module): name for name, module in model.named_modules()}
@@ -163,6 +162,10 @@ def _layers(model: nn.Module, adapter_name: str) -> list[LowRankLayer]:
     return [
         module for module in model.modules() if isinstance(module, LowRankLayer) and adapter_name in module.coefficients
     ]
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _shape_name(fan_out: int, fan_in: int) -> str:

@@ -43,14 +43,8 @@ class NolaLayer(LowRankLayer):
         expansions: dict[RandomBasis, SharedExpansion],
         inference_mode: bool = False,
     ) -> None:
-        """Adds an adapter to this layer.
-
-        Args:
-            module_name: name of the base layer in the model; seeds the layer's own basis if none is shared.
-            expansions: those of the adapter's other layers, joined or added to.
-        """
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module_name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module_name), config.alpha)
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module_name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module_name), config.alpha)
         num_A, num_B = config.num_basis_per_factor
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha
         self.scaling[adapter_name] = alpha / r

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ..model import SeededModel
 from .layer import NolaConv2d, NolaEmbedding, NolaLayer, NolaLinear
 
@@ -14,4 +16,4 @@ class NolaModel(SeededModel):
 
     prefix = "nola_"
     tuner_layer_cls = NolaLayer
-    layer_classes = {"linear": NolaLinear, "conv2d": NolaConv2d, "embedding": NolaEmbedding}
+    layer_classes: ClassVar = {"linear": NolaLinear, "conv2d": NolaConv2d, "embedding": NolaEmbedding}
