@@ -105,7 +105,7 @@ class SeededConfig(PeftConfig):
 
     def check_probability(self, name: str) -> None:
         value = getattr(self, name)
-        if not is_number(value) or not 0 <= value < 1:
+        if not _is_number(value) or not 0 <= value < 1:
             raise ValueError(f"`{name}` must be a number from 0 to below 1, got {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,8 +124,14 @@ class SeededConfig(PeftConfig):
         checkpoint.write_card(save_directory, self, base_model.get("base_model_class") if in_transformers else None)
 
 
-def is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises a ValueError that names the field unless `value` is a finite number."""
+    if not _is_number(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
 
 
 def check_positive_integer(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Union
 
 from peft.utils import PeftType
 
-from ..config import SeededConfig, check_positive_integer
+from ..config import SeededConfig, check_number, check_positive_integer
 
 
 @dataclass
@@ -106,9 +106,14 @@ class NolaConfig(SeededConfig):
         self.peft_type = PeftType.NOLA  # type: ignore[attr-defined]
         self.check_bias("nola_only")
         self.check_probability("nola_dropout")
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
         check_positive_integer("r", self.r)
-        for key, rank in (self.rank_pattern or {}).items():
+        check_number("alpha", self.alpha)
+        for key, rank in self.rank_pattern.items():
             check_positive_integer(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{key!r}]", alpha)
         if isinstance(self.num_basis, (list, tuple)):
             if len(self.num_basis) != 2:
                 raise ValueError(
@@ -117,8 +122,6 @@ class NolaConfig(SeededConfig):
             self.num_basis = (self.num_basis[0], self.num_basis[1])  # JSON gives a list
         for number in self.num_basis_per_factor:
             check_positive_integer("num_basis", number)
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
 
     @property
     def num_basis_per_factor(self) -> tuple[int, int]:

@@ -1,0 +1,218 @@
+"""SharedExpansion: one product for many layers, made again exactly when it must be."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from peft_ext.generators import RandomBasis
+from peft_ext.tuners.expansion import SharedExpansion
+
+COUNT, SHAPE = 4, (2, 3)
+
+
+class Counting(RandomBasis):
+    """Counts the products, and the rows of coefficients in each."""
+
+    def __init__(self) -> None:
+        super().__init__(0, ("test",), COUNT, 6, scale=0.5, offset_scale=0.5)
+        self.products: list[int] = []
+
+    def expand(self, coefficients: torch.Tensor) -> torch.Tensor:
+        self.products.append(coefficients.reshape(-1, COUNT).shape[0])
+        return super().expand(coefficients)
+
+
+def make(layers: int = 3) -> tuple[SharedExpansion, list[nn.ParameterDict], list[int]]:
+    torch.manual_seed(0)
+    basis = Counting()
+    expansion = SharedExpansion(basis, SHAPE, "default", slice(1, 1 + COUNT))
+    containers = [nn.ParameterDict({"default": nn.Parameter(torch.randn(1 + COUNT))}) for _ in range(layers)]
+    for container in containers:
+        expansion.add(container)
+    return expansion, containers, basis.products
+
+
+def expected(expansion: SharedExpansion, container: nn.ParameterDict) -> torch.Tensor:
+    return RandomBasis.expand(expansion.generator, container["default"].detach()[1:]).view(SHAPE)
+
+
+def assert_right(expansion: SharedExpansion, containers: list[nn.ParameterDict]) -> None:
+    for container in containers:
+        torch.testing.assert_close(expansion(container).detach(), expected(expansion, container))
+
+
+def test_with_gradients_every_pass_makes_one_product():
+    expansion, containers, products = make()
+    for passes in range(1, 4):
+        assert_right(expansion, containers)
+        assert products == [3] * passes
+
+
+def test_without_gradients_one_product_serves_all_passes():
+    expansion, containers, products = make()
+    with torch.no_grad():
+        for _ in range(3):
+            assert_right(expansion, containers)
+    assert products == [3]
+
+
+def test_gradients_reach_every_layer_alone():
+    expansion, containers, _ = make()
+    weights = [expansion(container) for container in containers]
+    (weights[0].sum() + 2 * weights[2].sum()).backward()
+    unit = RandomBasis.expand(expansion.generator, torch.eye(COUNT)) - RandomBasis.expand(
+        expansion.generator, torch.zeros(COUNT)
+    )
+    for container, factor in zip(containers, (1, 0, 2)):
+        grad = container["default"].grad
+        assert grad is not None and grad[0] == 0
+        torch.testing.assert_close(grad[1:], factor * unit.sum(1))
+
+
+def test_two_passes_have_graphs_of_their_own():
+    expansion, containers, _ = make()
+    first = [expansion(container) for container in containers]
+    second = [expansion(container) for container in containers]
+    sum(weight.sum() for weight in first).backward()
+    once = containers[0]["default"].grad.clone()
+    sum(weight.sum() for weight in second).backward()
+    torch.testing.assert_close(containers[0]["default"].grad, 2 * once)
+
+
+def test_a_pass_over_some_layers_leaves_a_graph_for_the_others():
+    expansion, containers, products = make()
+    expansion(containers[0]).sum().backward()
+    expansion(containers[1]).sum().backward()
+    assert products == [3]
+    assert containers[1]["default"].grad[1:].abs().min() > 0
+
+
+CHANGES: dict[str, Callable[[nn.ParameterDict], object]] = {
+    "in place": lambda container: container["default"].detach().add_(1),
+    "through .data": lambda container: container["default"].data.add_(1),
+    "replaced .data": lambda container: setattr(container["default"], "data", container["default"].data + 1),
+    "new parameter": lambda container: container.update({"default": nn.Parameter(torch.randn(1 + COUNT))}),
+    "loaded": lambda container: container.load_state_dict({"default": torch.randn(1 + COUNT)}),
+}
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("seen", [1, 3], ids=["before its first read", "after a whole pass"])
+def test_a_change_is_noticed(change, gradients, seen):
+    expansion, containers, _ = make()
+    with torch.set_grad_enabled(gradients):
+        for container in containers[:seen]:
+            expansion(container)
+        change(containers[1])
+        assert_right(expansion, containers[1:])
+
+
+def test_frozen_then_trained_without_a_change_of_values():
+    expansion, containers, _ = make()
+    containers[1]["default"].requires_grad_(False)
+    expansion(containers[0])
+    containers[1]["default"].requires_grad_(True)
+    expansion(containers[1]).sum().backward()
+    assert containers[1]["default"].grad is not None
+
+
+def test_frozen_layers_get_values_without_a_graph():
+    expansion, containers, _ = make()
+    containers[1]["default"].requires_grad_(False)
+    assert expansion(containers[0]).requires_grad
+    assert not expansion(containers[1]).requires_grad
+
+
+def test_inference_mode_then_training():
+    expansion, containers, _ = make()
+    with torch.inference_mode():
+        expansion(containers[0])
+    weight = expansion(containers[0])
+    (weight**2).sum().backward()
+    assert containers[0]["default"].grad is not None
+    with torch.no_grad():
+        value = expansion(containers[1])
+    x = torch.ones(3, requires_grad=True)
+    (value @ x).sum().backward()  # the kept value is no inference tensor
+    assert x.grad is not None
+
+
+def test_a_container_that_never_joined_is_expanded_alone():
+    expansion, containers, products = make()
+    stranger = nn.ParameterDict({"default": nn.Parameter(torch.randn(1 + COUNT))})
+    assert_right(expansion, [containers[0], stranger])
+    assert products[-1] == 1
+
+
+def test_a_layer_that_lost_the_adapter_is_left_out():
+    expansion, containers, products = make()
+    del containers[1]["default"]
+    assert_right(expansion, [containers[0], containers[2]])
+    assert products == [2]
+
+
+def test_mixed_precisions_are_expanded_alone():
+    expansion, containers, products = make(2)
+    containers[1]["default"] = nn.Parameter(containers[1]["default"].detach().double())
+    assert expansion(containers[1]).dtype == torch.float64
+    assert expansion(containers[0]).dtype == torch.float32
+    assert products == [1, 1]
+
+
+def test_recomputed_inside_a_backward_pass():
+    """What activation checkpointing does: the same bits, and gradients for the layer alone."""
+    expansion, containers, products = make()
+    seen: list[torch.Tensor] = []
+
+    class Recompute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            with torch.no_grad():
+                seen.append(expansion(containers[1]))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                seen.append(expansion(containers[1]))
+                seen[-1].sum().backward()
+            return grad
+
+    Recompute.apply(torch.ones(1, requires_grad=True)).backward()
+    assert torch.equal(seen[0], seen[1])
+    assert containers[1]["default"].grad[1:].abs().min() > 0
+    assert containers[0]["default"].grad is None
+    assert products == [3]
+
+
+def test_broken_coefficients_are_refused_at_first_use():
+    expansion, containers, _ = make()
+    containers[2]["default"].data[2] = float("nan")
+    with pytest.raises(ValueError, match="coefficients of an adapter must be finite, got NaN or infinity"):
+        expansion(containers[0])
+
+
+def test_copies_expand_their_own_layers():
+    expansion, containers, _ = make()
+    expansion(containers[0])
+    other, others = copy.deepcopy((expansion, containers))
+    others[1]["default"].data.zero_()
+    assert_right(other, others)
+    assert_right(expansion, containers)
+
+
+def test_a_parameter_container_does_not_outlive_its_model():
+    expansion, containers, _ = make()
+    expansion(containers[0])
+    reference = weakref.ref(containers[0])
+    del expansion, containers
+    gc.collect()
+    assert reference() is None
