@@ -46,6 +46,7 @@ class SharedExpansion:
         self._layers: list[nn.ParameterDict] = []
         self._ready: dict[torch.device, _Expanded] = {}
         self._verified = False
+        self._sharded = False
 
     def add(self, layer: nn.ParameterDict) -> None:
         self._layers.append(layer)
@@ -57,7 +58,7 @@ class SharedExpansion:
             ValueError: the coefficients hold NaN or infinity when they are expanded for the first time.
         """
         parameter = layer[self.adapter_name]
-        if torch.compiler.is_compiling() or not _is_plain(parameter):
+        if torch.compiler.is_compiling() or self._sharded or not _is_plain(parameter):
             return self._expand_alone(parameter)
 
         needs_graph = parameter.requires_grad and torch.is_grad_enabled()
@@ -102,7 +103,10 @@ class SharedExpansion:
             and parameter.device == device
             and parameter.numel() >= self.span.stop
         }
-        if len({parameter.dtype for parameter in parameters.values()}) > 1:
+        # FSDP2 reduces the gradients of a unit when its backward pass ends. A graph over layers of several units would
+        # deliver some later, and units can be whole at the same time: one shard seen means that none may be joined.
+        self._sharded = any(_is_shard(layer[self.adapter_name]) for layer in self._layers if self.adapter_name in layer)
+        if self._sharded or len({parameter.dtype for parameter in parameters.values()}) > 1:
             parameters = {}
         gradients = torch.is_grad_enabled()
         # The tensors must outlive an inference mode that they are made under; leaving it turns gradients on.
@@ -111,7 +115,7 @@ class SharedExpansion:
             if parameters:
                 coefficients = self._stack(parameters)
                 if not self._verified:
-                    _check_finite(coefficients)
+                    _check_finite(coefficients.detach())
                     self._verified = True
                 weights = self.generator.expand(coefficients).view(-1, *self.shape)
                 expanded.stacked = coefficients.detach()
@@ -168,6 +172,14 @@ def _is_plain(parameter: torch.Tensor) -> bool:
         and parameter.numel() > 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def _is_shard(parameter: torch.Tensor) -> bool:
+    if type(parameter) is nn.Parameter or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # expensive to import, and imported already if there is a shard
+
+    return isinstance(parameter, DTensor)
 
 
 def _version(parameter: torch.Tensor) -> tuple[bool, int, int]:
