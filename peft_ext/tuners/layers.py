@@ -115,8 +115,8 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update `scaling * B @ A` in the shape of the base weight and the dtype of the coefficients."""
         A, B = self.factors(adapter)
-        # Half precision products are slow and coarse on a CPU.
-        return self._to_weight((B.float() @ A.float()) * self.scaling[adapter]).to(A.dtype)
+        dtype = torch.promote_types(A.dtype, torch.float32)  # half precision products are slow and coarse on a CPU
+        return self._to_weight((B.to(dtype) @ A.to(dtype)) * self.scaling[adapter]).to(A.dtype)
 
     @abstractmethod
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -150,6 +150,7 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
                 result = result + self._update(adapter, x)
         return result if result.dtype == dtype else result.to(dtype)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of adapters to the base weight.
 
@@ -166,6 +167,7 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
             self._add_to_base(self.get_delta_weight(adapter), safe_merge, adapter)
             self.merged_adapters.append(adapter)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the updates of the merged adapters off the base weight again."""
         if not self.merged:
@@ -176,7 +178,6 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
             if adapter in self.coefficients:
                 self._add_to_base(-self.get_delta_weight(adapter), False, adapter)
 
-    @torch.no_grad()
     def _add_to_base(self, delta: torch.Tensor, safe: bool, adapter: str) -> None:
         weight = self.get_base_weight()
         merged = (weight + delta.to(weight.device)).to(weight.dtype)

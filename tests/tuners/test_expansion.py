@@ -135,14 +135,19 @@ def test_inference_mode_then_training():
     expansion, containers, _ = make()
     with torch.inference_mode():
         expansion(containers[0])
-    weight = expansion(containers[0])
-    (weight**2).sum().backward()
+    (expansion(containers[0]) ** 2).sum().backward()
     assert containers[0]["default"].grad is not None
-    with torch.no_grad():
-        value = expansion(containers[1])
+
+
+def test_what_inference_mode_kept_can_be_saved_for_backward():
+    expansion, containers, products = make()
+    for container in containers:
+        container["default"].requires_grad_(False)
+    with torch.inference_mode():
+        expansion(containers[0])
     x = torch.ones(3, requires_grad=True)
-    (value @ x).sum().backward()  # the kept value is no inference tensor
-    assert x.grad is not None
+    (expansion(containers[0]) @ x).sum().backward()
+    assert x.grad is not None and products == [3]
 
 
 def test_a_container_that_never_joined_is_expanded_alone():

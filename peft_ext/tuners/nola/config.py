@@ -34,7 +34,7 @@ class NolaConfig(SeededConfig):
         share_basis (`bool`):
             Layers of equal shape combine the same random matrices (default): they are kept in memory once, and all
             layers are computed in one product. `False` gives each layer its own, named after its module: they are
-            drawn again at each use, which keeps memory small and is many times slower.
+            drawn again at each use, which keeps memory small and makes a training step two to three times as long.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of the modules to adapt, a regular expression, or `"all-linear"`. By default the query and value
             projections of known architectures. `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding` and the quantized
@@ -85,7 +85,7 @@ class NolaConfig(SeededConfig):
         metadata={
             "help": (
                 "Layers of equal shape combine the same random matrices. False gives each layer its own, drawn again "
-                "at each use: little memory, many times slower."
+                "at each use: little memory, steps two to three times as long."
             )
         },
     )
