@@ -98,11 +98,11 @@ class RandomBasis:
                 f"{tuple(coefficients.shape)}."
             )
         coefficients = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.streamed:
             # The compiler differentiates and plans memory itself: give it the plain product.
             flat = self._product(coefficients, adjoint=False)
         else:
-            flat = _Product.apply(coefficients, self, False)
+            flat = self._differentiable_product(coefficients)
         return flat + self._offset(coefficients) if self.offset_scale else flat
 
     @property
@@ -113,6 +113,10 @@ class RandomBasis:
     def vjp(self, coefficients: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The derivative of `(expand(coefficients) * grad).sum()`: shape and dtype of `coefficients`."""
         return self._product(grad, adjoint=True).to(coefficients.dtype)
+
+    @torch.compiler.disable
+    def _differentiable_product(self, x: torch.Tensor) -> torch.Tensor:
+        return _Product.apply(x, self, False)
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """`scale * x @ basis`, or `scale * x @ basis.T` for the adjoint."""
@@ -170,6 +174,7 @@ class RandomBasis:
         self._stored[part, device] = tensor
         return tensor
 
+    @torch.compiler.disable
     def _draw(self, part: str, count: int, start: int = 0) -> torch.Tensor:
         return randomness.uniform(self.seed, (*self.stream, part), count, start, self.version)
 
