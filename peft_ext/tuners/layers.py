@@ -171,7 +171,7 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Takes the updates of the merged adapters off the base weight again."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()

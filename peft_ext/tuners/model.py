@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -154,8 +155,22 @@ class SeededModel(BaseTuner):
             f"{names[id(layer.coefficients)]}.{adapter_name}": layer.coefficients[adapter_name].shape
             for layer in _layers(model, adapter_name)
         }
-        checkpoint.check_coefficients(state_dict, expected, marker=f".{cls.prefix}")
+        try:
+            checkpoint.check_coefficients(state_dict, expected, marker=f".{cls.prefix}")
+        except ValueError:
+            _withdraw(model, adapter_name)
+            raise
         return state_dict
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Takes off the adapter that PEFT has put into a model before its coefficients were looked at."""
+    if not isinstance(model, PeftModel):
+        return
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    elif isinstance(model.base_model, BaseTuner):
+        model.base_model.unload()
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[LowRankLayer]:
