@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import torch
 from . import randomness
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from .tuners.config import SeededConfig
 
 _CARD_START, _CARD_END = "<!-- peft_ext adapter -->", "<!-- end of peft_ext adapter -->"
@@ -143,6 +146,33 @@ def write_card(folder: str | os.PathLike[str], config: SeededConfig, base_model_
         text = f"{described}\n\n{rest}"
     header = ModelCardData(**data).to_yaml()
     ModelCard(f"---\n{header}\n---\n\n{text.strip()}\n", ignore_metadata_errors=True).save(path)
+
+
+def push_to_hub(model: PeftModel, repo_id: str, **options: Any) -> str:
+    """Saves an adapter and uploads it with its model card to the Hugging Face hub.
+
+    `model.push_to_hub` uploads the same files, but puts an empty card in place of ours. A card that is in the repository
+    keeps its text.
+
+    Args:
+        options: `private` and `token`; `revision`, `commit_message` and `create_pr` of `HfApi.upload_folder`.
+
+    Returns:
+        The address of the commit.
+    """
+    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    token = options.pop("token", None)
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            ModelCard.load(repo_id, token=token).save(os.path.join(folder, "README.md"))
+        except EntryNotFoundError:
+            pass
+        model.save_pretrained(folder)
+        return hub.upload_folder(repo_id=repo_id, folder_path=folder, **{"commit_message": "Upload adapter", **options})
 
 
 _AUTO_CLASSES = {
