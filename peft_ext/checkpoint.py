@@ -151,8 +151,8 @@ def write_card(folder: str | os.PathLike[str], config: SeededConfig, base_model_
 def push_to_hub(model: PeftModel, repo_id: str, **options: Any) -> str:
     """Saves an adapter and uploads it with its model card to the Hugging Face hub.
 
-    `model.push_to_hub` uploads the same files, but puts an empty card in place of ours. A card that is in the repository
-    keeps its text.
+    `model.push_to_hub` uploads the same files, but puts an empty card in place of ours. The text of a card that is in
+    the repository is kept.
 
     Args:
         options: `private` and `token`; `revision`, `commit_message` and `create_pr` of `HfApi.upload_folder`.

@@ -246,6 +246,10 @@ def prepare_output_dir(training: TrainingArguments, arguments: Sequence[Any], ov
                         f"resume_from_checkpoint: the run in {folder} was started with {key} = {before.get(key)!r}, "
                         f"now it is {record.get(key)!r}"
                     )
+    if resume is None:
+        # Marks of a run that is overwritten: without them nothing of it is taken for finished or continued.
+        for stale in [*folder.glob("*/result.json"), *folder.glob("*/checkpoint-*/trainer_state.json")]:
+            stale.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

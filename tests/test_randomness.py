@@ -85,9 +85,7 @@ def test_independent_of_torch_state():
 def test_independent_of_threads():
     expected = randomness.uniform(1, STREAM, 3000)
     results: list[torch.Tensor] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(randomness.uniform(1, STREAM, 3000))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(randomness.uniform(1, STREAM, 3000))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -115,7 +113,9 @@ def test_uniform_on_the_interval():
     assert abs((numbers[1:] * numbers[:-1]).mean()) < 0.0017
 
 
-@pytest.mark.parametrize("other", [(1, STREAM), (0, ("known", "answers")), (0, ("known", "answer", 0)), (0, ("knowna", "nswer"))])
+@pytest.mark.parametrize(
+    "other", [(1, STREAM), (0, ("known", "answers")), (0, ("known", "answer", 0)), (0, ("knowna", "nswer"))]
+)
 def test_seeds_and_streams_are_independent(other):
     a, b = randomness.uniform(0, STREAM, 10_000), randomness.uniform(*other, 10_000)
     assert abs((a * b).mean()) < 0.0167  # five standard errors
