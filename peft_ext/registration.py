@@ -17,13 +17,9 @@ def _extend_peft_type(name: str) -> None:
     member._name_ = member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType)
-    add_member = getattr(PeftType, "_add_member_", None)
-    if add_member is not None:  # Python 3.13
-        add_member(name, member)
-    else:
-        setattr(PeftType, name, member)
-        PeftType._member_map_[name] = member
-        PeftType._member_names_.append(name)
+    setattr(PeftType, name, member)
+    PeftType._member_map_[name] = member
+    PeftType._member_names_.append(name)
     PeftType._value2member_map_[name] = member
 
 
