@@ -19,6 +19,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import peft_ext  # noqa: F401  (registers its methods with PEFT)
 
+# PEFT's own look-up, by plain name.
+_CONFIG_CLASSES = {str(key.value).lower(): config for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 CONFIGS = Path(__file__).parent / "configs"
 
 # Where a run is written and how it reports may change between an interruption and its continuation.
@@ -76,7 +78,7 @@ class Method:
             seed: The run's seed. It becomes the seed of the method's frozen numbers too, where the method has such a
                 field and the user left it open, so that a spread over seeds includes the draw of the basis.
         """
-        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[self.name.upper()]
+        config_class = _CONFIG_CLASSES[self.name]
         options = {"task_type": task_type, **self.options}
         if "seed" in (f.name for f in dataclasses.fields(config_class)):
             options.setdefault("seed", seed)
@@ -113,20 +115,23 @@ def parse_methods(specs: Sequence[str]) -> list[Method]:
             raise UserError(f"methods: {spec!r} is neither a name nor a mapping with a 'name'")
         options = dict(options)
         name = options.pop("name").lower()
-        known = {str(key.value).lower() for key in PEFT_TYPE_TO_CONFIG_MAPPING}
-        if name not in known:
-            raise UserError(f"methods: unknown method {name!r}; PEFT has {', '.join(sorted(known))}")
+        if name not in _CONFIG_CLASSES:
+            raise UserError(f"methods: unknown method {name!r}; PEFT has {', '.join(sorted(_CONFIG_CLASSES))}")
         learning_rate = options.pop("learning_rate", None)
         if learning_rate is not None and (not isinstance(learning_rate, (int, float)) or learning_rate <= 0):
             raise UserError(f"method {name!r}: learning_rate is {learning_rate!r}; it must be a positive number")
-        scalars = [f"{key}={value}" for key, value in options.items() if isinstance(value, (int, float)) and key != "label"]
+        scalars = [
+            f"{key}={value}" for key, value in options.items() if isinstance(value, (int, float)) and key != "label"
+        ]
         label = str(options.pop("label", " ".join([name, *scalars])))
         internal = {f.name for f in dataclasses.fields(PeftConfig)}
-        fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[name.upper()])
+        fields = dataclasses.fields(_CONFIG_CLASSES[name])
         allowed = sorted({f.name for f in fields if f.init} - internal)
         for key, value in options.items():
             if key not in allowed:
-                raise UserError(f"method {name!r}: unknown option {key!r} (given {value!r}); it has {', '.join(allowed)}")
+                raise UserError(
+                    f"method {name!r}: unknown option {key!r} (given {value!r}); it has {', '.join(allowed)}"
+                )
         methods.append(Method(name, label, learning_rate, options))
     folders = [method.folder for method in methods]
     for method in methods:
@@ -217,7 +222,7 @@ def prepare_output_dir(training: TrainingArguments, arguments: Sequence[Any], ov
         arguments: All argument dataclasses, recorded in ``arguments.json``.
         overwrite: Whether files may be overwritten.
     """
-    folder = Path(training.output_dir)
+    folder = Path(str(training.output_dir))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file")
     resume = training.resume_from_checkpoint

@@ -21,5 +21,5 @@ class CorpusBleu(evaluate.Metric):
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         # sacrebleu takes one stream per reference number; None marks a text that has fewer references.
         width = max(map(len, references))
-        streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]
+        streams: list = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]
         return {"bleu": sacrebleu.corpus_bleu(predictions, streams).score}

@@ -1,0 +1,288 @@
+"""Causal language models for the recipes: loading, data, generation, scores."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import evaluate
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from recipes.common import UserError
+
+_METRIC_FOLDER = Path(__file__).parent / "metrics"
+_METRICS = {"BLEU": "corpus_bleu", "ROUGE-L": "rouge_l"}
+# The evaluated subset must be the same for every method and every seed of a run.
+_SUBSET_SEED = 0
+
+
+@dataclass
+class ModelArguments:
+    """Which model is adapted."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local folder of a causal LM."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file inside that model."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type that the frozen weights are loaded in."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained and evaluated on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local folder or one local file."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_split: str = field(
+        default="train", metadata={"help": "Training split; slices as 'train[:90%%]' are allowed."}
+    )
+    eval_split: str = field(default="validation", metadata={"help": "Validation split."})
+    source_column: str | None = field(default=None, metadata={"help": "Column that the prompt is made of."})
+    target_column: str | None = field(default=None, metadata={"help": "Column to be written after the prompt."})
+    text_column: str | None = field(default=None, metadata={"help": "Plain text, in place of source and target."})
+    prompt_template: str = field(
+        default="{source}\n",
+        metadata={"help": "The prompt. A space precedes the target unless this ends in white space."},
+    )
+    max_source_length: int = field(default=256, metadata={"help": "Tokens of a prompt; longer ones lose their start."})
+    max_target_length: int = field(default=256, metadata={"help": "Tokens of a target or text with its end mark."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Pairs for the validation loss."})
+    max_eval_prompts: int | None = field(default=None, metadata={"help": "Prompts that are written out and scored."})
+
+
+@dataclass
+class GenerationArguments:
+    """How text is decoded for the scores."""
+
+    max_new_tokens: int = field(default=96, metadata={"help": "Longest output in tokens."})
+    num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy decoding."})
+    length_penalty: float = field(default=1.0, metadata={"help": "Above 0 favours long outputs in beam search."})
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "No n-gram of this size occurs twice; 0 allows all."}
+    )
+
+
+@dataclass
+class TextData:
+    """Encoded training and validation pairs, and the prompts to write out with their references."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    prompts: list[str]
+    references: list[list[str]]
+
+
+def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer, which gets a padding token if it has none."""
+    if args.model_name_or_path is None:
+        raise UserError("no model: give --model_name_or_path, or --preset quickstart, which needs no hub")
+    source: dict[str, Any] = {"pretrained_model_name_or_path": args.model_name_or_path, "gguf_file": args.gguf_file}
+    options: dict[str, Any] = {"dtype": args.dtype}
+    if args.gguf_file and hasattr(transformers, "GgufConfig"):
+        # Newer versions of transformers keep the blocks packed by default, and the Trainer refuses those.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded("model_name_or_path", args.model_name_or_path, error)) from error
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {args.model_name_or_path} has no end-of-text token")
+    if tokenizer.pad_token is None:
+        # Padding is masked by the collator, so that a true end of text keeps its loss.
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _not_loaded(field_name: str, value: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"{field_name}: cannot load {value!r}: {reason}\n"
+        "Without a connection to the hub these work: --preset quickstart (makes its own model and data), "
+        "--model_name_or_path FOLDER and --dataset_name FOLDER_OR_FILE with local files."
+    )
+
+
+def load_splits(args: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Load the two splits and check that they hold the columns that were asked for."""
+    columns = [args.text_column] if args.text_column else [args.source_column, args.target_column]
+    if args.dataset_name is None:
+        raise UserError("no data set: give --dataset_name, or --preset quickstart, which needs no hub")
+    if None in columns or (args.text_column and (args.source_column or args.target_column)):
+        raise UserError("name the columns: either --source_column and --target_column, or --text_column")
+    path = Path(args.dataset_name)
+    # `datasets` picks the reader of a single file by its ending when it is given the folder and the file.
+    where: dict[str, Any] = (
+        {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset_name}
+    )
+    try:
+        train, validation = datasets.load_dataset(
+            name=args.dataset_config_name, split=[args.train_split, args.eval_split], **where
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(_not_loaded("dataset_name", args.dataset_name, error)) from error
+    for name, split in ((args.train_split, train), (args.eval_split, validation)):
+        if len(split) == 0:
+            raise UserError(f"split {name!r} of {args.dataset_name} is empty")
+        for column in columns:
+            if column not in split.column_names:
+                raise UserError(
+                    f"column {column!r} is not in split {name!r} of {args.dataset_name}; "
+                    f"it has {', '.join(map(repr, split.column_names))}"
+                )
+            if any(not isinstance(value, str) for value in split[column]):
+                raise UserError(f"column {column!r} of split {name!r} of {args.dataset_name} holds more than strings")
+    return train, validation
+
+
+def encode(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, args: DataArguments
+) -> dict[str, list[list[int]]]:
+    """Turn rows into token ids, with labels on the target and its end mark only.
+
+    A plain text is a target without a prompt.
+    """
+    if args.text_column:
+        targets = batch[args.text_column]
+        prompts = [""] * len(targets)
+    else:
+        targets = batch[str(args.target_column)]
+        prompts = render_prompts(batch[str(args.source_column)], args)
+        gap = "" if args.prompt_template[-1:].isspace() else " "
+        targets = [gap + target for target in targets]
+    encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    heads = tokenizer(prompts)["input_ids"]
+    tails = tokenizer(targets, add_special_tokens=False)["input_ids"]
+    for head, tail in zip(heads, tails):
+        head = head[-args.max_source_length :]
+        tail = [*tail, tokenizer.eos_token_id][: args.max_target_length]
+        encoded["input_ids"].append(head + tail)
+        encoded["attention_mask"].append([1] * len(head + tail))
+        encoded["labels"].append([-100] * len(head) + tail)
+    return encoded
+
+
+def render_prompts(sources: Sequence[str], args: DataArguments) -> list[str]:
+    """The prompts of some meanings."""
+    # Not str.format: a source or template may hold other braces.
+    return [args.prompt_template.replace("{source}", source) for source in sources]
+
+
+def group_references(sources: Sequence[str], targets: Sequence[str]) -> dict[str, list[str]]:
+    """Collect the targets of every distinct source, in order of appearance."""
+    groups: dict[str, list[str]] = {}
+    for source, target in zip(sources, targets):
+        groups.setdefault(source, []).append(target)
+    return groups
+
+
+def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TextData:
+    """Load, check, sample and encode the data."""
+    if not args.text_column and "{source}" not in args.prompt_template:
+        raise UserError(f"prompt_template: {args.prompt_template!r} does not contain {{source}}")
+    for name in ("max_source_length", "max_target_length", "max_train_samples", "max_eval_samples", "max_eval_prompts"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    train, validation = load_splits(args)
+    prompts: list[str] = []
+    references: list[list[str]] = []
+    if not args.text_column:
+        groups = group_references(validation[args.source_column], validation[args.target_column])
+        sources = list(groups)
+        if args.max_eval_prompts is not None and args.max_eval_prompts < len(sources):
+            sources = random.Random(_SUBSET_SEED).sample(sources, args.max_eval_prompts)
+        prompts = render_prompts(sources, args)
+        references = [groups[source] for source in sources]
+
+    def prepare(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+        if limit is not None and limit < len(split):
+            split = split.shuffle(seed=_SUBSET_SEED).select(range(limit))
+        return split.map(
+            encode,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "args": args},
+            remove_columns=split.column_names,
+            keep_in_memory=True,
+            desc="encoding",
+        )
+
+    return TextData(
+        train=prepare(train, args.max_train_samples),
+        validation=prepare(validation, args.max_eval_samples),
+        prompts=prompts,
+        references=references,
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    args: GenerationArguments,
+    max_source_length: int,
+    batch_size: int,
+) -> list[str]:
+    """Write a text for every prompt; the processes of a distributed run share the work and all get the whole.
+
+    Args:
+        model: The model, adapted or not.
+        tokenizer: Its tokenizer.
+        prompts: What to continue.
+        args: Decoding settings.
+        max_source_length: Prompts are cut to this many tokens, as in training.
+        batch_size: Prompts decoded at once in a process.
+
+    Returns:
+        The continuations, in the order of the prompts.
+    """
+    beam_search = {"length_penalty": args.length_penalty} if args.num_beams > 1 else {}
+    config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        num_beams=args.num_beams,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **beam_search,
+    )
+    model.eval()
+    texts: list[str] = []
+    with PartialState().split_between_processes(list(prompts)) as share:
+        for start in range(0, len(share), batch_size):
+            heads = [ids[-max_source_length:] for ids in tokenizer(share[start : start + batch_size])["input_ids"]]
+            batch = tokenizer.pad({"input_ids": heads}, padding_side="left", return_tensors="pt").to(model.device)
+            output = model.generate(**batch, generation_config=config)  # type: ignore[operator]
+            texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in gather_object(texts)]
+
+
+def score(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU and ROUGE-L. A model that runs on is cut at its first line break where no reference has one.
+
+    That favours the untrained model, which seldom ends by itself.
+    """
+    if not any("\n" in text for texts in references for text in texts):
+        outputs = [text.split("\n")[0] for text in outputs]
+    scores: dict[str, float] = {}
+    for name, module in _METRICS.items():
+        metric = evaluate.load(str(_METRIC_FOLDER / module), keep_in_memory=True)
+        (scores[name],) = metric.compute(predictions=outputs, references=references).values()
+    return scores
