@@ -1,0 +1,349 @@
+"""NOLA through what people use around PEFT: transformers' own adapters, auto classes, pipelines, Trainer, the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from dense_nola import coefficients_of
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    convert_to_lora,
+    get_peft_model,
+    inject_adapter_in_model,
+    save_as_lora,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import peft_ext
+from peft_ext import NolaConfig
+
+X = tiny_models.tokens()
+
+
+def randomised(model: nn.Module, adapter: str = "default") -> None:
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".nola_coefficients.{adapter}"):
+            parameter.data.normal_()
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> str:
+    folder = tmp_path / "base"
+    tiny_models.llama().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def base(base_folder: str) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(base_folder)
+
+
+@pytest.fixture
+def model(base: nn.Module) -> PeftModel:
+    config = NolaConfig(r=2, num_basis=(5, 7), target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM)
+    adapted = get_peft_model(base, config)
+    randomised(adapted)
+    return adapted.eval()
+
+
+@pytest.fixture
+def adapter_folder(model: PeftModel, tmp_path: Path) -> str:
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return str(tmp_path / "adapter")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(X).logits
+
+
+# transformers' own adapters
+
+
+def test_add_adapter(model: PeftModel, base_folder: str, tmp_path: Path) -> None:
+    """`add_adapter` gives the model that `get_peft_model` gives; what it saves loads in both ways."""
+    own = AutoModelForCausalLM.from_pretrained(base_folder)
+    own.add_adapter(NolaConfig(r=2, num_basis=(5, 7), target_modules=["q_proj", "v_proj"]))
+    assert torch.equal(logits(own), logits(AutoModelForCausalLM.from_pretrained(base_folder)))
+    randomised(own)
+    assert torch.equal(logits(own), logits(model))
+
+    own.save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "adapter_config.json").exists() and not (tmp_path / "own" / "model.safetensors").exists()
+    config = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
+    assert config["fingerprint"]
+    loaded = AutoModelForCausalLM.from_pretrained(base_folder)
+    loaded.load_adapter(str(tmp_path / "own"))
+    assert torch.equal(logits(loaded), logits(model))
+    peft_loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(tmp_path / "own"))
+    assert torch.equal(logits(peft_loaded), logits(model))
+
+
+def test_load_adapter(adapter_folder: str, base_folder: str, model: PeftModel) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(base_folder)
+    plain = logits(loaded)
+    loaded.load_adapter(adapter_folder, adapter_name="first")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.add_adapter(NolaConfig(r=3, num_basis=4, seed=5, target_modules=["o_proj"], init_weights=False), "second")
+    loaded.set_adapter("first")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.set_adapter("second")
+    assert not torch.equal(logits(loaded), logits(model))
+    loaded.disable_adapters()
+    assert torch.equal(logits(loaded), plain)
+    loaded.enable_adapters()
+    loaded.set_adapter("first")
+    loaded.delete_adapter("second")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.active_adapters() == ["first"]
+
+
+def test_training_of_an_adapter_of_transformers(base_folder: str) -> None:
+    own = AutoModelForCausalLM.from_pretrained(base_folder)
+    own.add_adapter(NolaConfig(r=2, num_basis=4, target_modules=["q_proj"]))
+    trainable = [name for name, p in own.named_parameters() if p.requires_grad]
+    assert trainable and all("nola_" in name for name in trainable)
+    own.train()
+    optimizer = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = own(input_ids=X, labels=X).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_auto_model_from_an_adapter_folder(adapter_folder: str, model: PeftModel) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapter_folder)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_auto_peft_model(adapter_folder: str, base: nn.Module, model: PeftModel, tmp_path: Path) -> None:
+    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter_folder)
+    assert isinstance(loaded, PeftModel) and torch.equal(logits(loaded), logits(model))
+
+    model.peft_config["default"].task_type = None  # then the class of the base model is recorded
+    model.save_pretrained(str(tmp_path / "without task"))
+    loaded = AutoPeftModel.from_pretrained(str(tmp_path / "without task"))
+    assert isinstance(loaded, PeftModel) and torch.equal(logits(loaded), logits(model))
+
+
+def test_inject_adapter_in_model() -> None:
+    model = inject_adapter_in_model(
+        NolaConfig(r=2, num_basis=4, target_modules=["first"], init_weights=False), tiny_models.Layers()
+    )
+    assert not torch.equal(model(torch.ones(1, 8), ("first",)), tiny_models.Layers()(torch.ones(1, 8), ("first",)))
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_vision_transformer_with_a_new_classifier(safetensors: bool, tmp_path: Path) -> None:
+    config = NolaConfig(r=2, num_basis=4, modules_to_save=["classifier"], init_weights=False)
+    model = get_peft_model(tiny_models.vit(), config)
+    images = torch.randn(2, 3, 16, 16)
+    model(images).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(str(tmp_path), safe_serialization=safetensors)
+    loaded = PeftModel.from_pretrained(tiny_models.vit(), str(tmp_path))
+    assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_generation_equals_that_of_the_merged_model(model: PeftModel, cache: bool) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "use_cache": cache, "pad_token_id": 0}
+    prompt = X[:2, :4]
+    found = model.generate(input_ids=prompt, **settings)
+    assert found.shape[1] > 4
+    with model.disable_adapter():
+        plain = model.generate(input_ids=prompt, **settings)
+    assert not torch.equal(found, plain)
+    assert torch.equal(found, model.generate(input_ids=prompt, **{**settings, "use_cache": not cache}))
+    assert torch.equal(found, model.merge_and_unload().generate(input_ids=prompt, **settings))
+
+
+def test_generation_between_training_steps(model: PeftModel) -> None:
+    """As in reinforcement learning: text is generated from the weights of the last step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    settings: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
+    for _ in range(3):
+        found = model.generate(input_ids=X[:2, :4], output_logits=True, **settings)
+        with torch.no_grad():
+            expected = model(found.sequences[:, :-1]).logits[:, 3:]
+        torch.testing.assert_close(torch.stack(found.logits, 1), expected, rtol=1e-4, atol=1e-5)
+        model(input_ids=X, labels=X).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_pipeline(adapter_folder: str, base_folder: str, model: PeftModel) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(tiny_models.VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w2")
+    tokenizer.save_pretrained(base_folder)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    texts = [
+        transformers.pipeline("text-generation", model=each, tokenizer=tokenizer)("w5 w9 w31", **settings)
+        for each in (adapter_folder, model, model.merge_and_unload())
+    ]
+    texts.append(transformers.pipeline("text-generation", model=adapter_folder)("w5 w9 w31", **settings))
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert texts[0][0]["generated_text"].split()
+
+
+# Training, conversion, sharing
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(model: PeftModel, checkpointing: bool, tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in tiny_models.tokens(batch=8)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=checkpointing,
+        learning_rate=0.1,
+        report_to=[],
+        disable_tqdm=True,
+        save_steps=1,
+        use_cpu=True,
+        logging_steps=1,
+    )
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (".nola_coefficients." in name), name
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 8192
+    loaded = PeftModel.from_pretrained(tiny_models.llama(), str(checkpoint))
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+    resumed = get_peft_model(tiny_models.llama(), model.peft_config["default"])
+    trainer = transformers.Trainer(model=resumed, args=arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert torch.equal(logits(resumed.eval()), logits(loaded))
+
+
+def test_converting_to_lora(model: PeftModel, base_folder: str, tmp_path: Path) -> None:
+    """A NOLA update has the rank of its factors: a LoRA of the same rank holds it without loss."""
+    config, state_dict = convert_to_lora(model, rank=2)
+    assert isinstance(config, LoraConfig) and config.r == 2
+    save_as_lora(tmp_path / "lora", model, rank=2)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(tmp_path / "lora"))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-4)
+    assert state_dict
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
+def test_converting_other_layers_to_lora(kind: str) -> None:
+    config = NolaConfig(r=2, num_basis=4, target_modules=[kind], init_weights=False)
+    model = get_peft_model(tiny_models.Layers(), config)
+    try:
+        _, state_dict = convert_to_lora(model, rank=2)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        pytest.skip(f"PEFT converts linear layers alone: {error}")
+    assert state_dict
+
+
+@pytest.fixture
+def uploaded() -> Iterator[dict[str, bytes]]:
+    """What is sent to the hub, by file name; nothing leaves the machine."""
+    files: dict[str, bytes] = {}
+
+    def commit(self: Any, *args: Any, **arguments: Any) -> Any:
+        for operation in arguments["operations"]:
+            with operation.as_file() as file:
+                files[operation.path_in_repo] = file.read()
+        return mock.Mock(commit_url="https://hub/commit")
+
+    created = mock.Mock(repo_id="somebody/adapter")
+    with (
+        mock.patch("huggingface_hub.HfApi.create_commit", commit),
+        mock.patch("huggingface_hub.HfApi.create_repo", return_value=created),
+    ):
+        yield files
+
+
+def test_push_to_hub(model: PeftModel, uploaded: dict[str, bytes]) -> None:
+    """PEFT's method uploads the adapter; transformers puts a card of its own in place of that of the adapter."""
+    model.push_to_hub("somebody/adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(uploaded)
+    assert json.loads(uploaded["adapter_config.json"])["fingerprint"]
+    assert len(uploaded["adapter_model.safetensors"]) < 4 * 48 + 8192
+
+
+@pytest.mark.parametrize("remote", [None, "---\nlicense: mit\n---\n\n# Mine\n\nTrained with care.\n"])
+def test_push_to_hub_with_the_model_card(model: PeftModel, remote: str | None) -> None:
+    """Our function uploads the card of the adapter, with the text of a card that is in the repository."""
+    uploaded: dict[str, Any] = {}
+    load_file = ModelCard.load
+
+    def load(name: str, **options: Any) -> ModelCard:
+        if name != "somebody/adapter":
+            return load_file(name, **options)
+        if remote is None:
+            raise EntryNotFoundError("no card")
+        return ModelCard(remote)
+
+    def upload(self: Any, *, repo_id: str, folder_path: str, **options: Any) -> str:
+        uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, **options)
+        return f"https://hub/{repo_id}"
+
+    created = mock.Mock(repo_id="somebody/adapter")
+    with (
+        mock.patch.object(ModelCard, "load", load),
+        mock.patch("huggingface_hub.HfApi.upload_folder", upload),
+        mock.patch("huggingface_hub.HfApi.create_repo", return_value=created) as create,
+    ):
+        address = peft_ext.push_to_hub(model, "adapter", private=True, revision="new")
+    assert address == "https://hub/somebody/adapter" and uploaded.pop("revision") == "new"
+    assert create.call_args.kwargs["private"] is True and uploaded.pop("commit_message")
+    assert set(uploaded) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    card = ModelCard(uploaded["README.md"].decode())
+    assert "import peft_ext" in card.text and card.data.library_name == "peft"
+    assert remote is None or ("Trained with care." in card.text and card.data.license == "mit")
+
+
+def test_trainable_parameters_and_status(model: PeftModel) -> None:
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == 48 == sum(p.numel() for p in coefficients_of(model).values())
+    assert total == trainable + sum(p.numel() for p in tiny_models.llama().parameters())
+    status = model.get_model_status()
+    assert status.base_model_type == "LlamaForCausalLM" and status.adapter_model_type == "NolaModel"
+    assert status.peft_types == {"default": "NOLA"}
+    assert status.num_adapter_layers == 4 and status.enabled and status.active_adapters == ["default"]
+    assert "nola.NolaLinear" in repr(model) or "nola.Linear" in repr(model)
+
+
+def test_mixed_adapter_types_are_refused(base: nn.Module) -> None:
+    with pytest.raises(ValueError, match="NOLA"):
+        get_peft_model(base, NolaConfig(target_modules=["q_proj"]), mixed=True)

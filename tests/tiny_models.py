@@ -1,0 +1,83 @@
+"""Tiny models with random weights, made from configurations alone: no hub, no files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+VOCABULARY = 64
+
+
+def llama(layers: int = 2, **options: Any) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **options})).eval()
+
+
+def gpt2(layers: int = 2, **options: Any) -> transformers.GPT2LMHeadModel:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": layers,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**settings, **options})).eval()
+
+
+def vit(layers: int = 2, labels: int = 3) -> transformers.ViTForImageClassification:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+        num_labels=labels,
+    )
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def tokens(batch: int = 4, length: int = 12, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+class Layers(nn.Module):
+    """One layer of every kind that can be adapted, called by name, in any order and any number of times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 8)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8, bias=False)
+        self.wide = nn.Linear(8, 24)
+        self.conv1d = Conv1D(8, 24)
+        self.conv2d = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor, path: tuple[str, ...]) -> torch.Tensor:
+        for name in path:
+            x = torch.tanh(getattr(self, name)(x))
+        return x
