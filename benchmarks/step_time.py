@@ -130,11 +130,8 @@ class Runner:
     def frozen_bytes(self) -> int:
         """Memory of what the adapter adds and does not train."""
         adapter = str(self.model.base_model.prefix)
-        own = {
-            id(tensor): tensor.nbytes
-            for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if adapter in name and not tensor.requires_grad
-        }
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        own = {id(tensor): tensor.nbytes for name, tensor in tensors if adapter in name and not tensor.requires_grad}
         bases = {
             id(expansion.generator): expansion.generator.nbytes
             for layer in self.model.modules()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -23,8 +24,9 @@ import peft_ext  # noqa: F401  (registers its methods with PEFT)
 _CONFIG_CLASSES = {str(key.value).lower(): config for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 CONFIGS = Path(__file__).parent / "configs"
 
+_RECORD = "arguments.json"
 # Where a run is written and how it reports may change between an interruption and its continuation.
-_FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "preset", "disable_tqdm"}
+_FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm", "use_cpu"}
 
 
 class UserError(Exception):
@@ -175,6 +177,9 @@ def parse_arguments(recipe: str, types: Sequence[Any], argv: Sequence[str]) -> t
         path = presets[preset]
     if path is not None:
         flags = _flags_of_file(path, known) + flags
+    if not getattr(torch, "accelerator", torch.cuda).is_available():
+        # Without being told so, Accelerate takes the processes of a launch on CPUs for single ones.
+        flags.insert(0, "--use_cpu=true")
     try:
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
@@ -212,15 +217,16 @@ def _hint(name: str, known: set[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "; --help lists what there is"
 
 
-def prepare_output_dir(training: TrainingArguments, arguments: Sequence[Any], overwrite: bool) -> None:
+def check_output_dir(training: TrainingArguments, arguments: Sequence[Any], overwrite: bool) -> dict[str, Any]:
     """Refuse a folder that holds files, unless it is to be overwritten or continued with the same arguments.
-
-    Call it in the main process only.
 
     Args:
         training: The Trainer's arguments.
-        arguments: All argument dataclasses, recorded in ``arguments.json``.
+        arguments: All argument dataclasses.
         overwrite: Whether files may be overwritten.
+
+    Returns:
+        What `claim_output_dir` writes down once all other input is checked too.
     """
     folder = Path(str(training.output_dir))
     if folder.exists() and not folder.is_dir():
@@ -231,32 +237,37 @@ def prepare_output_dir(training: TrainingArguments, arguments: Sequence[Any], ov
             f"resume_from_checkpoint: {resume!r}; the recipe finds the last checkpoint of every method in --output_dir "
             "by itself, so the only value is true"
         )
+    if folder.is_dir() and any(folder.iterdir()) and resume is None and not overwrite:
+        raise UserError(
+            f"output_dir: {folder} is not empty; name another, or give --overwrite_output_dir, or continue the "
+            "interrupted run in it with --resume_from_checkpoint true"
+        )
     record = {}
     for each in arguments:
         values = each.to_dict() if isinstance(each, TrainingArguments) else dataclasses.asdict(each)
         record.update({key: value for key, value in values.items() if key not in _FREE_ON_RESUME})
     record = json.loads(json.dumps(record, default=str))
-    path = folder / "arguments.json"
-    if folder.is_dir() and any(folder.iterdir()):
-        if resume is None and not overwrite:
-            raise UserError(
-                f"output_dir: {folder} is not empty; name another, or give --overwrite_output_dir, or continue the "
-                "interrupted run in it with --resume_from_checkpoint true"
-            )
-        if resume is not None and path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            for key in sorted(record.keys() | before.keys()):
-                if record.get(key) != before.get(key):
-                    raise UserError(
-                        f"resume_from_checkpoint: the run in {folder} was started with {key} = {before.get(key)!r}, "
-                        f"now it is {record.get(key)!r}"
-                    )
-    if resume is None:
+    path = folder / _RECORD
+    if resume is not None and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted(record.keys() | before.keys()):
+            if record.get(key) != before.get(key):
+                raise UserError(
+                    f"resume_from_checkpoint: the run in {folder} was started with {key} = {before.get(key)!r}, "
+                    f"now it is {record.get(key)!r}"
+                )
+    return record
+
+
+def claim_output_dir(training: TrainingArguments, record: dict[str, Any]) -> None:
+    """Write down the arguments of the run that begins, or goes on, in the folder; for the main process."""
+    folder = Path(str(training.output_dir))
+    if training.resume_from_checkpoint is None:
         # Marks of a run that is overwritten: without them nothing of it is taken for finished or continued.
         for stale in [*folder.glob("*/result.json"), *folder.glob("*/checkpoint-*/trainer_state.json")]:
             stale.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:

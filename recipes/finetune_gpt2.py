@@ -44,9 +44,10 @@ from recipes.common import (
     Method,
     MethodArguments,
     UserError,
+    check_output_dir,
+    claim_output_dir,
     parse_arguments,
     parse_methods,
-    prepare_output_dir,
     run_main,
 )
 from recipes.reload_adapter import verify_in_fresh_process
@@ -236,9 +237,8 @@ def main(argv: Sequence[str]) -> None:
     is_main = PartialState().is_main_process
     if quickstart_args.restaurants and (model_args.model_name_or_path or data_args.dataset_name):
         raise UserError("restaurants makes its own model and data: leave out --model_name_or_path and --dataset_name")
-    if is_main:
-        prepare_output_dir(training, arguments, method_args.overwrite_output_dir)
-    PartialState().wait_for_everyone()
+    record = check_output_dir(training, arguments, method_args.overwrite_output_dir)
+    PartialState().wait_for_everyone()  # no process may write before all have looked
     output_dir = Path(training.output_dir)
 
     if quickstart_args.restaurants:
@@ -250,6 +250,9 @@ def main(argv: Sequence[str]) -> None:
     check_lengths(task, data_args)
     for method in methods:
         adapt(task, method, seeds[0])  # whether it fits the model shows here, before hours of training
+    if is_main:
+        claim_output_dir(training, record)
+    PartialState().wait_for_everyone()
 
     def run_once(folder: Path, run: Callable[[], RunResult]) -> RunResult:
         path = folder / "result.json"

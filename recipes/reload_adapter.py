@@ -47,7 +47,10 @@ def _compute(
         do_sample=False,
         pad_token_id=pad_token_id,
     )
-    return {"logits": model(input_ids=ids).logits[0].cpu(), "written": written[0].cpu()}
+    return {
+        "logits": model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].cpu(),
+        "written": written[0].cpu(),
+    }
 
 
 def verify_in_fresh_process(

@@ -13,7 +13,15 @@ from transformers import TrainingArguments
 
 from peft_ext import NolaConfig
 from recipes.causal_lm import DataArguments, GenerationArguments, ModelArguments
-from recipes.common import CONFIGS, MethodArguments, UserError, parse_arguments, parse_methods, prepare_output_dir
+from recipes.common import (
+    CONFIGS,
+    MethodArguments,
+    UserError,
+    check_output_dir,
+    claim_output_dir,
+    parse_arguments,
+    parse_methods,
+)
 from recipes.finetune_gpt2 import QuickstartArguments
 
 TYPES = [ModelArguments, DataArguments, GenerationArguments, MethodArguments, QuickstartArguments, TrainingArguments]
@@ -135,7 +143,7 @@ def test_bad_methods_are_refused(specs: list[str], said: list[str]) -> None:
 
 def prepare(folder: Path, *argv: str) -> None:
     parsed = parse_arguments("finetune_gpt2", TYPES, ["--output_dir", str(folder), *argv])
-    prepare_output_dir(parsed[-1], parsed, parsed[3].overwrite_output_dir)
+    claim_output_dir(parsed[-1], check_output_dir(parsed[-1], parsed, parsed[3].overwrite_output_dir))
 
 
 def test_output_folder(tmp_path: Path) -> None:
@@ -167,22 +175,21 @@ def test_bad_input_of_the_recipe(flags: list[str], refused: Callable[[list[str]]
         place = flags.index(name)
         return flags[:place] + flags[place + 2 :]
 
-    out = tmp_path / "out"
-    said = refused([*flags, "--source_column", "meaning", "--overwrite_output_dir"])
+    said = refused([*flags, "--source_column", "meaning"])
     assert "'meaning'" in said and "'mr', 'ref'" in said and "'train'" in said
-    assert "--preset quickstart" in refused([*without("--model_name_or_path"), "--overwrite_output_dir"])
+    assert "--preset quickstart" in refused([*without("--model_name_or_path")])
     # The tests run with HF_HUB_OFFLINE=1, which fails as an unreachable hub does, at once.
     for name in ("--model_name_or_path", "--dataset_name"):
-        said = refused([*flags, name, "nobody/nothing", "--overwrite_output_dir"])
+        said = refused([*flags, name, "nobody/nothing"])
         assert "'nobody/nothing'" in said and all(
             flag in said for flag in ("--preset quickstart", "--model_name_or_path", "--dataset_name")
         )
-    assert '"dev"' in refused([*flags, "--eval_split", "dev", "--overwrite_output_dir"])
-    assert "--text_column" in refused([*without("--target_column"), "--overwrite_output_dir"])
-    assert "{source}" in refused([*flags, "--prompt_template", "x", "--overwrite_output_dir"])
-    assert "128 positions" in refused([*flags, "--max_source_length", "120", "--overwrite_output_dir"])
-    assert "max_train_samples is 0" in refused([*flags, "--max_train_samples", "0", "--overwrite_output_dir"])
-    said = refused([*flags, "--methods", "{name: lora, target_modules: [nowhere]}", "--overwrite_output_dir"])
+    assert '"dev"' in refused([*flags, "--eval_split", "dev"])
+    assert "--text_column" in refused([*without("--target_column")])
+    assert "{source}" in refused([*flags, "--prompt_template", "x"])
+    assert "128 positions" in refused([*flags, "--max_source_length", "120"])
+    assert "max_train_samples is 0" in refused([*flags, "--max_train_samples", "0"])
+    said = refused([*flags, "--methods", "{name: lora, target_modules: [nowhere]}"])
     assert "nowhere" in said and "lora" in said
-    assert "leave out" in refused([*flags, "--restaurants", "--overwrite_output_dir"])
-    assert {path.name for path in out.iterdir()} == {"arguments.json"}, "something was trained"
+    assert "leave out" in refused([*flags, "--restaurants"])
+    assert not (tmp_path / "out").exists(), "a refused run must not stand in the way of the next"

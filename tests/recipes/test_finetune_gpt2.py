@@ -161,10 +161,13 @@ def test_two_processes(flags: list[str], tmp_path: Path) -> None:
     # Half the pairs in each process: the same steps as in one.
     done = run([*launch, *flags, *METHODS[:2], "--per_device_train_batch_size", "2"])
     assert done.returncode == 0, done.stderr
+    (checkpoint,) = (tmp_path / "out" / "nola-r=4-num_basis=16-seed42").glob("checkpoint-*")
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2, "it was one process"
     assert done.stdout.count("results.json, results.md and loss.png are in") == 1
     for one, two in zip(results(tmp_path / "one"), results(tmp_path / "out")):
-        # The processes draw other dropout masks, so that only the untrained loss is the same.
-        tolerance = 1e-5 if one["label"] == "untrained" else 0.03
+        # The Trainer weights tokens alike in all batches that the processes evaluate at the same time, and batches
+        # alike otherwise, hence not the same to the last digit; in training the processes draw other dropout masks.
+        tolerance = 0.002 if one["label"] == "untrained" else 0.03
         assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=tolerance)
         assert len(two["outputs"]) == 6 and two["metrics"]
     assert results(tmp_path / "one")[0]["outputs"] == results(tmp_path / "out")[0]["outputs"]

@@ -396,6 +396,31 @@ def test_data_write_after_a_pass_without_the_layer() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_parameters_that_share_memory_have_gradients_of_their_own() -> None:
+    """New parameters with the values and the memory of the old ones: nothing but their identity tells them apart."""
+    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
+    model = get_peft_model(tiny_models.Layers(), config)
+    x = torch.randn(3, 8)
+    model(x, ("first",))
+    coefficients = model.base_model.model.second.nola_coefficients
+    old = coefficients["default"]
+    coefficients["default"] = nn.Parameter(old.detach())
+    model(x, ("second",)).sum().backward()
+    assert old.grad is None and coefficients["default"].grad is not None
+
+
+def test_frozen_adapter_first_used_in_inference_mode() -> None:
+    """Weights that were made in inference mode serve for gradients of the inputs later."""
+    case = make(inference_mode=True)
+    model = case[0]
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        loss_of(1)(model)
+    embedded = model.get_input_embeddings()(tiny_models.tokens()).requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+
+
 def test_training_matches_dense_training() -> None:
     model, base, config = make()
     dense = {name: value.detach().clone().requires_grad_() for name, value in coefficients_of(model).items()}
@@ -567,6 +592,31 @@ def test_jacobian_and_vmap(case: Case) -> None:
         )
     loss_of(1)(model).backward()
     check(case, 1)
+
+
+def test_transforms_of_the_inputs() -> None:
+    """Parameters that a transform does not see as such: no wrapped tensor stays behind for the next pass."""
+    base = tiny_models.Layers().double()
+    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
+    model = get_peft_model(copy.deepcopy(base), config).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x, ("first", "second")).square().sum()
+
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        loss(model, leaf).backward()
+        assert leaf.grad is not None
+        torch.testing.assert_close(torch.func.grad(lambda x: loss(model, x))(x), leaf.grad)
+        torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda row: loss(model, row)))(x), leaf.grad)
+        torch.testing.assert_close(torch.func.jacrev(torch.func.grad(lambda x: loss(model, x)))(x).shape, (3, 8, 3, 8))
+        data_write(model)
+        model.zero_grad()
+    expected = dense_gradients(base, config, model, lambda m: loss(m, x))
+    loss(model, x).backward()
+    for name, parameter in coefficients_of(model).items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=TOLERANCE, atol=1e-6)
 
 
 @pytest.fixture
