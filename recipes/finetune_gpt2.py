@@ -242,6 +242,8 @@ def main(argv: Sequence[str]) -> None:
     output_dir = Path(training.output_dir)
 
     if quickstart_args.restaurants:
+        # So small a model gains little from more threads, and waits long for them where others use the cores too.
+        torch.set_num_threads(1)
         model_args.model_name_or_path, data_args.dataset_name = restaurants.prepare(output_dir, training.use_cpu)
     with PartialState().main_process_first():
         base, tokenizer = load_model(model_args)
