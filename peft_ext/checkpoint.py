@@ -85,11 +85,16 @@ def check_coefficients(state_dict: Mapping[str, torch.Tensor], expected: Mapping
                 f"The saved adapter does not fit its configuration: {key!r} must have shape {tuple(shape)}, got "
                 f"{tuple(state_dict[key].shape)}. `num_basis` in adapter_config.json must be what it was trained with."
             )
-        if not torch.isfinite(state_dict[key]).all():
-            raise ValueError(
-                f"The coefficients of an adapter must be finite, got NaN or infinity in {key!r}. The checkpoint is "
-                "damaged, or the training that wrote it diverged."
-            )
+        check_finite(state_dict[key], f" in {key!r}")
+
+
+def check_finite(coefficients: torch.Tensor, where: str = "") -> None:
+    """Raises a ValueError, which says `where`, if coefficients hold NaN or infinity."""
+    if not torch.isfinite(coefficients).all():
+        raise ValueError(
+            f"The coefficients of an adapter must be finite, got NaN or infinity{where}. The checkpoint is damaged, or "
+            "the training that wrote it diverged."
+        )
 
 
 def write_card(folder: str | os.PathLike[str], config: SeededConfig, base_model_class: str | None = None) -> None:

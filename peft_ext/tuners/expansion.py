@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import check_finite
 from ..generators import RandomBasis
 
 
@@ -115,7 +116,7 @@ class SharedExpansion:
             if parameters:
                 coefficients = self._stack(parameters)
                 if not self._verified:
-                    _check_finite(coefficients.detach())
+                    check_finite(coefficients.detach())
                     self._verified = True
                 weights = self.generator.expand(coefficients).view(-1, *self.shape)
                 expanded.stacked = coefficients.detach()
@@ -186,11 +187,3 @@ def _version(parameter: torch.Tensor) -> tuple[bool, int, int]:
     # An inference tensor counts no versions; the comparison of values still sees changes.
     count = 0 if parameter.is_inference() else parameter._version
     return parameter.requires_grad, count, parameter.data_ptr()
-
-
-def _check_finite(coefficients: torch.Tensor) -> None:
-    if not torch.isfinite(coefficients).all():
-        raise ValueError(
-            "The coefficients of an adapter must be finite, got NaN or infinity. The checkpoint is damaged, or the "
-            "training that wrote it diverged."
-        )
