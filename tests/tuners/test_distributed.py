@@ -1,8 +1,8 @@
 """Training in two processes (gloo, CPU) gives the losses and gradients of one process on the whole batch.
 
 PEFT's LoRA is the control: `distributed_worker.py RANK FOLDER lora "NAME;NAME"` runs it. It failed in two places: with
-unused parameters to be found, re-entrant checkpointing and an adapted head (the error that NOLA has there), and once, in
-FSDP2 with bfloat16, it missed the tolerance.
+unused parameters to be found, re-entrant checkpointing and an adapted head (the error that NOLA has there), and once,
+in FSDP2 with bfloat16, it missed the tolerance.
 """
 
 from __future__ import annotations
