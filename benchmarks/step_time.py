@@ -1,4 +1,4 @@
-"""Time of a training step and of generation, wrapping, memory and file size: NOLA beside PEFT's own methods.
+"""Time of a training step and of generation, wrapping, memory and file size: our methods beside PEFT's own.
 
 Every method is timed in turn with LoRA r=8 on the same batch, step by step, and the table shows the median of the
 ratios of the pairs: a machine that slows down for a while slows both.
@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 import peft_ext
-from peft_ext.tuners.layers import LowRankLayer
+from peft_ext.tuners.layers import SeededLayer
 
 BASELINE = "LoRA r=8"
 
@@ -45,6 +45,12 @@ def methods(targets: list[str]) -> dict[str, Callable[[], peft.PeftConfig]]:
         "RandLoRA r=32 (query only)": lambda: peft.RandLoraConfig(r=32, target_modules=query),
         "NOLA r=8, 256 bases": lambda: peft_ext.NolaConfig(r=8, num_basis=256, target_modules=targets),
         "NOLA r=8, 1024 bases": lambda: peft_ext.NolaConfig(r=8, num_basis=1024, target_modules=targets),
+        "PRANC, 10000 coefficients": lambda: peft_ext.PrancConfig(num_coefficients=10_000, target_modules=targets),
+        "PRANC dense, 10 coefficients": lambda: peft_ext.PrancConfig(
+            num_coefficients=10, basis="dense", target_modules=targets
+        ),
+        "MCNC r=8": lambda: peft_ext.McncConfig(r=8, target_modules=targets),
+        "MCNC weights": lambda: peft_ext.McncConfig(apply_to="weight", target_modules=targets),
         "NOLA r=8, 256 bases, a basis per layer": lambda: peft_ext.NolaConfig(
             r=8, num_basis=256, share_basis=False, target_modules=targets
         ),
@@ -133,11 +139,12 @@ class Runner:
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         own = {id(tensor): tensor.nbytes for name, tensor in tensors if adapter in name and not tensor.requires_grad}
         bases = {
-            id(expansion.generator): expansion.generator.nbytes
+            id(tensor): tensor.nbytes
             for layer in self.model.modules()
-            if isinstance(layer, LowRankLayer)
+            if isinstance(layer, SeededLayer)
             for expansions in layer.expansions.values()
             for expansion in expansions
+            for tensor in expansion.generator.frozen
         }
         return sum(own.values()) + sum(bases.values())
 

@@ -5,9 +5,13 @@ Importing this package registers the methods with PEFT.
 
 from .checkpoint import push_to_hub
 from .registration import register
+from .tuners.mcnc import McncConfig, McncModel
 from .tuners.nola import NolaConfig, NolaModel
+from .tuners.pranc import PrancConfig, PrancModel
 
 __version__ = "0.1.0"
-__all__ = ["NolaConfig", "NolaModel", "push_to_hub"]
+__all__ = ["McncConfig", "McncModel", "NolaConfig", "NolaModel", "PrancConfig", "PrancModel", "push_to_hub"]
 
 register("NOLA", NolaConfig, NolaModel)
+register("PRANC", PrancConfig, PrancModel)
+register("MCNC", McncConfig, McncModel)

@@ -135,6 +135,7 @@ def write_card(folder: str | os.PathLike[str], config: SeededConfig, base_model_
                 version=config.generator_version,
                 fingerprint=fields["fingerprint"],
                 shapes=_shapes(fields["target_shapes"] or {}),
+                notice=f"\n{config.notice}\n" if config.notice else "",
                 auto_class=_AUTO_CLASSES.get(config.task_type or "", base_model_class or "AutoModel"),
             )
             .strip(),

@@ -1,5 +1,7 @@
 """Frozen generators: coefficients -> weights. They know nothing of PEFT, models or layers."""
 
-from .linear import RandomBasis
+from .base import Generator
+from .linear import RandomBasis, SparseBasis
+from .manifold import SineManifold
 
-__all__ = ["RandomBasis"]
+__all__ = ["Generator", "RandomBasis", "SineManifold", "SparseBasis"]

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
-import weakref
+import math
+from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .. import randomness
+from .base import Frozen, Generator, autocast_off, uniform_tensor
 
-_CHUNK = 1 << 22  # numbers of a streamed basis in memory at once (16 MiB)
-
-
-def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """Keeps weights from being generated in the low precision that autocast chooses for activations."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+_CHUNK = 1 << 22  # random numbers in memory at once (16 MiB)
 
 
-class RandomBasis:
-    """`offset + scale * coefficients @ basis` for a frozen basis that is regenerated from a seed.
+class LinearGenerator(Generator):
+    """`coefficients @ basis`, perhaps with a constant offset. The backward pass needs the basis alone."""
+
+    streamed = False
+
+    @abstractmethod
+    def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
+        """`x @ basis`, or `x @ basis.T` for the adjoint; the last dimension of `x` is the one multiplied."""
+
+    def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() and not self.streamed:
+            # The compiler differentiates and plans memory itself: give it the plain product.
+            with autocast_off(coefficients.device):
+                return self._product(coefficients, adjoint=False)
+        return self._differentiable_product(coefficients)
+
+    def vjp(self, coefficients: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        with autocast_off(grad.device):
+            return self._product(grad, adjoint=True).to(coefficients.dtype)
+
+    @torch.compiler.disable
+    def _differentiable_product(self, x: torch.Tensor) -> torch.Tensor:
+        return _Product.apply(x, self, False)
+
+
+@dataclass(frozen=True, repr=False)
+class RandomBasis(LinearGenerator):
+    """`offset + scale * coefficients @ basis` for a frozen dense basis that is regenerated from a seed.
 
     Entry `(i, j)` of the basis is number `i * size + j` of the seed's stream `(*stream, "basis")`, so a basis with
     more vectors begins with those of a smaller one. The offset is the start of the stream `(*stream, "offset")`.
 
-    A stored basis is made at first use, once per device, and shared by everything that asks for the same one through
-    `shared`. A streamed basis is never kept: chunks of it are drawn again in every forward and backward pass.
-
-    The map is linear, so its backward pass needs the basis alone: no tensor is saved for it. One expansion can
-    therefore serve code that counts or offloads saved tensors (activation checkpointing) without being noticed.
+    A stored basis is made at first use, once per device, and shared by all generators of the same numbers. A streamed
+    basis is never kept: chunks of it are drawn again in every forward and backward pass.
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -44,90 +62,43 @@ class RandomBasis:
         version: of the randomness specification.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        stream: tuple[str | int, ...],
-        num_basis: int,
-        size: int,
-        *,
-        scale: float = 1.0,
-        offset_scale: float = 0.0,
-        streamed: bool = False,
-        version: int = randomness.GENERATOR_VERSION,
-    ) -> None:
-        self.seed = seed
-        self.stream = stream
-        self.num_basis = num_basis
-        self.size = size
-        self.scale = scale
-        self.offset_scale = offset_scale
-        self.streamed = streamed
-        self.version = version
-        self._stored: dict[tuple[str, torch.device], torch.Tensor] = {}
-
-    _shared: weakref.WeakValueDictionary[tuple[Any, ...], RandomBasis] = weakref.WeakValueDictionary()
-
-    @classmethod
-    def shared(cls, seed: int, stream: tuple[str | int, ...], num_basis: int, size: int, **options: Any) -> RandomBasis:
-        """The one basis of these arguments in this process, for as long as something uses it."""
-        key = (cls, seed, stream, num_basis, size, *sorted(options.items()))
-        basis = cls._shared.get(key)
-        if basis is None:
-            basis = cls._shared[key] = cls(seed, stream, num_basis, size, **options)
-        return basis
-
-    def expand(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Expands one or many coefficient vectors.
-
-        Computed in at least float32 whatever the autocast state. Differentiable any number of times and usable under
-        `torch.func` transforms.
-
-        Args:
-            coefficients: shape `(..., num_basis)`.
-
-        Returns:
-            Shape `(..., size)`; float64 for float64 coefficients, otherwise float32.
-
-        Raises:
-            ValueError: the last dimension is not `num_basis`.
-        """
-        if coefficients.shape[-1] != self.num_basis:
-            raise ValueError(
-                f"`coefficients` must have {self.num_basis} entries in the last dimension, got shape "
-                f"{tuple(coefficients.shape)}."
-            )
-        coefficients = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
-        if torch.compiler.is_compiling() and not self.streamed:
-            # The compiler differentiates and plans memory itself: give it the plain product.
-            flat = self._product(coefficients, adjoint=False)
-        else:
-            flat = self._differentiable_product(coefficients)
-        return flat + self._offset(coefficients) if self.offset_scale else flat
+    seed: int
+    stream: tuple[str | int, ...]
+    num_basis: int
+    size: int
+    scale: float = 1.0
+    offset_scale: float = 0.0
+    streamed: bool = False
+    version: int = randomness.GENERATOR_VERSION
+    _basis: Frozen = field(init=False, compare=False)
+    _offset: Frozen = field(init=False, compare=False)
 
     @property
-    def nbytes(self) -> int:
-        """Memory that the basis holds now: 0 before its first use, and always if it is streamed."""
-        return sum(tensor.nbytes for tensor in self._stored.values())
+    def num_coefficients(self) -> int:  # type: ignore[override]
+        return self.num_basis
 
-    def vjp(self, coefficients: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The derivative of `(expand(coefficients) * grad).sum()`: shape and dtype of `coefficients`."""
-        return self._product(grad, adjoint=True).to(coefficients.dtype)
+    def __post_init__(self) -> None:
+        basis = (uniform_tensor, self.seed, (*self.stream, "basis"), (self.num_basis, self.size), 1.0, self.version)
+        offset = (uniform_tensor, self.seed, (*self.stream, "offset"), (self.size,), self.offset_scale, self.version)
+        # A streamed basis is never asked for its tensor.
+        object.__setattr__(self, "_basis", Frozen.shared(*basis))
+        object.__setattr__(self, "_offset", Frozen(*offset, keep=False) if self.streamed else Frozen.shared(*offset))
 
-    @torch.compiler.disable
-    def _differentiable_product(self, x: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(x, self, False)
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        if self.streamed:
+            return ()
+        return (self._basis, self._offset) if self.offset_scale else (self._basis,)
+
+    def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
+        flat = super()._expand(coefficients)
+        return flat + self._offset.like(coefficients) if self.offset_scale else flat
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
-        """`scale * x @ basis`, or `scale * x @ basis.T` for the adjoint."""
         x = x * self.scale
-        with autocast_off(x.device):
-            if not self.streamed:
-                matrix = self._matrix(x)
-                return x @ (matrix.mT if adjoint else matrix)
-            return self._streamed_product(x, adjoint)
-
-    def _streamed_product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
+        if not self.streamed:
+            matrix = self._basis.like(x)
+            return x @ (matrix.mT if adjoint else matrix)
         result = x.new_zeros(*x.shape[:-1], self.num_basis if adjoint else self.size)
         for rows, columns, block in self._blocks():
             block = block.to(x)
@@ -146,54 +117,121 @@ class RandomBasis:
             for left in range(0, self.size, width):
                 columns = slice(left, min(left + width, self.size))
                 count = (rows.stop - rows.start) * (columns.stop - columns.start)
-                yield rows, columns, self._draw("basis", count, top * self.size + left).view(rows.stop - top, -1)
-
-    def _matrix(self, like: torch.Tensor) -> torch.Tensor:
-        return self._cached("basis", like, (self.num_basis, self.size))
-
-    def _offset(self, like: torch.Tensor) -> torch.Tensor:
-        if self.streamed:
-            return (self._draw("offset", self.size) * self.offset_scale).to(like)
-        return self._cached("offset", like, (self.size,), self.offset_scale)
-
-    def _cached(self, part: str, like: torch.Tensor, shape: tuple[int, ...], factor: float = 1.0) -> torch.Tensor:
-        tensor = self._stored.get((part, like.device))
-        if tensor is None:
-            if like.is_meta:
-                return like.new_empty(shape)
-            tensor = self._materialize(part, like.device, shape, factor)
-        return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+                yield rows, columns, self._draw(count, top * self.size + left).view(rows.stop - top, -1)
 
     @torch.compiler.disable
-    def _materialize(self, part: str, device: torch.device, shape: tuple[int, ...], factor: float) -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            drawn = self._draw(part, torch.Size(shape).numel()).view(shape)
-            tensor = (drawn if factor == 1.0 else drawn * factor).to(device)
-        if device.type != "cpu":
-            self._stored.pop((part, torch.device("cpu")), None)  # the model has moved: keep no second copy
-        self._stored[part, device] = tensor
-        return tensor
-
-    @torch.compiler.disable
-    def _draw(self, part: str, count: int, start: int = 0) -> torch.Tensor:
-        return randomness.uniform(self.seed, (*self.stream, part), count, start, self.version)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stored": {}}  # copies and pickles regenerate the numbers
+    def _draw(self, count: int, start: int) -> torch.Tensor:
+        return randomness.uniform(self.seed, (*self.stream, "basis"), count, start, self.version)
 
     def __repr__(self) -> str:
         stream = ", ".join(map(str, self.stream))
         return f"RandomBasis({stream}: {self.num_basis} x {self.size}, seed={self.seed})"
 
 
+@dataclass(frozen=True, repr=False)
+class SparseBasis(LinearGenerator):
+    """`scale * coefficients @ basis` for a frozen basis with `nnz` nonzero entries in every column.
+
+    Each of the `size` weights reads `nnz` coefficients, each with a random sign. The weights are cut into runs of
+    `num_coefficients`, and every run reads each coefficient once, in an order of its own; the last run may be
+    shorter. So with `nnz=1` the vectors of the basis have disjoint supports: they are orthogonal, and a factor next
+    to 1 gives them one and the same norm, `scale * sqrt(size / num_coefficients)`. (Where there are fewer weights
+    than coefficients, some coefficients are not read at all.) The idea is UniLoRA's projection (arXiv 2506.00799).
+
+    The order of run `i` sorts the numbers `i * num_coefficients` onwards of the seed's stream
+    `(*stream, "order", t)`, equal numbers in their order of appearance; weight `j` has the sign of number `j` of
+    `(*stream, "sign", t)`. `t` counts the coefficients that a weight reads.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        stream: name of the basis; see `peft_ext.randomness`.
+        num_coefficients: length of a coefficient vector.
+        size: number of weights.
+        scale: root mean square of a weight when that of the coefficients is 1.
+        nnz: coefficients that a weight reads, times `1 / sqrt(nnz)`.
+        version: of the randomness specification.
+    """
+
+    seed: int
+    stream: tuple[str | int, ...]
+    num_coefficients: int
+    size: int
+    scale: float = 1.0
+    nnz: int = 1
+    version: int = randomness.GENERATOR_VERSION
+    _reads: tuple[Frozen, ...] = field(init=False, compare=False)
+    _factors: tuple[Frozen, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        arguments = (self.num_coefficients, self.size, self.version)
+        for name, make in (("_reads", _signed_assignment), ("_factors", _column_factors)):
+            frozen = [Frozen.shared(make, self.seed, self.stream, t, *arguments) for t in range(self.nnz)]
+            object.__setattr__(self, name, tuple(frozen))
+
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        return *self._reads, *self._factors
+
+    def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
+        # Coefficient c with sign +1 is entry c of the table of 2 * num_coefficients, with sign -1 entry c + that many.
+        k = self.num_coefficients
+        parts = []
+        for read, factors in zip(self._reads, self._factors):
+            index, factor = read.like(x), factors.like(x)
+            if adjoint:
+                table = x.new_zeros(*x.shape[:-1], 2 * k).index_add(-1, index, x)
+                parts.append((table[..., :k] - table[..., k:]) * factor)
+            else:
+                scaled = x * factor
+                parts.append(torch.cat((scaled, -scaled), -1).index_select(-1, index))
+        total = sum(parts[1:], parts[0])
+        scale = self.scale / math.sqrt(self.nnz)
+        return total if scale == 1 else total * scale
+
+    def __repr__(self) -> str:
+        stream = ", ".join(map(str, self.stream))
+        return f"SparseBasis({stream}: {self.num_coefficients} x {self.size}, seed={self.seed})"
+
+
+def _signed_assignment(
+    seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, size: int, version: int
+) -> torch.Tensor:
+    """Which coefficient each weight reads, plus `num_coefficients` where its sign is -1: int32 of shape `(size,)`."""
+    result = torch.empty(size, dtype=torch.int32 if 2 * num_coefficients < 2**31 else torch.int64)
+    step = max(1, _CHUNK // num_coefficients) * num_coefficients
+    for start in range(0, size, step):
+        runs = -(-min(step, size - start) // num_coefficients)
+        keys = randomness.uniform(seed, (*stream, "order", t), runs * num_coefficients, start, version)
+        order = keys.view(runs, num_coefficients).argsort(dim=1, stable=True).flatten()[: size - start]
+        negative = randomness.uniform(seed, (*stream, "sign", t), len(order), start, version) < 0
+        result[start : start + len(order)] = order + negative * num_coefficients
+    return result
+
+
+def _column_factors(
+    seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, size: int, version: int
+) -> torch.Tensor:
+    """What gives all vectors of the basis the same norm: those that the last run reads have an entry more."""
+    whole_runs, rest = divmod(size, num_coefficients)
+    factors = torch.ones(num_coefficients)
+    if whole_runs and rest:
+        ideal = size / num_coefficients
+        start = whole_runs * num_coefficients
+        keys = randomness.uniform(seed, (*stream, "order", t), num_coefficients, start, version)
+        factors.fill_(math.sqrt(ideal / whole_runs))
+        factors[keys.argsort(stable=True)[:rest]] = math.sqrt(ideal / (whole_runs + 1))
+    return factors
+
+
 class _Product(torch.autograd.Function):
-    """`scale * x @ basis` or its adjoint; each is the other's derivative. Nothing is saved for backward."""
+    """`x @ basis` or its adjoint; each is the other's derivative. Nothing is saved for backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, basis: RandomBasis, adjoint: bool) -> torch.Tensor:
-        return basis._product(x, adjoint)
+    def forward(x: torch.Tensor, basis: LinearGenerator, adjoint: bool) -> torch.Tensor:
+        with autocast_off(x.device):
+            return basis._product(x, adjoint)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -80,6 +80,7 @@ class SeededConfig(PeftConfig):
 
     method_name: ClassVar[str]
     paper: ClassVar[str]
+    notice: ClassVar[str] = ""  # put into model cards
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,3 +139,9 @@ def check_positive_integer(name: str, value: Any) -> None:
     """Raises a ValueError that names the field unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError that names the field unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import check_finite
-from ..generators import RandomBasis
+from ..generators import Generator
 
 
 class SharedExpansion:
@@ -37,28 +37,40 @@ class SharedExpansion:
         shape: of one layer's weights, of `size` entries.
         adapter_name: the adapter whose coefficients are read.
         span: the part of each layer's coefficients that this generator reads.
+        one_vector: other layers of the model read the same coefficients, each with an expansion of its own.
     """
 
-    def __init__(self, generator: RandomBasis, shape: tuple[int, ...], adapter_name: str, span: slice) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        shape: tuple[int, ...],
+        adapter_name: str,
+        span: slice,
+        one_vector: bool = False,
+    ) -> None:
         self.generator = generator
         self.shape = shape
         self.adapter_name = adapter_name
         self.span = span
-        self._layers: list[nn.ParameterDict] = []
+        self.one_vector = one_vector
+        self.layers: list[nn.ParameterDict] = []
         self._ready: dict[torch.device, _Expanded] = {}
         self._verified = False
         self._sharded = False
 
     def add(self, layer: nn.ParameterDict) -> None:
-        self._layers.append(layer)
+        self.layers.append(layer)
 
     def __call__(self, layer: nn.ParameterDict) -> torch.Tensor:
         """The generated weights of `layer`, in float32 (float64 for float64 coefficients).
 
         Raises:
             ValueError: the coefficients hold NaN or infinity when they are expanded for the first time.
+            RuntimeError: one vector for many layers, where its gradient would be wrong or it cannot be read.
         """
         parameter = layer[self.adapter_name]
+        if self.one_vector:
+            self._check_whole(parameter)
         if torch.compiler.is_compiling() or self._sharded or not _is_plain(parameter):
             return self._expand_alone(parameter)
 
@@ -67,6 +79,12 @@ class SharedExpansion:
         if ready is not None and not self._fits(ready, layer, parameter):
             ready = None
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
+            if self.one_vector and ready is not None and not ready.graph and _is_distributed():
+                raise RuntimeError(
+                    "Re-entrant gradient checkpointing in several processes gives wrong gradients for coefficients "
+                    "that many layers share (PRANC): they would be reduced before all layers have added theirs. Use "
+                    "non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
             value = ready.values[layer].flatten() if ready else None
             return _Recomputed.apply(parameter[self.span], self.generator, value).view(self.shape)
         if ready is not None and not self._serves(ready, layer, needs_graph):
@@ -77,6 +95,14 @@ class SharedExpansion:
                 return self._expand_alone(parameter)
         ready.served.add(layer)
         return ready.graph[layer] if needs_graph else ready.values[layer]
+
+    def _check_whole(self, parameter: torch.Tensor) -> None:
+        if _is_shard(parameter) or parameter.numel() != self.generator.num_coefficients:
+            raise RuntimeError(
+                "The coefficients that many layers share (PRANC) cannot be read: FSDP has put them into a unit other "
+                "than this layer's. Wrap the whole model as one unit: `fully_shard(model)` alone, or no "
+                "auto_wrap_policy (fsdp_auto_wrap_policy: NO_WRAP)."
+            )
 
     def _fits(self, ready: _Expanded, layer: nn.ParameterDict, parameter: torch.Tensor) -> bool:
         if ready.parameters.get(layer) is not parameter or ready.versions[layer] != _version(parameter):
@@ -98,7 +124,7 @@ class SharedExpansion:
     def _expand_all(self, device: torch.device) -> _Expanded:
         parameters = {
             layer: parameter
-            for layer in self._layers
+            for layer in self.layers
             if self.adapter_name in layer
             and _is_plain(parameter := layer[self.adapter_name])
             and parameter.device == device
@@ -106,7 +132,7 @@ class SharedExpansion:
         }
         # FSDP2 reduces the gradients of a unit when its backward pass ends. A graph over layers of several units would
         # deliver some later, and units can be whole at the same time: one shard seen means that none may be joined.
-        self._sharded = any(_is_shard(layer[self.adapter_name]) for layer in self._layers if self.adapter_name in layer)
+        self._sharded = any(_is_shard(layer[self.adapter_name]) for layer in self.layers if self.adapter_name in layer)
         if self._sharded or len({parameter.dtype for parameter in parameters.values()}) > 1:
             parameters = {}
         gradients = torch.is_grad_enabled()
@@ -134,7 +160,7 @@ class SharedExpansion:
         return {**self.__dict__, "_ready": {}}  # copies and pickles of a model expand for themselves
 
     def __repr__(self) -> str:
-        return f"SharedExpansion({self.generator!r}, {len(self._layers)} layers)"
+        return f"SharedExpansion({self.generator!r}, {len(self.layers)} layers)"
 
 
 class _Expanded:
@@ -154,9 +180,7 @@ class _Recomputed(torch.autograd.Function):
     """Expands one layer's coefficients, with the value taken from an earlier expansion if there is one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, coefficients: torch.Tensor, generator: RandomBasis, value: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, coefficients: torch.Tensor, generator: Generator, value: torch.Tensor | None) -> torch.Tensor:
         # No tensor is saved for backward: non-reentrant checkpointing compares the numbers of saved tensors.
         ctx.generator, ctx.coefficients = generator, coefficients
         return generator.expand(coefficients) if value is None else value.clone()
@@ -181,6 +205,14 @@ def _is_shard(parameter: torch.Tensor) -> bool:
     from torch.distributed.tensor import DTensor  # expensive to import, and imported already if there is a shard
 
     return isinstance(parameter, DTensor)
+
+
+def _is_distributed() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
 
 
 def _version(parameter: torch.Tensor) -> tuple[bool, int, int]:

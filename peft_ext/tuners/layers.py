@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import Any, cast
+from typing import Any, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,19 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..generators import RandomBasis
+from ..generators import Generator
 from .expansion import SharedExpansion
+
+Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+"""Of a weight: a matrix of shape `(fan_out, fan_in)`, or its factors A `(r, fan_in)` and B `(fan_out, r)`."""
 
 
 def layer_kind(base_layer: nn.Module) -> str | None:
-    """`"linear"`, `"conv2d"` or `"embedding"` for a layer that can be adapted, quantized or not, otherwise `None`."""
+    """What kind of layer can be adapted, quantized or not.
+
+    `"linear"`, `"conv2d"`, `"embedding"`, `"vector"` for a module that holds vectors only, such as the weight and bias
+    of a norm, and otherwise `None`.
+    """
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         return None  # nn.MultiheadAttention reads this layer's weight and never calls it: an adapter would do nothing
     if isinstance(base_layer, (nn.Linear, Conv1D)):
@@ -29,10 +36,16 @@ def layer_kind(base_layer: nn.Module) -> str | None:
     if isinstance(base_layer, nn.Embedding):
         return "embedding"
     backend = resolve_quantization_backend(base_layer)
-    return backend.layer_type if backend is not None else None
+    if backend is not None:
+        return backend.layer_type
+    parameters = list(base_layer.parameters(recurse=False))
+    vectors = parameters and all(parameter.dim() == 1 for parameter in parameters)
+    return "vector" if vectors and not list(base_layer.children()) else None
 
 
 def _features(base_layer: nn.Module) -> tuple[int, int]:
+    if layer_kind(base_layer) == "vector":
+        return 1, sum(parameter.numel() for parameter in base_layer.parameters())
     in_features, out_features = _get_in_out_features(base_layer)
     if in_features is None or out_features is None:
         raise ValueError(f"Cannot tell the input and output sizes of a {type(base_layer).__name__}.")
@@ -42,7 +55,7 @@ def _features(base_layer: nn.Module) -> tuple[int, int]:
 def fans(base_layer: nn.Module) -> tuple[int, int]:
     """(fan_out, fan_in) of a layer that can be adapted: the shape of its weight as a matrix, inputs in the columns.
 
-    For an embedding the inputs are the tokens.
+    For an embedding the inputs are the tokens; the vectors of a norm are one column.
     """
     fan_in, fan_out = _features(base_layer)
     if isinstance(base_layer, nn.Conv2d):
@@ -50,16 +63,16 @@ def fans(base_layer: nn.Module) -> tuple[int, int]:
     return fan_out, fan_in
 
 
-class LowRankLayer(nn.Module, BaseTunerLayer):
-    """A layer `W` with the update `scaling * B @ A`, where a method makes the factors.
+class SeededLayer(nn.Module, BaseTunerLayer):
+    """A layer `W` with the update `scaling * M`, where a method makes M from a seed and coefficients.
 
-    A method subclasses this once for its parameters and names, and once more together with each of `LowRankLinear`,
-    `LowRankConv2d` and `LowRankEmbedding`. It provides `factors` and fills `scaling` and `dropout` per adapter.
+    A method subclasses this once for its parameters and names, and once more together with each of `SeededLinear`,
+    `SeededConv2d` and `SeededEmbedding`. It provides `update` and fills `scaling` and `dropout` per adapter.
     """
 
     method: str  # lower-case name, which is also the prefix of every attribute that belongs to adapters
-    fan_in: int  # columns of A
-    fan_out: int  # rows of B
+    fan_in: int  # columns of M
+    fan_out: int  # rows of M
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
@@ -78,10 +91,10 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
             fan_in_fan_out and not isinstance(self.get_base_layer(), nn.Linear)
         )
 
-    @property
-    def coefficients(self) -> nn.ParameterDict:
-        """The trainable coefficients by adapter name."""
-        return getattr(self, self.adapter_layer_names[0])
+    def container(self, adapter: str) -> nn.ParameterDict | None:
+        """What holds the trainable coefficients of an adapter, by its name; `None` if it does not adapt this layer."""
+        container = getattr(self, f"{self.method}_coefficients")
+        return container if adapter in container else None
 
     @property
     def expansions(self) -> dict[str, tuple[SharedExpansion, ...]]:
@@ -98,7 +111,7 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: Any,
         module_name: str,
-        expansions: dict[RandomBasis, SharedExpansion],
+        expansions: dict[Generator, SharedExpansion],
         inference_mode: bool = False,
     ) -> None:
         """Adds an adapter to this layer.
@@ -109,14 +122,19 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         """
 
     @abstractmethod
-    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A of shape `(r, fan_in)` and B of shape `(fan_out, r)`, in the dtype of the coefficients."""
+    def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
+        """M, and what is added to the bias, of shape `(fan_out,)`, if anything is; in the dtype of the coefficients."""
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update `scaling * B @ A` in the shape of the base weight and the dtype of the coefficients."""
-        A, B = self.factors(adapter)
-        dtype = torch.promote_types(A.dtype, torch.float32)  # half precision products are slow and coarse on a CPU
-        return self._to_weight((B.to(dtype) @ A.to(dtype)) * self.scaling[adapter]).to(A.dtype)
+        """The update `scaling * M` in the shape of the base weight and the dtype of the coefficients."""
+        return self._delta_weight(adapter, self.update(adapter)[0])
+
+    def _delta_weight(self, adapter: str, update: Update) -> torch.Tensor:
+        if isinstance(update, tuple):
+            A, B = update
+            dtype = torch.promote_types(A.dtype, torch.float32)  # half precision products are slow and coarse on a CPU
+            return self._to_weight((B.to(dtype) @ A.to(dtype)) * self.scaling[adapter]).to(A.dtype)
+        return self._to_weight(self._scaled(adapter, update))
 
     @abstractmethod
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -128,6 +146,11 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
 
     def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         return self.dropout[adapter](x) if self.training else x
+
+    def _dtype(self, adapter: str) -> torch.dtype:
+        container = self.container(adapter)
+        assert container is not None
+        return container[adapter].dtype
 
     def _scaled(self, adapter: str, update: torch.Tensor) -> torch.Tensor:
         scaling = self.scaling[adapter]
@@ -144,9 +167,8 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        coefficients = self.coefficients
         for adapter in self.active_adapters:
-            if adapter in coefficients:
+            if self.container(adapter) is not None:
                 result = result + self._update(adapter, x)
         return result if result.dtype == dtype else result.to(dtype)
 
@@ -162,9 +184,9 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
             ValueError: `safe_merge` and the merged weight is not finite. The base weight is then unchanged.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.coefficients:
+            if self.container(adapter) is None:
                 continue
-            self._add_to_base(self.get_delta_weight(adapter), safe_merge, adapter)
+            self._add_to_base(adapter, 1, safe_merge)
             self.merged_adapters.append(adapter)
 
     @torch.no_grad()
@@ -175,18 +197,26 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
             return
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            if adapter in self.coefficients:
-                self._add_to_base(-self.get_delta_weight(adapter), False, adapter)
+            if self.container(adapter) is not None:
+                self._add_to_base(adapter, -1, False)
 
-    def _add_to_base(self, delta: torch.Tensor, safe: bool, adapter: str) -> None:
+    def _add_to_base(self, adapter: str, sign: int, safe: bool) -> None:
         weight = self.get_base_weight()
+        update, bias_update = self.update(adapter)
+        delta = sign * self._delta_weight(adapter, update)
         merged = (weight + delta.to(weight.device)).to(weight.dtype)
+        self._check_merged(merged, safe, adapter)
+        self.set_base_weight(merged)
+        if bias_update is not None:
+            bias = cast(nn.Parameter, self.get_base_layer().bias)
+            bias.data = (bias + sign * bias_update.to(bias.device)).to(bias.dtype)
+
+    def _check_merged(self, merged: torch.Tensor, safe: bool, adapter: str) -> None:
         if safe and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaN or infinity in the merged weights: adapter {adapter!r} seems to be broken. The base weights "
                 "are unchanged."
             )
-        self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -198,19 +228,22 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         return f"{self.method}.{super().__repr__()}"
 
 
-class LowRankLinear(LowRankLayer):
+class SeededLinear(SeededLayer):
     """`nn.Linear`, transformers' `Conv1D` and the quantized linears that PEFT knows."""
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        A, B = self.factors(adapter)
-        x = self._drop_out(adapter, self._cast_input_dtype(x, A.dtype))
-        return self._scaled(adapter, F.linear(F.linear(x, A), B))
+        x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
+        update, bias = self.update(adapter)
+        if isinstance(update, tuple):
+            A, B = update
+            return self._scaled(adapter, F.linear(F.linear(x, A), B))
+        return F.linear(x, self._scaled(adapter, update), bias)
 
 
-class LowRankConv2d(LowRankLayer):
+class SeededConv2d(SeededLayer):
     """`nn.Conv2d` with any stride, padding, dilation and groups: A is a convolution, B mixes its channels."""
 
     @property
@@ -222,16 +255,17 @@ class LowRankConv2d(LowRankLayer):
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         conv = self._conv
-        x = self._drop_out(adapter, self._cast_input_dtype(x, self.coefficients[adapter].dtype))
-        if conv.groups > 1:
-            # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
-            return conv._conv_forward(x, self.get_delta_weight(adapter), None)
-        A, B = self.factors(adapter)
-        hidden = conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None)
-        return self._scaled(adapter, F.conv2d(hidden, B[:, :, None, None]))
+        x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
+        update, bias = self.update(adapter)
+        if isinstance(update, tuple) and conv.groups == 1:
+            A, B = update
+            hidden = conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None)
+            return self._scaled(adapter, F.conv2d(hidden, B[:, :, None, None]))
+        # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
+        return conv._conv_forward(x, self._delta_weight(adapter, update), bias)
 
 
-class LowRankEmbedding(LowRankLayer):
+class SeededEmbedding(SeededLayer):
     """`nn.Embedding`: A has a column per token, B maps to the embedding dimension."""
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -239,8 +273,12 @@ class LowRankEmbedding(LowRankLayer):
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         table = cast(nn.Embedding, self.get_base_layer())
-        A, B = self.factors(adapter)
-        embedded = F.embedding(x, A.T, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
-        update = self._scaled(adapter, F.linear(self._drop_out(adapter, embedded), B))
+        update, _ = self.update(adapter)
+        rows = (update[0] if isinstance(update, tuple) else update).T
+        embedded = F.embedding(x, rows, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
+        result = self._drop_out(adapter, embedded)
+        if isinstance(update, tuple):
+            result = F.linear(result, update[1])
+        result = self._scaled(adapter, result)
         embed_scale = self._get_embed_scale()  # layers that multiply their embeddings (Gemma)
-        return update if embed_scale is None else update * embed_scale.to(update.dtype)
+        return result if embed_scale is None else result * embed_scale.to(result.dtype)

@@ -14,10 +14,16 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from .. import checkpoint
-from ..generators import RandomBasis
+from ..generators import Generator
 from .expansion import SharedExpansion
-from .layers import LowRankLayer, fans, layer_kind
+from .layers import SeededLayer, fans, layer_kind
 
+_KINDS = {
+    "linear": "nn.Linear, transformers' Conv1D, quantized linear layers",
+    "conv2d": "nn.Conv2d",
+    "embedding": "nn.Embedding",
+    "vector": "modules that hold vectors only (norms)",
+}
 _VISION_TARGETS = ["query", "value", "q_proj", "v_proj"]  # names in transformers 4 and 5
 
 
@@ -28,8 +34,8 @@ class SeededModel(BaseTuner):
     can adapt.
     """
 
-    tuner_layer_cls: type[LowRankLayer]
-    layer_classes: ClassVar[dict[str, type[LowRankLayer]]]
+    tuner_layer_cls: type[SeededLayer]
+    layer_classes: ClassVar[dict[str, type[SeededLayer]]]
     target_module_mapping: dict[str, Any] = {  # lists of names, or a regular expression
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit"), _VISION_TARGETS),
@@ -45,7 +51,7 @@ class SeededModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        self._expansions: dict[RandomBasis, SharedExpansion] = {}
+        self._expansions: dict[Generator, SharedExpansion] = {}
         self._targets_from_state_dict = state_dict is not None
         super().inject_adapter(
             model,
@@ -66,7 +72,7 @@ class SeededModel(BaseTuner):
         if self._targets_from_state_dict or peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
-        shapes: Counter[str] = Counter()
+        targets: dict[str, nn.Module] = {}
         adaptable: set[str] = set()
         inside_adapted: tuple[str, ...] = ()
         for name, module in model.named_modules():
@@ -82,12 +88,11 @@ class SeededModel(BaseTuner):
                 if kind not in self.layer_classes:
                     raise ValueError(
                         f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which {self._method} "
-                        "cannot adapt. It adapts nn.Linear, transformers' Conv1D, nn.Conv2d, nn.Embedding and "
-                        "quantized linear layers (but not the output projection inside nn.MultiheadAttention, which "
-                        "is never called)."
+                        f"cannot adapt. It adapts {', '.join(_KINDS[kind] for kind in self.layer_classes)} (but not "
+                        "the output projection inside nn.MultiheadAttention, which is never called)."
                     )
-                shapes[_shape_name(*fans(base_layer))] += 1
-        if not shapes and not peft_config.exclude_modules and not peft_config.modules_to_save:
+                targets[name] = base_layer
+        if not targets and not peft_config.exclude_modules and not peft_config.modules_to_save:
             raise NoMatchingPeftModuleError(
                 f"`target_modules` matches no module of {type(model).__name__}: got {peft_config.target_modules!r}"
                 + (
@@ -97,7 +102,13 @@ class SeededModel(BaseTuner):
                 )
                 + f". Names that can be adapted here: {', '.join(sorted(adaptable)) or 'none'}."
             )
+        shapes = Counter(_shape_name(*fans(base_layer)) for base_layer in targets.values())
         checkpoint.check_target_shapes(peft_config.target_shapes, shapes)
+        if targets:
+            self._check_sizes(peft_config, list(targets.values()))
+
+    def _check_sizes(self, peft_config: Any, targets: list[nn.Module]) -> None:
+        """Raises a ValueError if the configuration does not fit the sizes of the base layers that it targets."""
 
     @property
     def _method(self) -> str:
@@ -151,9 +162,11 @@ class SeededModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         names = {id(module): name for name, module in model.named_modules()}
+        containers = [layer.container(adapter_name) for layer in _layers(model, adapter_name)]
         expected = {
-            f"{names[id(layer.coefficients)]}.{adapter_name}": layer.coefficients[adapter_name].shape
-            for layer in _layers(model, adapter_name)
+            f"{names[id(container)]}.{adapter_name}": container[adapter_name].shape
+            for container in containers
+            if container is not None
         }
         try:
             checkpoint.check_coefficients(state_dict, expected, marker=f".{cls.prefix}")
@@ -173,9 +186,11 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         model.base_model.unload()
 
 
-def _layers(model: nn.Module, adapter_name: str) -> list[LowRankLayer]:
+def _layers(model: nn.Module, adapter_name: str) -> list[SeededLayer]:
     return [
-        module for module in model.modules() if isinstance(module, LowRankLayer) and adapter_name in module.coefficients
+        module
+        for module in model.modules()
+        if isinstance(module, SeededLayer) and module.container(adapter_name) is not None
     ]
 
 

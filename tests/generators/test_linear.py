@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from peft_ext import randomness
 from peft_ext.generators import RandomBasis, linear
+from peft_ext.generators.base import Frozen
 
 STREAM = ("test", 1)
 
@@ -134,24 +135,27 @@ def test_a_larger_basis_begins_with_the_smaller():
     assert torch.equal(small.expand(torch.eye(3)), large.expand(torch.eye(7))[:3])
 
 
-def test_equal_bases_are_one_object_while_in_use():
-    arguments = (5, STREAM, 3, 8)
-    first = RandomBasis.shared(*arguments, scale=0.5)
-    assert RandomBasis.shared(*arguments, scale=0.5) is first
-    assert RandomBasis.shared(*arguments, scale=0.25) is not first
-    assert RandomBasis.shared(6, STREAM, 3, 8, scale=0.5) is not first
-    number = len(RandomBasis._shared)
+def test_equal_numbers_are_in_memory_once_while_in_use():
+    first = RandomBasis(5, STREAM, 3, 8, scale=0.5)
+    assert RandomBasis(5, STREAM, 3, 8, scale=0.5) == first
+    assert RandomBasis(5, STREAM, 3, 8, scale=0.25) != first
+    assert RandomBasis(5, STREAM, 3, 8, scale=0.25).frozen[0] is first.frozen[0]
+    assert RandomBasis(6, STREAM, 3, 8, scale=0.5).frozen[0] is not first.frozen[0]
+    number = len(Frozen._shared)
     del first
     gc.collect()
-    assert len(RandomBasis._shared) < number
+    assert len(Frozen._shared) < number
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda basis: pickle.loads(pickle.dumps(basis))])
-def test_copies_hold_no_numbers_and_draw_the_same(clone):
-    basis = RandomBasis(5, STREAM, 3, 8, offset_scale=0.1)
+def test_copies_share_the_numbers_and_pickles_hold_none(clone, streamed):
+    basis = RandomBasis(5, STREAM, 3, 8, offset_scale=0.1, streamed=streamed)
+    size = len(pickle.dumps(basis))
     expected = basis.expand(torch.eye(3))
     other = clone(basis)
-    assert other.nbytes == 0 and torch.equal(other.expand(torch.eye(3)), expected)
+    assert other == basis and torch.equal(other.expand(torch.eye(3)), expected)
+    assert streamed or other.frozen[0] is basis.frozen[0]
+    assert len(pickle.dumps(basis)) == size
 
 
 def test_coefficients_of_another_length_are_refused():

@@ -22,7 +22,7 @@ class Counting(RandomBasis):
 
     def __init__(self) -> None:
         super().__init__(0, ("test",), COUNT, 6, scale=0.5, offset_scale=0.5)
-        self.products: list[int] = []
+        object.__setattr__(self, "products", [])
 
     def expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         self.products.append(coefficients.reshape(-1, COUNT).shape[0])

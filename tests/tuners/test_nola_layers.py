@@ -568,15 +568,16 @@ def test_one_basis_per_shape() -> None:
     model(tiny_models.tokens())
     model.set_adapter("again")
     model(tiny_models.tokens())
-    bases = {
-        id(expansion.generator): expansion.generator
+    tensors = {
+        id(tensor): tensor
         for layer in model.modules()
         if isinstance(layer, NolaLayer)
         for pair in layer.nola_expansions.values()
         for expansion in pair
+        for tensor in expansion.generator.frozen
     }
-    assert len(bases) == 2  # A and B of 32 x 32
-    assert sum(basis.nbytes for basis in bases.values()) == 4 * (2 * 16 * 8 * 32 + 8 * 32)
+    assert len(tensors) == 3  # A, its offset, and B, of 32 x 32
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 4 * (2 * 16 * 8 * 32 + 8 * 32)
     assert len(model.state_dict()) - len(tiny_models.llama(4).state_dict()) == 12  # coefficients: no basis
 
 

@@ -473,11 +473,11 @@ def test_autocast() -> None:
 def test_generated_weights_do_not_depend_on_autocast() -> None:
     model = make(torch.float32)[0]
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    plain = [factor.detach().clone() for factor in layer.factors("default")]
+    plain = [factor.detach().clone() for factor in layer.update("default")[0]]
     data_write(model)
     data_write(model)
     with torch.autocast("cpu", torch.bfloat16):
-        scaled = [factor.detach() for factor in layer.factors("default")]
+        scaled = [factor.detach() for factor in layer.update("default")[0]]
     assert all(factor.dtype == torch.float32 for factor in scaled)
     torch.testing.assert_close(scaled[1], plain[1] * 4, rtol=1e-6, atol=1e-6)
 

@@ -9,13 +9,13 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ...generators import RandomBasis
+from ...generators import Generator, RandomBasis
 from ..expansion import SharedExpansion
-from ..layers import LowRankConv2d, LowRankEmbedding, LowRankLayer, LowRankLinear
+from ..layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear, Update
 from .config import NolaConfig
 
 
-class NolaLayer(LowRankLayer):
+class NolaLayer(SeededLayer):
     """Factors that are random combinations: `A = A0 + sum_i a_i A_i`, `B = sum_j b_j B_j` (paper, section 2.2).
 
     The one parameter of an adapter is `nola_coefficients`, the `num_basis` coefficients a followed by those of B.
@@ -40,7 +40,7 @@ class NolaLayer(LowRankLayer):
         adapter_name: str,
         config: NolaConfig,
         module_name: str,
-        expansions: dict[RandomBasis, SharedExpansion],
+        expansions: dict[Generator, SharedExpansion],
         inference_mode: bool = False,
     ) -> None:
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module_name), config.r)
@@ -57,7 +57,7 @@ class NolaLayer(LowRankLayer):
         # Layers that share their basis draw it by shape; otherwise by the module's name as well, never by position.
         own: tuple[str, ...] = () if config.share_basis else (module_name,)
         options: dict[str, Any] = {"streamed": not config.share_basis, "version": config.generator_version}
-        basis_A = RandomBasis.shared(
+        basis_A = RandomBasis(
             config.seed,
             ("nola", "A", r, self.fan_in, *own),
             num_A,
@@ -66,7 +66,7 @@ class NolaLayer(LowRankLayer):
             offset_scale=1 / math.sqrt(self.fan_in),
             **options,
         )
-        basis_B = RandomBasis.shared(
+        basis_B = RandomBasis(
             config.seed,
             ("nola", "B", self.fan_out, r, *own),
             num_B,
@@ -83,21 +83,21 @@ class NolaLayer(LowRankLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, adapter: str) -> tuple[Update, None]:
         coefficients = self.nola_coefficients
         expand_A, expand_B = self.nola_expansions[adapter]
         A, B = expand_A(coefficients), expand_B(coefficients)
         dtype = coefficients[adapter].dtype
-        return (A, B) if A.dtype == dtype else (A.to(dtype), B.to(dtype))
+        return ((A, B) if A.dtype == dtype else (A.to(dtype), B.to(dtype))), None
 
 
-class NolaLinear(NolaLayer, LowRankLinear):
+class NolaLinear(NolaLayer, SeededLinear):
     """An adapted linear layer."""
 
 
-class NolaConv2d(NolaLayer, LowRankConv2d):
+class NolaConv2d(NolaLayer, SeededConv2d):
     """An adapted 2-d convolution."""
 
 
-class NolaEmbedding(NolaLayer, LowRankEmbedding):
+class NolaEmbedding(NolaLayer, SeededEmbedding):
     """An adapted embedding."""

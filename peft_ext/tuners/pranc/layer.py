@@ -1,0 +1,156 @@
+"""Layers adapted with PRANC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...generators import Generator, RandomBasis, SparseBasis
+from ..expansion import SharedExpansion
+from ..layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear, Update
+from .config import PrancConfig
+
+
+class PrancLayer(SeededLayer):
+    """Weights plus random combinations of the adapter's one vector: `W + basis @ coefficients / sqrt(fan_in)`.
+
+    (Paper, equation 1, of the update instead of the whole network; the factor is the scale of a fresh initialisation,
+    which the published basis has.) The basis is named after the module: no other target changes it.
+
+    The vector is a parameter of the layer that is adapted first. The others refer to what holds it, so a state dict
+    names it once, and all see it replaced when the adapter is cast, moved or loaded.
+    """
+
+    method = "pranc"
+    adapter_layer_names = ("pranc_coefficients",)
+    other_param_names = ("pranc_containers", "scaling", "pranc_dropout", "pranc_expansions")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.pranc_coefficients = nn.ParameterDict()
+        self.pranc_containers: dict[str, nn.ParameterDict] = {}
+        self.pranc_dropout = nn.ModuleDict()
+        self.pranc_expansions: dict[str, tuple[SharedExpansion]] = {}
+
+    def container(self, adapter: str) -> nn.ParameterDict | None:
+        return self.pranc_containers.get(adapter)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.pranc_containers)  # PEFT looks for parameters, which this layer may not own
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Numbers of weights and of biases that an update has."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        return self.fan_out * self.fan_in, self.fan_out if bias is not None else 0
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: PrancConfig,
+        module_name: str,
+        expansions: dict[Generator, SharedExpansion],
+        inference_mode: bool = False,
+    ) -> None:
+        self.scaling[adapter_name] = 1.0
+        dropout = config.pranc_dropout
+        self.pranc_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+
+        k = config.num_coefficients
+        if expansions:
+            container = next(iter(expansions.values())).layers[0]
+        else:
+            container = self.pranc_coefficients
+            container[adapter_name] = nn.Parameter(torch.zeros(k) if config.init_weights else torch.randn(k))
+        self.pranc_containers[adapter_name] = container
+
+        weights, biases = self._sizes
+        size = weights + biases if config.adapt_bias else weights
+        stream = ("pranc", config.basis, module_name, self.fan_out, self.fan_in)
+        generator: Generator
+        if config.basis == "dense":
+            scale = math.sqrt(3 / (k * self.fan_in))
+            options: dict[str, Any] = {"streamed": True, "version": config.generator_version}
+            generator = RandomBasis(config.seed, stream, k, size, scale=scale, **options)
+        else:
+            scale = 1 / math.sqrt(self.fan_in)
+            options = {"nnz": config.nnz, "version": config.generator_version}
+            generator = SparseBasis(config.seed, stream, k, size, scale=scale, **options)
+        # Joining the layers would save nothing, and keep the updates and gradients of all of them in memory at once.
+        expansion = SharedExpansion(generator, (size,), adapter_name, slice(0, k), one_vector=True)
+        expansion.add(container)
+        expansions[generator] = expansion
+        self.pranc_expansions[adapter_name] = (expansion,)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _flat_update(self, adapter: str) -> torch.Tensor:
+        container = self.pranc_containers[adapter]
+        (expansion,) = self.pranc_expansions[adapter]
+        return expansion(container).to(container[adapter].dtype)
+
+    def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
+        weights = self.fan_out * self.fan_in
+        flat = self._flat_update(adapter)
+        return flat[:weights].view(self.fan_out, self.fan_in), flat[weights:] if len(flat) > weights else None
+
+
+class PrancLinear(PrancLayer, SeededLinear):
+    """An adapted linear layer."""
+
+
+class PrancConv2d(PrancLayer, SeededConv2d):
+    """An adapted 2-d convolution."""
+
+
+class PrancEmbedding(PrancLayer, SeededEmbedding):
+    """An adapted embedding."""
+
+
+class PrancVector(PrancLayer):
+    """A module whose parameters are all vectors, such as a norm: its weight, bias and whatever else it has."""
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.fan_out, 0
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [adapter for adapter in self.active_adapters if self.container(adapter) is not None]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        updated: dict[str, torch.Tensor] = dict(self.base_layer.named_parameters())
+        for adapter in active:
+            for name, update in self._parts(adapter):
+                updated[name] = (updated[name] + update).to(updated[name].dtype)
+        return torch.func.functional_call(self.base_layer, updated, (x, *args), kwargs)
+
+    def _parts(self, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """The update cut into those of the module's parameters."""
+        parameters = dict(self.get_base_layer().named_parameters())
+        flat = self._scaled(adapter, self._flat_update(adapter))
+        parts = flat.split([parameter.numel() for parameter in parameters.values()])
+        return zip(parameters, parts)
+
+    def _add_to_base(self, adapter: str, sign: int, safe: bool) -> None:
+        merged = {}
+        for name, update in self._parts(adapter):
+            parameter = self.get_base_layer().get_parameter(name)
+            merged[name] = (parameter + sign * update.to(parameter.device)).to(parameter.dtype)
+            self._check_merged(merged[name], safe, adapter)
+        for name, value in merged.items():
+            self.get_base_layer().get_parameter(name).data = value
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.flatten()  # the updates of all parameters of the module, one after the other
+
+    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("`forward` applies the update to the parameters.")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False

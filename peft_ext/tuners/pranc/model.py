@@ -1,0 +1,43 @@
+"""PRANC on a whole model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..layers import fans
+from ..model import SeededModel
+from .layer import PrancConv2d, PrancEmbedding, PrancLayer, PrancLinear, PrancVector
+
+
+class PrancModel(SeededModel):
+    """Adapts a model with PRANC; see [`PrancConfig`].
+
+    Made by `peft.get_peft_model(model, PrancConfig(...))`.
+    """
+
+    prefix = "pranc_"
+    tuner_layer_cls = PrancLayer
+    layer_classes: ClassVar = {
+        "linear": PrancLinear,
+        "conv2d": PrancConv2d,
+        "embedding": PrancEmbedding,
+        "vector": PrancVector,
+    }
+
+    def inject_adapter(self, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        if state_dict is not None:
+            raise ValueError(
+                "`state_dict` must be None for PRANC: the one vector of an adapter does not say which layers read it. "
+                "Give the configuration with its `target_modules` instead."
+            )
+        super().inject_adapter(*args, **kwargs)
+
+    def _check_sizes(self, peft_config: Any, targets: list[nn.Module]) -> None:
+        weights = sum(fan_out * fan_in for fan_out, fan_in in map(fans, targets))
+        if peft_config.num_coefficients > weights:
+            raise ValueError(
+                f"`num_coefficients` must be at most the number of weights that they update, {weights} in the "
+                f"{len(targets)} target modules, got {peft_config.num_coefficients}."
+            )
