@@ -5,12 +5,23 @@ Importing this package registers the methods with PEFT.
 
 from .checkpoint import push_to_hub
 from .registration import register
+from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.mcnc import McncConfig, McncModel
 from .tuners.nola import NolaConfig, NolaModel
 from .tuners.pranc import PrancConfig, PrancModel
 
 __version__ = "0.1.0"
-__all__ = ["McncConfig", "McncModel", "NolaConfig", "NolaModel", "PrancConfig", "PrancModel", "push_to_hub"]
+__all__ = [
+    "McncConfig",
+    "McncModel",
+    "NolaConfig",
+    "NolaModel",
+    "PrancConfig",
+    "PrancModel",
+    "SeededNetwork",
+    "load_from_seed",
+    "push_to_hub",
+]
 
 register("NOLA", NolaConfig, NolaModel)
 register("PRANC", PrancConfig, PrancModel)

@@ -121,6 +121,7 @@ def write_card(folder: str | os.PathLike[str], config: SeededConfig, base_model_
     data["tags"] = sorted(tags)
 
     fields = config.to_dict()
+    shapes = fields["target_shapes"] or {}
     described = "\n".join(
         [
             _CARD_START,
@@ -134,7 +135,8 @@ def write_card(folder: str | os.PathLike[str], config: SeededConfig, base_model_
                 seed=config.seed,
                 version=config.generator_version,
                 fingerprint=fields["fingerprint"],
-                shapes=_shapes(fields["target_shapes"] or {}),
+                shapes=_shapes(shapes),
+                rows="".join(f"\n| {name} | {text} |" for name, text in config.card_rows(shapes).items()),
                 notice=f"\n{config.notice}\n" if config.notice else "",
                 auto_class=_AUTO_CLASSES.get(config.task_type or "", base_model_class or "AutoModel"),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional, Union
 
@@ -108,6 +109,10 @@ class SeededConfig(PeftConfig):
         value = getattr(self, name)
         if not _is_number(value) or not 0 <= value < 1:
             raise ValueError(f"`{name}` must be a number from 0 to below 1, got {value!r}.")
+
+    def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
+        """What the method adds to the table of a model card, for `{"out x in": number of layers}`."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         shapes = self.__dict__.get("_saved_shapes")  # set when an adapter's state is collected for saving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -134,3 +134,17 @@ class McncConfig(SeededConfig):
     def chunk_size(self) -> int:
         """`d`, or its default."""
         return 5000 if self.d is None else self.d
+
+    def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
+        numbers = coefficients = 0
+        for shape, layers in target_shapes.items():
+            fan_out, fan_in = map(int, shape.split(" x "))
+            size = self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in
+            numbers += layers * size
+            coefficients += layers * -(-size // self.chunk_size) * (self.k + 1)
+        sizes = (self.k, *self.widths, self.chunk_size)
+        network = sum(fan_in * fan_out for fan_in, fan_out in zip(sizes, sizes[1:]))
+        return {
+            "compression": f"{numbers:,} numbers from {coefficients:,} coefficients "
+            f"({numbers / max(coefficients, 1):.0f} to 1), by a frozen network of {network:,} weights that is not saved"
+        }

@@ -1,0 +1,269 @@
+"""Whole networks from a seed and coefficients, without base weights: what PRANC and MCNC were published for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from . import checkpoint, randomness
+from .generators import Generator, RandomBasis, SineManifold, SparseBasis
+from .generators.base import Frozen
+from .tuners.expansion import SharedExpansion
+from .tuners.mcnc import McncConfig
+from .tuners.pranc import PrancConfig
+
+CONFIG_NAME = "seed_config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+_ADAPTER = "network"
+_VECTOR_SPREAD = 0.1  # of updates of norm weights and biases, which start at 1 and 0
+
+
+class _Weight(NamedTuple):
+    """A parameter: starts uniform on `mean` +- `width`; updates of the size of the coefficients are times `spread`."""
+
+    name: str
+    shape: tuple[int, ...]
+    mean: float
+    width: float
+    spread: float
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class SeededNetwork(nn.Module):
+    """A network whose parameters are random numbers plus an update: `theta0 + spread * generator(coefficients)`.
+
+    The parameters are flattened into one sequence, in their order in the network, and filled by one generator
+    (PRANC, arXiv 2206.08464, equation 1; MCNC, arXiv 2406.19301, section 3), so that chunks and coefficients do not
+    end at layers. The sparse basis gives every coefficient equally many weights of the whole network.
+
+    theta0 comes from the seed too, from a stream for every parameter name: uniform with variance `1 / fan_in` for the
+    weights of linear and convolutional layers, 1 for the weights of norms, 0 for biases, uniform with a standard
+    deviation of 0.02 for all else. An update is as large as theta0's standard deviation where the coefficients are 1
+    (0.1 for norm weights and biases).
+
+    Only `coefficients` is trained. It and the network's buffers (batch-norm statistics) are the state dict.
+
+    Args:
+        network: any module; its weights are dropped, and it is used as it is afterwards by this object alone. Buffers
+            keep their values.
+        config: `PrancConfig`, or `McncConfig` with `apply_to="weight"`. The fields that place an adapter in a model
+            (`target_modules` and others), and dropout, are ignored.
+
+    Raises:
+        ValueError: another configuration, or one whose coefficients or chunks are more than the parameters.
+    """
+
+    def __init__(self, network: nn.Module, config: PrancConfig | McncConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._weights = tuple(_weights(network))
+        size = sum(weight.size for weight in self._weights)
+        self.generator = _generator(config, size)
+        self._slots = _take_parameters(network)
+        self.network = network
+        self._initial = Frozen.shared(_initial, config.seed, self._weights, config.generator_version)
+        self.coefficients = nn.ParameterDict({_ADAPTER: nn.Parameter(_start(config, self.generator))})
+        self._expansion = SharedExpansion(self.generator, (size,), _ADAPTER, slice(0, self.generator.num_coefficients))
+        self._expansion.add(self.coefficients)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The network's parameters by name, differentiable in the coefficients."""
+        flat = self._expansion(self.coefficients)
+        sizes = [weight.size for weight in self._weights]
+        parts = zip(self._weights, self._initial.like(flat).split(sizes), flat.split(sizes))
+        return {weight.name: (start + part * weight.spread).view(weight.shape) for weight, start, part in parts}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the network."""
+        with self._filled(self.weights()):
+            return self.network(*args, **kwargs)
+
+    @contextmanager
+    def _filled(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+        try:
+            for module, attribute, name in self._slots:
+                setattr(module, attribute, weights[name])
+            yield
+        finally:
+            for module, attribute, _ in self._slots:
+                setattr(module, attribute, None)
+
+    @torch.no_grad()
+    def to_plain(self) -> nn.Module:
+        """The network with ordinary parameters, frozen at their present values; a copy."""
+        network = copy.deepcopy(self.network)
+        modules = dict(network.named_modules())
+        names = {module: name for name, module in self.network.named_modules()}
+        parameters = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in self.weights().items()}
+        for module, attribute, name in self._slots:
+            own = modules[names[module]]
+            delattr(own, attribute)
+            own.register_parameter(attribute, parameters[name])
+        return network
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes coefficients and buffers to `model.safetensors`, seed and sizes to `seed_config.json`.
+
+        The configuration of a network of transformers is written to `config.json` beside them.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
+        save_file(state, path / WEIGHTS_NAME, metadata={"format": "pt"})
+        described = {
+            "network": type(self.network).__name__,
+            "weights": {weight.name: list(weight.shape) for weight in self._weights},
+            "method": {key: value for key, value in self.config.to_dict().items() if value is not None},
+        }
+        (path / CONFIG_NAME).write_text(json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8")
+        if isinstance(self.network, transformers.PreTrainedModel):
+            self.network.config.architectures = [type(self.network).__name__]
+            self.network.config.save_pretrained(path)
+
+
+def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = None) -> nn.Module:
+    """Rebuilds a network that `SeededNetwork.save_pretrained` wrote.
+
+    Args:
+        folder: where it was written.
+        network: a network of the same architecture, whatever its weights, which are replaced. May be left out for
+            the classes of transformers, which are made from `config.json`.
+
+    Returns:
+        The network with ordinary frozen parameters, in evaluation mode.
+
+    Raises:
+        ValueError: another architecture, an unknown generator version or other random numbers, coefficients that do
+            not fit or are not finite, or no `network` where one is needed.
+    """
+    path = Path(folder)
+    described = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = PeftConfig.from_peft_type(**described["method"])
+    network = _make_network(path, described["network"]) if network is None else network
+    found = {weight.name: list(weight.shape) for weight in _weights(network)}
+    saved = described["weights"]
+    if found != saved:
+        differing = sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name))
+        raise ValueError(
+            f"`network` must be the {described['network']} that was saved: {len(differing)} parameters differ, the "
+            f"first is {differing[0]!r} with shape {saved.get(differing[0])} in the checkpoint and "
+            f"{found.get(differing[0])} in the network given."
+        )
+    seeded = SeededNetwork(network, config)
+    state = load_file(path / WEIGHTS_NAME)
+    expected = {name: tensor.shape for name, tensor in seeded.state_dict().items()}
+    if {name: tensor.shape for name, tensor in state.items()} != expected:
+        raise ValueError(
+            f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: it must hold "
+            f"{', '.join(f'{name} {tuple(shape)}' for name, shape in expected.items())}."
+        )
+    checkpoint.check_finite(state[f"coefficients.{_ADAPTER}"], f" in {WEIGHTS_NAME}")
+    seeded.load_state_dict(state)
+    return seeded.to_plain().eval()
+
+
+def _make_network(path: Path, name: str) -> nn.Module:
+    network_class = getattr(transformers, name, None)
+    if not (isinstance(network_class, type) and issubclass(network_class, transformers.PreTrainedModel)):
+        raise ValueError(f"`network` must be given: {name!r} is no class of transformers, so only you can make it.")
+    return network_class(transformers.AutoConfig.from_pretrained(path))  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _start(config: PrancConfig | McncConfig, generator: Generator) -> torch.Tensor:
+    if isinstance(config, PrancConfig):
+        return torch.zeros(generator.num_coefficients)
+    stream = ("network", "alpha")
+    start = randomness.uniform(config.seed, stream, generator.num_coefficients, version=config.generator_version)
+    start.view(-1, config.k + 1)[:, -1] = 0  # beta
+    return start
+
+
+def _generator(config: PrancConfig | McncConfig, size: int) -> Generator:
+    options: dict[str, Any] = {"version": config.generator_version}
+    if isinstance(config, PrancConfig):
+        k = config.num_coefficients
+        if k > size:
+            raise ValueError(f"`num_coefficients` must be at most the {size} parameters of the network, got {k}.")
+        if config.basis == "dense":
+            scale = math.sqrt(3 / k)
+            return RandomBasis(config.seed, ("network", "dense"), k, size, scale=scale, streamed=True, **options)
+        return SparseBasis(config.seed, ("network", "sparse"), k, size, nnz=config.nnz, **options)
+    if not isinstance(config, McncConfig) or config.apply_to != "weight":
+        raise ValueError(
+            "`config` must be a PrancConfig, or a McncConfig with apply_to='weight', to make a whole network, got "
+            f"{type(config).__name__}{f' with apply_to={config.apply_to!r}' if isinstance(config, McncConfig) else ''}."
+        )
+    if config.chunk_size > size:
+        raise ValueError(f"`d` must be at most the {size} parameters of the network, got {config.chunk_size}.")
+    return SineManifold(
+        config.seed,
+        ("mcnc", "phi", config.k, *config.widths, config.chunk_size),
+        size,
+        config.k,
+        config.chunk_size,
+        tuple(config.widths),
+        config.activation,
+        config.frequency,
+        config.normalize,
+        **options,
+    )
+
+
+def _weights(network: nn.Module) -> Iterator[_Weight]:
+    owners = {
+        id(p): (module, name) for module in network.modules() for name, p in module.named_parameters(recurse=False)
+    }
+    for name, parameter in network.named_parameters():
+        module, attribute = owners[id(parameter)]
+        shape = tuple(parameter.shape)
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, Conv1D)) and attribute == "weight":
+            fan_in = shape[0] if isinstance(module, Conv1D) else parameter[0].numel()
+            yield _Weight(name, shape, 0.0, math.sqrt(3 / fan_in), 1 / math.sqrt(fan_in))
+        elif len(shape) == 1:
+            yield _Weight(name, shape, 1.0 if attribute == "weight" else 0.0, 0.0, _VECTOR_SPREAD)
+        else:
+            yield _Weight(name, shape, 0.0, 0.02 * math.sqrt(3), 0.02)
+
+
+def _initial(seed: int, weights: tuple[_Weight, ...], version: int) -> torch.Tensor:
+    flat = torch.empty(sum(weight.size for weight in weights))
+    for weight, part in zip(weights, flat.split([weight.size for weight in weights])):
+        part.fill_(weight.mean)
+        if weight.width:
+            part.add_(randomness.uniform(seed, ("network", weight.name), weight.size, 0, version), alpha=weight.width)
+    return flat
+
+
+def _take_parameters(network: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Takes the parameters off a network: (module, attribute, name of the parameter) for every place of one."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    slots = [
+        (module, attribute, names[id(parameter)])
+        for module in network.modules()
+        for attribute, parameter in module.named_parameters(recurse=False)
+    ]
+    for module, attribute, _ in slots:
+        del module._parameters[attribute]
+        setattr(module, attribute, None)
+    return slots
