@@ -65,17 +65,19 @@ class SeededNetwork(nn.Module):
             keep their values.
         config: `PrancConfig`, or `McncConfig` with `apply_to="weight"`. The fields that place an adapter in a model
             (`target_modules` and others), and dropout, are ignored.
+        keep_basis: keep PRANC's dense basis in memory, `num_coefficients` numbers for every parameter, instead of
+            drawing it again twice a step.
 
     Raises:
         ValueError: another configuration, or one whose coefficients or chunks are more than the parameters.
     """
 
-    def __init__(self, network: nn.Module, config: PrancConfig | McncConfig) -> None:
+    def __init__(self, network: nn.Module, config: PrancConfig | McncConfig, keep_basis: bool = False) -> None:
         super().__init__()
         self.config = config
         self._weights = tuple(_weights(network))
         size = sum(weight.size for weight in self._weights)
-        self.generator = _generator(config, size)
+        self.generator = _generator(config, size, keep_basis)
         self._slots = _take_parameters(network)
         self.network = network
         self._initial = Frozen.shared(_initial, config.seed, self._weights, config.generator_version)
@@ -199,15 +201,15 @@ def _start(config: PrancConfig | McncConfig, generator: Generator) -> torch.Tens
     return start
 
 
-def _generator(config: PrancConfig | McncConfig, size: int) -> Generator:
+def _generator(config: PrancConfig | McncConfig, size: int, keep_basis: bool) -> Generator:
     options: dict[str, Any] = {"version": config.generator_version}
     if isinstance(config, PrancConfig):
         k = config.num_coefficients
         if k > size:
             raise ValueError(f"`num_coefficients` must be at most the {size} parameters of the network, got {k}.")
         if config.basis == "dense":
-            scale = math.sqrt(3 / k)
-            return RandomBasis(config.seed, ("network", "dense"), k, size, scale=scale, streamed=True, **options)
+            options |= {"scale": math.sqrt(3 / k), "streamed": not keep_basis}
+            return RandomBasis(config.seed, ("network", "dense"), k, size, **options)
         return SparseBasis(config.seed, ("network", "sparse"), k, size, nnz=config.nnz, **options)
     if not isinstance(config, McncConfig) or config.apply_to != "weight":
         raise ValueError(

@@ -127,6 +127,15 @@ def test_plain_network(config: Config) -> None:
     assert sum(parameter.numel() for parameter in plain.parameters()) == SIZE
 
 
+def test_a_dense_basis_can_be_kept() -> None:
+    streamed, kept = (SeededNetwork(Small(), CONFIGS["PRANC, dense"](), keep_basis=keep) for keep in (False, True))
+    randomize(streamed)
+    randomize(kept)
+    for name, weight in streamed.weights().items():
+        torch.testing.assert_close(kept.weights()[name], weight, rtol=1e-5, atol=1e-6)
+    assert streamed.generator.nbytes == 0 and kept.generator.nbytes == 4 * 20 * SIZE
+
+
 def test_copies_are_independent(config: Config) -> None:
     network = SeededNetwork(Small(), config).eval()
     other = copy.deepcopy(network)
