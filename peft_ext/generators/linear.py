@@ -215,7 +215,7 @@ def _column_factors(
 ) -> torch.Tensor:
     """What gives all vectors of the basis the same norm: those that the last run reads have an entry more."""
     whole_runs, rest = divmod(size, num_coefficients)
-    factors = torch.ones(num_coefficients)
+    factors = torch.ones(num_coefficients, dtype=torch.float32)
     if whole_runs and rest:
         ideal = size / num_coefficients
         start = whole_runs * num_coefficients

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import randomness
 from .base import Frozen, Generator, autocast_off, uniform_tensor
@@ -30,7 +31,7 @@ class SineManifold(Generator):
     The weights are cut into chunks of `d`, the last of which may be shorter. A chunk has k inputs alpha and an
     amplitude beta, and a coefficient vector is `(alpha_1, beta_1, alpha_2, beta_2, ...)`. With
     `f = activation`, `phi(alpha) = f(... f(frequency * alpha @ W_1) @ W_2 ...) @ W_n` without biases (MCNC, arXiv
-    2406.19301, section 3). The entries of `W_i` are uniform, stream `(*stream, "layer", i)`; their variance is
+    2406.19301, section 3). The entries of `W_i` are uniform, stream `(*stream, "layer", i - 1)`; their variance is
     `gain**2 / fan_in` with 1 for the first gain and the usual one of the activation for the others, so that outputs
     are of the order of 1.
 
@@ -93,13 +94,14 @@ class SineManifold(Generator):
         return (*self._layers, self._offset) if self.offset_size else self._layers
 
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or _is_transformed():
             return self._generate(coefficients)
         return self._differentiable(coefficients)
 
     @torch.compiler.disable
     def _differentiable(self, coefficients: torch.Tensor) -> torch.Tensor:
-        return _Generated.apply(coefficients, self)
+        # A view keeps the numbers that are expanded if the parameter gets others through `.data`.
+        return _Generated.apply(coefficients.view_as(coefficients), self)
 
     def _generate(self, coefficients: torch.Tensor) -> torch.Tensor:
         with autocast_off(coefficients.device):
@@ -133,7 +135,7 @@ class SineManifold(Generator):
             _, derivative = ACTIVATIONS[self.activation]
             inputs, out, norm, beta = self._outputs(coefficients.to(grad.dtype))
             grad = torch.nn.functional.pad(grad * self.scale, (0, self.num_chunks * self.d - self.size))
-            grad = grad.unflatten(-1, (self.num_chunks, self.d))
+            grad = grad.reshape(*grad.shape[:-1], self.num_chunks, self.d)
             grad_beta = (grad * out).sum(-1, keepdim=True)
             grad = grad * beta
             if self.normalize:
@@ -142,7 +144,8 @@ class SineManifold(Generator):
             for layer, x in zip(reversed(layers), reversed(inputs)):
                 grad = (grad @ layer.mT) * derivative(x)
             grad_alpha = grad @ first.mT * self.frequency
-            return torch.cat((grad_alpha, grad_beta), -1).flatten(-2).to(coefficients.dtype)
+            found = torch.cat((grad_alpha, grad_beta), -1)
+            return found.reshape(*found.shape[:-2], self.num_coefficients).to(coefficients.dtype)
 
     def __repr__(self) -> str:
         stream = ", ".join(map(str, self.stream))
@@ -151,7 +154,7 @@ class SineManifold(Generator):
 
 
 class _Generated(torch.autograd.Function):
-    """`_generate`. Nothing is saved for the backward pass, which computes it again from the coefficients."""
+    """`_generate`. No tensor is saved for the backward pass, which computes it again from the coefficients."""
 
     generate_vmap_rule = True
 
@@ -162,7 +165,18 @@ class _Generated(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.coefficients, ctx.generator = inputs
+        ctx.version = None if ctx.coefficients.is_inference() else ctx.coefficients._version
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        if ctx.version is not None and ctx.version != ctx.coefficients._version:
+            raise RuntimeError(
+                "The coefficients of a SineManifold were changed in place between the forward and the backward pass: "
+                "their gradient cannot be computed any more."
+            )
         return ctx.generator.vjp(ctx.coefficients, grad), None
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on: they take ordinary operations best."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -1,37 +1,83 @@
-"""RandomBasis against a dense reference."""
+"""RandomBasis and SparseBasis."""
 
 from __future__ import annotations
 
-import copy
-import gc
-import pickle
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from generator_cases import GeneratorCases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ext import randomness
-from peft_ext.generators import RandomBasis, linear
-from peft_ext.generators.base import Frozen
+from peft_ext.generators import RandomBasis, SparseBasis, linear
 
 STREAM = ("test", 1)
 
 
-def reference(basis: RandomBasis, coefficients: torch.Tensor) -> torch.Tensor:
+@contextmanager
+def chunks_of(numbers: int) -> Iterator[None]:
+    chunk, linear._CHUNK = linear._CHUNK, numbers
+    try:
+        yield
+    finally:
+        linear._CHUNK = chunk
+
+
+@pytest.fixture(autouse=True)
+def small_chunks() -> Iterator[None]:
+    """Small bases are cut in both directions."""
+    with chunks_of(16):
+        yield
+
+
+# Dense
+
+
+def dense_reference(basis: RandomBasis, coefficients: torch.Tensor) -> torch.Tensor:
     """Number i * size + j of the stream, read one row at a time."""
     rows = [
         randomness.uniform(basis.seed, (*basis.stream, "basis"), basis.size, i * basis.size)
         for i in range(basis.num_basis)
     ]
     offset = randomness.uniform(basis.seed, (*basis.stream, "offset"), basis.size) * basis.offset_scale
-    return coefficients.double() @ torch.stack(rows).double() * basis.scale + offset.double()
+    return coefficients @ torch.stack(rows).double() * basis.scale + offset.double()
 
 
-@pytest.fixture(params=[False, True], ids=["stored", "streamed"])
-def streamed(request, monkeypatch):
-    monkeypatch.setattr(linear, "_CHUNK", 16)  # so that small bases are cut in both directions
-    return request.param
+class TestRandomBasis(GeneratorCases):
+    streamed = False
+
+    @pytest.fixture(params=[0.0, 0.1], ids=["", "offset"])
+    def make(self, request: pytest.FixtureRequest) -> Callable[[], RandomBasis]:
+        options: dict[str, Any] = {"scale": 0.3, "offset_scale": request.param, "streamed": self.streamed}
+        return partial(RandomBasis, 5, STREAM, 6, 21, **options)
+
+    reference = staticmethod(dense_reference)
+
+    def test_what_is_drawn_and_held(self, make: Callable[[], RandomBasis], monkeypatch: pytest.MonkeyPatch) -> None:
+        drawn = []
+        draw = randomness.uniform
+        monkeypatch.setattr(randomness, "uniform", lambda *args: drawn.append(args[2]) or draw(*args))
+        basis = make()
+        offset = 21 if basis.offset_scale else 0
+        coefficients = torch.randn(6, requires_grad=True)
+        basis.expand(coefficients).sum().backward()
+        basis.expand(coefficients)
+        if self.streamed:  # two forward passes and a backward pass; the offset is as large as one vector
+            assert max(n for n in drawn if n != 21) <= 16 and sum(drawn) == 3 * 6 * 21 + 2 * offset
+            assert basis.nbytes == 0
+        else:
+            assert sum(drawn) == 6 * 21 + offset
+            assert basis.nbytes == 4 * (6 * 21 + offset)
+
+
+class TestStreamedRandomBasis(TestRandomBasis):
+    streamed = True
 
 
 @settings(max_examples=40, deadline=None)
@@ -42,130 +88,164 @@ def streamed(request, monkeypatch):
     streamed=st.booleans(),
     offset=st.sampled_from([0.0, 0.25]),
 )
-def test_expansion_equals_the_reference(num_basis, size, lead, streamed, offset):
-    chunk, linear._CHUNK = linear._CHUNK, 16
-    try:
-        basis = RandomBasis(5, STREAM, num_basis, size, scale=0.5, offset_scale=offset, streamed=streamed)
-        coefficients = torch.randn(*lead, num_basis, generator=torch.Generator().manual_seed(0))
-        weights = basis.expand(coefficients)
-    finally:
-        linear._CHUNK = chunk
-    assert weights.shape == (*lead, size) and weights.dtype == torch.float32
-    torch.testing.assert_close(weights.double(), reference(basis, coefficients), atol=1e-5, rtol=1e-5)
-
-
-def test_derivatives(streamed):
-    basis = RandomBasis(5, STREAM, 6, 21, scale=0.3, offset_scale=0.1, streamed=streamed)
-    coefficients = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(basis.expand, (coefficients,), check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(basis.expand, (coefficients,))
-    jacobian = torch.func.jacrev(basis.expand)(coefficients[0].detach())
-    unit = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(jacobian.T, reference(basis, unit) - reference(basis, 0 * unit))
-    torch.testing.assert_close(torch.func.vmap(torch.func.jacfwd(basis.expand))(coefficients.detach())[0], jacobian)
-    grad = torch.randn(2, 21, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(basis.expand(coefficients), coefficients, grad)
-    torch.testing.assert_close(basis.vjp(coefficients, grad), expected)
-
-
-def test_nothing_is_saved_for_backward(streamed):
-    basis = RandomBasis(5, STREAM, 6, 21, scale=0.3, offset_scale=0.1, streamed=streamed)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor), lambda packed: packed):
-        weights = basis.expand(torch.randn(2, 6, requires_grad=True))
-    assert weights.requires_grad and not saved
-    for _ in range(2):  # so a graph can be walked again without being retained
-        weights.sum().backward()
-
-
-def test_a_streamed_basis_is_never_held(streamed, monkeypatch):
-    drawn = []
-    draw = randomness.uniform
-    monkeypatch.setattr(randomness, "uniform", lambda *args: drawn.append(args[2]) or draw(*args))
-    basis = RandomBasis(5, STREAM, 6, 21, streamed=streamed)
-    coefficients = torch.randn(6, requires_grad=True)
-    basis.expand(coefficients).sum().backward()
-    basis.expand(coefficients)
-    if streamed:
-        assert max(drawn) <= 16 and sum(drawn) == 3 * 6 * 21  # two forward passes and a backward pass
-        assert basis.nbytes == 0
-    else:
-        assert drawn == [6 * 21]
-        assert basis.nbytes == 4 * 6 * 21
-
-
-def test_independent_of_autocast_and_default_dtype():
-    coefficients = torch.randn(3, 6)
-    expected = RandomBasis(5, STREAM, 6, 21, offset_scale=0.1).expand(coefficients)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
-            found = RandomBasis(5, STREAM, 6, 21, offset_scale=0.1).expand(coefficients)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
-
-
-def test_made_under_inference_mode_then_trained():
-    basis = RandomBasis(5, STREAM, 6, 21, offset_scale=0.1)
-    with torch.inference_mode():
-        basis.expand(torch.randn(6))
-    coefficients = torch.randn(6, requires_grad=True)
-    (basis.expand(coefficients) ** 2).sum().backward()
-    assert coefficients.grad is not None and coefficients.grad.abs().max() > 0
-
-
-def test_half_precision_coefficients_expand_in_float32():
-    basis = RandomBasis(5, STREAM, 6, 21)
-    coefficients = torch.randn(6).bfloat16().requires_grad_()
+def test_any_dense_basis(num_basis: int, size: int, lead: list[int], streamed: bool, offset: float) -> None:
+    basis = RandomBasis(5, STREAM, num_basis, size, scale=0.5, offset_scale=offset, streamed=streamed)
+    coefficients = torch.randn(*lead, num_basis, generator=torch.Generator().manual_seed(0))
     weights = basis.expand(coefficients)
-    assert weights.dtype == torch.float32
-    weights.sum().backward()
-    assert coefficients.grad is not None and coefficients.grad.dtype == torch.bfloat16
+    assert weights.shape == (*lead, size) and weights.dtype == torch.float32
+    expected = dense_reference(basis, coefficients.double())
+    torch.testing.assert_close(weights.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_meta_coefficients_draw_nothing():
-    basis = RandomBasis(5, STREAM, 6, 21, offset_scale=0.1)
-    weights = basis.expand(torch.empty(2, 6, device="meta"))
-    assert weights.is_meta and weights.shape == (2, 21) and basis.nbytes == 0
-
-
-def test_a_larger_basis_begins_with_the_smaller():
+def test_a_larger_basis_begins_with_the_smaller() -> None:
     small, large = RandomBasis(5, STREAM, 3, 8), RandomBasis(5, STREAM, 7, 8)
     assert torch.equal(small.expand(torch.eye(3)), large.expand(torch.eye(7))[:3])
 
 
-def test_equal_numbers_are_in_memory_once_while_in_use():
+def test_bases_that_differ_in_scale_hold_the_same_numbers() -> None:
     first = RandomBasis(5, STREAM, 3, 8, scale=0.5)
-    assert RandomBasis(5, STREAM, 3, 8, scale=0.5) == first
     assert RandomBasis(5, STREAM, 3, 8, scale=0.25) != first
     assert RandomBasis(5, STREAM, 3, 8, scale=0.25).frozen[0] is first.frozen[0]
-    assert RandomBasis(6, STREAM, 3, 8, scale=0.5).frozen[0] is not first.frozen[0]
-    number = len(Frozen._shared)
-    del first
-    gc.collect()
-    assert len(Frozen._shared) < number
+    sparse = SparseBasis(5, STREAM, 3, 8, scale=0.5)
+    assert SparseBasis(5, STREAM, 3, 8, scale=0.25) != sparse
+    assert SparseBasis(5, STREAM, 3, 8, scale=0.25).frozen[0] is sparse.frozen[0]
+    assert SparseBasis(5, STREAM, 3, 8, scale=0.5, nnz=2).frozen[0] is sparse.frozen[0]
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda basis: pickle.loads(pickle.dumps(basis))])
-def test_copies_share_the_numbers_and_pickles_hold_none(clone, streamed):
-    basis = RandomBasis(5, STREAM, 3, 8, offset_scale=0.1, streamed=streamed)
-    size = len(pickle.dumps(basis))
-    expected = basis.expand(torch.eye(3))
-    other = clone(basis)
-    assert other == basis and torch.equal(other.expand(torch.eye(3)), expected)
-    assert streamed or other.frozen[0] is basis.frozen[0]
-    assert len(pickle.dumps(basis)) == size
+def test_known_numbers_of_a_dense_basis() -> None:
+    weights = RandomBasis(5, STREAM, 2, 4, offset_scale=0.5).expand(torch.tensor([1.0, 10.0]))
+    expected = torch.tensor([10.0326605, -5.6558313, -4.8541126, 10.3053522])
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
 
 
-def test_coefficients_of_another_length_are_refused():
-    with pytest.raises(ValueError, match=r"`coefficients` must have 3 entries in the last dimension, got shape \(4,\)"):
-        RandomBasis(5, STREAM, 3, 8).expand(torch.zeros(4))
+# Sparse
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_holds_the_same_numbers_and_the_cpu_no_copy():
-    basis = RandomBasis(5, STREAM, 3, 8)
-    expected = basis.expand(torch.eye(3))
-    assert torch.equal(basis.expand(torch.eye(3, device="cuda")).cpu(), expected)
-    assert basis.nbytes == 4 * 3 * 8
+def sparse_matrix(basis: SparseBasis) -> torch.Tensor:
+    """The basis as a dense matrix, `(num_coefficients, size)` in float64, entry by entry."""
+    k, size = basis.num_coefficients, basis.size
+    total = torch.zeros(k, size, dtype=torch.float64)
+    for t in range(basis.nnz):
+        matrix = torch.zeros(k, size, dtype=torch.float64)
+        for run in range(math.ceil(size / k)):
+            keys = randomness.uniform(basis.seed, (*basis.stream, "order", t), k, run * k).tolist()
+            order = sorted(range(k), key=keys.__getitem__)  # stable
+            for place, coefficient in enumerate(order):
+                weight = run * k + place
+                if weight < size:
+                    sign = randomness.uniform(basis.seed, (*basis.stream, "sign", t), 1, weight).item()
+                    matrix[coefficient, weight] = -1 if sign < 0 else 1
+        if size >= k:
+            matrix *= math.sqrt(size / k) / matrix.norm(dim=1, keepdim=True)
+        total += matrix
+    return total * basis.scale / math.sqrt(basis.nnz)
+
+
+class TestSparseBasis(GeneratorCases):
+    @pytest.fixture(params=[1, 2, 3])
+    def make(self, request: pytest.FixtureRequest) -> Callable[[], SparseBasis]:
+        return partial(SparseBasis, 5, STREAM, 6, 21, scale=0.3, nnz=request.param)
+
+    def reference(self, generator: SparseBasis, coefficients: torch.Tensor) -> torch.Tensor:
+        return coefficients @ sparse_matrix(generator)
+
+    def test_linear_in_the_coefficients(self, generator: SparseBasis) -> None:
+        x, y = self.draw(generator, 2)
+        together = generator.expand(2 * x - 3 * y)
+        torch.testing.assert_close(together, 2 * generator.expand(x) - 3 * generator.expand(y))
+        assert not generator.expand(0 * x).any()
+
+    def test_what_is_held(self, generator: SparseBasis) -> None:
+        generator.expand(self.draw(generator))
+        assert generator.nbytes == 4 * (21 + 6) * generator.nnz
+
+
+class TestSparseBasisOfFewWeights(TestSparseBasis):
+    """Some coefficients are not read at all."""
+
+    @pytest.fixture(params=[1, 2])
+    def make(self, request: pytest.FixtureRequest) -> Callable[[], SparseBasis]:
+        return partial(SparseBasis, 5, STREAM, 21, 6, scale=0.3, nnz=request.param)
+
+    def test_what_is_held(self, generator: SparseBasis) -> None:
+        generator.expand(self.draw(generator))
+        assert generator.nbytes == 4 * (21 + 6) * generator.nnz
+        read = (generator.expand(torch.eye(21)) != 0).any(1)
+        assert read.sum() == 6 if generator.nnz == 1 else 6 <= read.sum() <= 12
+
+
+# Lengths k with and without a shorter last run; k = size; more coefficients than weights.
+sparse_bases = st.builds(
+    SparseBasis,
+    st.integers(0, 2**64 - 1),
+    st.just(STREAM),
+    st.integers(1, 30),
+    st.integers(1, 60),
+    scale=st.sampled_from([1.0, 0.25]),
+    nnz=st.integers(1, 3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(basis=sparse_bases, chunk=st.sampled_from([1, 16, 1 << 22]))
+def test_any_sparse_basis(basis: SparseBasis, chunk: int) -> None:
+    matrix = sparse_matrix(basis)
+    k, size = basis.num_coefficients, basis.size
+    with chunks_of(chunk):
+        found = basis.expand(torch.eye(k, dtype=torch.float64))
+    torch.testing.assert_close(found, matrix, rtol=1e-6, atol=1e-6)
+
+    numbers = torch.Generator().manual_seed(0)
+    x = torch.randn(3, k, dtype=torch.float64, generator=numbers)
+    y = torch.randn(3, size, dtype=torch.float64, generator=numbers)
+    inner = (basis.expand(x) * y).sum(), (x * basis.vjp(x, y)).sum()
+    torch.testing.assert_close(*inner, rtol=1e-12, atol=1e-12)
+
+    if basis.nnz == 1:
+        reads = (found != 0).sum(0)
+        assert (reads == 1).all()  # disjoint supports
+        if size >= k:
+            gram = found @ found.T
+            assert not (gram - gram.diag().diag()).any()
+            norm = torch.full((k,), basis.scale**2 * size / k, dtype=torch.float64)
+            torch.testing.assert_close(gram.diag(), norm, rtol=1e-6, atol=0)
+        for start in range(0, size, k):  # every run of k weights reads every coefficient once
+            entries = (found[:, start : start + k] != 0).sum(1)
+            assert entries.max() == 1 and entries.sum() == min(k, size - start)
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 24, 25, 64])
+@pytest.mark.parametrize("nnz", [1, 2])
+def test_chunks_do_not_change_a_sparse_basis(size: int, nnz: int) -> None:
+    def expand(chunk: int) -> torch.Tensor:
+        with chunks_of(chunk):
+            return SparseBasis(5, STREAM, 6, size, nnz=nnz).expand(torch.eye(6))
+
+    expected = expand(1 << 22)
+    for chunk in (1, 6, 7, 12, 20, 64):
+        assert torch.equal(expand(chunk), expected)
+
+
+def test_a_longer_sparse_basis_begins_with_the_shorter() -> None:
+    """But for the factor that gives all vectors one norm."""
+    short, long = (SparseBasis(5, STREAM, 6, size).expand(torch.eye(6)).sign() for size in (14, 40))
+    assert torch.equal(short, long[:, :14])
+
+
+def test_signs_and_orders_are_random() -> None:
+    basis = SparseBasis(5, STREAM, 50, 5000)
+    signed = basis.expand(torch.ones(50))
+    assert abs(signed.mean()) < 0.06  # four standard deviations
+    orders = (basis.expand(torch.eye(50)) != 0).int().argmax(0).view(100, 50)
+    assert len({tuple(order.tolist()) for order in orders}) == 100
+    assert abs((orders[:, 0].float().mean() - 24.5) / (14.4 / 10)) < 4
+
+
+def test_known_numbers_of_a_sparse_basis() -> None:
+    """The specification is frozen: these are what saved adapters mean."""
+    coefficients = torch.tensor([1.0, 10.0, 100.0])
+    weights = SparseBasis(5, STREAM, 3, 9).expand(coefficients)
+    assert weights.tolist() == [-10.0, 100.0, 1.0, 1.0, 10.0, -100.0, 10.0, -1.0, -100.0]
+    weights = SparseBasis(5, STREAM, 3, 8, scale=0.5, nnz=2).expand(coefficients)
+    expected = [0.7491494, 74.1581650, 0.6666667, 0.6666667, 36.6666679, -36.7423473, -30.0, -0.6666667]
+    torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-6, atol=0)
