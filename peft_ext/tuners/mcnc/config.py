@@ -34,7 +34,8 @@ class McncConfig(SeededConfig):
         activation (`str`):
             `"sine"`, `"relu"`, `"tanh"`, or `"none"`, which makes phi linear.
         frequency (`float`):
-            Factor on the inputs of the first activation: how much the surface is curved.
+            Factor on the inputs of the first activation: how much the surface is curved. In a small experiment
+            (digits, 26 K weights from 100 and 400 coefficients) 3 and 10 did better than 1.
         normalize (`bool`):
             Scale the outputs of phi to a root mean square of 1, so that beta alone is the size of a chunk. The paper
             does not say whether it does.
@@ -89,7 +90,7 @@ class McncConfig(SeededConfig):
         default="sine", metadata={"help": "Of the frozen network: 'sine', 'relu', 'tanh', or 'none' (linear)."}
     )
     frequency: float = field(
-        default=1.0, metadata={"help": "Factor on the inputs of the first activation: how much the surface is curved."}
+        default=5.0, metadata={"help": "Factor on the inputs of the first activation: how much the surface is curved."}
     )
     normalize: bool = field(
         default=True, metadata={"help": "Scale the outputs of the frozen network to a root mean square of 1."}
