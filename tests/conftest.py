@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.register_assert_rewrite("dense", "generator_cases")
+
 # The models are so small that threads cost more than they save.
 torch.set_num_threads(1)
 

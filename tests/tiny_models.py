@@ -81,3 +81,14 @@ class Layers(nn.Module):
         for name in path:
             x = torch.tanh(getattr(self, name)(x))
         return x
+
+
+class One(nn.Module):
+    """A model of one layer called `layer`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)

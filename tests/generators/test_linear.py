@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense import dense_matrix, sparse_matrix
 from generator_cases import GeneratorCases
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,13 +40,9 @@ def small_chunks() -> Iterator[None]:
 
 
 def dense_reference(basis: RandomBasis, coefficients: torch.Tensor) -> torch.Tensor:
-    """Number i * size + j of the stream, read one row at a time."""
-    rows = [
-        randomness.uniform(basis.seed, (*basis.stream, "basis"), basis.size, i * basis.size)
-        for i in range(basis.num_basis)
-    ]
     offset = randomness.uniform(basis.seed, (*basis.stream, "offset"), basis.size) * basis.offset_scale
-    return coefficients @ torch.stack(rows).double() * basis.scale + offset.double()
+    matrix = dense_matrix(basis.seed, basis.stream, basis.num_basis, basis.size) * basis.scale
+    return coefficients @ matrix + offset.double()
 
 
 class TestRandomBasis(GeneratorCases):
@@ -121,24 +117,8 @@ def test_known_numbers_of_a_dense_basis() -> None:
 # Sparse
 
 
-def sparse_matrix(basis: SparseBasis) -> torch.Tensor:
-    """The basis as a dense matrix, `(num_coefficients, size)` in float64, entry by entry."""
-    k, size = basis.num_coefficients, basis.size
-    total = torch.zeros(k, size, dtype=torch.float64)
-    for t in range(basis.nnz):
-        matrix = torch.zeros(k, size, dtype=torch.float64)
-        for run in range(math.ceil(size / k)):
-            keys = randomness.uniform(basis.seed, (*basis.stream, "order", t), k, run * k).tolist()
-            order = sorted(range(k), key=keys.__getitem__)  # stable
-            for place, coefficient in enumerate(order):
-                weight = run * k + place
-                if weight < size:
-                    sign = randomness.uniform(basis.seed, (*basis.stream, "sign", t), 1, weight).item()
-                    matrix[coefficient, weight] = -1 if sign < 0 else 1
-        if size >= k:
-            matrix *= math.sqrt(size / k) / matrix.norm(dim=1, keepdim=True)
-        total += matrix
-    return total * basis.scale / math.sqrt(basis.nnz)
+def sparse_reference(basis: SparseBasis) -> torch.Tensor:
+    return sparse_matrix(basis.seed, basis.stream, basis.num_coefficients, basis.size, basis.nnz) * basis.scale
 
 
 class TestSparseBasis(GeneratorCases):
@@ -147,7 +127,7 @@ class TestSparseBasis(GeneratorCases):
         return partial(SparseBasis, 5, STREAM, 6, 21, scale=0.3, nnz=request.param)
 
     def reference(self, generator: SparseBasis, coefficients: torch.Tensor) -> torch.Tensor:
-        return coefficients @ sparse_matrix(generator)
+        return coefficients @ sparse_reference(generator)
 
     def test_linear_in_the_coefficients(self, generator: SparseBasis) -> None:
         x, y = self.draw(generator, 2)
@@ -189,7 +169,7 @@ sparse_bases = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(basis=sparse_bases, chunk=st.sampled_from([1, 16, 1 << 22]))
 def test_any_sparse_basis(basis: SparseBasis, chunk: int) -> None:
-    matrix = sparse_matrix(basis)
+    matrix = sparse_reference(basis)
     k, size = basis.num_coefficients, basis.size
     with chunks_of(chunk):
         found = basis.expand(torch.eye(k, dtype=torch.float64))

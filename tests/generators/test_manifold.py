@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense import FUNCTIONS, on_manifold
 from generator_cases import GeneratorCases
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,34 +19,12 @@ from peft_ext.generators import SineManifold
 
 STREAM = ("test", 1)
 OFFSET = {"offset_stream": ("test", "offset"), "offset_size": 9, "offset_scale": 0.5}
-FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {  # and the usual gains
-    "sine": (torch.sin, math.sqrt(2)),
-    "relu": (torch.relu, math.sqrt(2)),
-    "tanh": (torch.tanh, 5 / 3),
-    "none": (lambda x: x, 1.0),
-}
-
 
 def manifold_reference(manifold: SineManifold, coefficients: torch.Tensor) -> torch.Tensor:
-    """One chunk after the other."""
-    sizes = [manifold.k, *manifold.widths, manifold.d]
-    function, gain = FUNCTIONS[manifold.activation]
-    layers = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
-        drawn = randomness.uniform(manifold.seed, (*manifold.stream, "layer", i), fan_in * fan_out)
-        variance = (1.0 if i == 0 else gain**2) / fan_in  # uniform numbers on [-1, 1) have 1/3
-        layers.append(drawn.view(fan_in, fan_out).double() * math.sqrt(3 * variance))
-    chunks = []
-    for start in range(0, coefficients.shape[-1], manifold.k + 1):
-        alpha = coefficients[..., start : start + manifold.k]
-        beta = coefficients[..., start + manifold.k : start + manifold.k + 1]
-        x = manifold.frequency * alpha @ layers[0]
-        for layer in layers[1:]:
-            x = function(x) @ layer
-        if manifold.normalize:
-            x = x / x.square().mean(-1, keepdim=True).sqrt()
-        chunks.append(manifold.scale * beta * x)
-    weights = torch.cat(chunks, -1)[..., : manifold.size]
+    weights = manifold.scale * on_manifold(
+        coefficients, manifold.seed, manifold.stream, manifold.size, manifold.k, manifold.d, manifold.widths,
+        manifold.activation, manifold.frequency, manifold.normalize,
+    )  # fmt: skip
     offset = torch.zeros(manifold.size, dtype=torch.float64)
     if manifold.offset_size:
         drawn = randomness.uniform(manifold.seed, manifold.offset_stream, manifold.offset_size).double()
