@@ -6,10 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
-import evaluate
 import torch
 import transformers
 from accelerate import PartialState
@@ -23,35 +22,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from recipes import inputs
 from recipes.common import UserError
 
-_METRIC_FOLDER = Path(__file__).parent / "metrics"
 _METRICS = {"BLEU": "corpus_bleu", "ROUGE-L": "rouge_l"}
-# The evaluated subset must be the same for every method and every seed of a run.
-_SUBSET_SEED = 0
+OUTPUT = "text"  # what `compute` gives beside the logits, for messages
+_NEW_TOKENS = 60
 
 
 @dataclass
-class ModelArguments:
-    """Which model is adapted."""
+class ModelArguments(inputs.ModelArguments):
+    """Which causal language model is adapted."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or local folder of a causal LM."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file inside that model."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Type that the frozen weights are loaded in."}
-    )
 
 
 @dataclass
-class DataArguments:
+class DataArguments(inputs.DataArguments):
     """What the model is trained and evaluated on."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local folder or one local file."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    train_split: str = field(
-        default="train", metadata={"help": "Training split; slices as 'train[:90%%]' are allowed."}
-    )
-    eval_split: str = field(default="validation", metadata={"help": "Validation split."})
     source_column: str | None = field(default=None, metadata={"help": "Column that the prompt is made of."})
     target_column: str | None = field(default=None, metadata={"help": "Column to be written after the prompt."})
     text_column: str | None = field(default=None, metadata={"help": "Plain text, in place of source and target."})
@@ -90,65 +79,35 @@ class TextData:
 
 def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer, which gets a padding token if it has none."""
-    if args.model_name_or_path is None:
-        raise UserError("no model: give --model_name_or_path, or --preset quickstart, which needs no hub")
-    source: dict[str, Any] = {"pretrained_model_name_or_path": args.model_name_or_path, "gguf_file": args.gguf_file}
+    name = inputs.model_folder(args)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": name, "gguf_file": args.gguf_file}
     options: dict[str, Any] = {"dtype": args.dtype}
     if args.gguf_file and hasattr(transformers, "GgufConfig"):
         # Newer versions of transformers keep the blocks packed by default, and the Trainer refuses those.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
+    with inputs.loading("model_name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("model_name_or_path", args.model_name_or_path, error)) from error
     if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {args.model_name_or_path} has no end-of-text token")
+        raise UserError(f"the tokenizer of {name} has no end-of-text token")
     if tokenizer.pad_token is None:
         # Padding is masked by the collator, so that a true end of text keeps its loss.
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
-def _not_loaded(field_name: str, value: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        f"{field_name}: cannot load {value!r}: {reason}\n"
-        "Without a connection to the hub these work: --preset quickstart (makes its own model and data), "
-        "--model_name_or_path FOLDER and --dataset_name FOLDER_OR_FILE with local files."
-    )
-
-
-def load_splits(args: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Load the two splits and check that they hold the columns that were asked for."""
+def load_splits(args: DataArguments) -> list[datasets.Dataset]:
+    """Load the two splits and check that they hold text in the columns that were asked for."""
     columns = [args.text_column] if args.text_column else [args.source_column, args.target_column]
-    if args.dataset_name is None:
-        raise UserError("no data set: give --dataset_name, or --preset quickstart, which needs no hub")
-    if None in columns or (args.text_column and (args.source_column or args.target_column)):
+    named = [column for column in columns if column is not None]
+    if len(named) < len(columns) or (args.text_column and (args.source_column or args.target_column)):
         raise UserError("name the columns: either --source_column and --target_column, or --text_column")
-    path = Path(args.dataset_name)
-    # `datasets` picks the reader of a single file by its ending when it is given the folder and the file.
-    where: dict[str, Any] = (
-        {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset_name}
-    )
-    try:
-        train, validation = datasets.load_dataset(
-            name=args.dataset_config_name, split=[args.train_split, args.eval_split], **where
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(_not_loaded("dataset_name", args.dataset_name, error)) from error
-    for name, split in ((args.train_split, train), (args.eval_split, validation)):
-        if len(split) == 0:
-            raise UserError(f"split {name!r} of {args.dataset_name} is empty")
-        for column in columns:
-            if column not in split.column_names:
-                raise UserError(
-                    f"column {column!r} is not in split {name!r} of {args.dataset_name}; "
-                    f"it has {', '.join(map(repr, split.column_names))}"
-                )
+    splits = inputs.load_splits(args, named)
+    for name, split in zip((args.train_split, args.eval_split), splits):
+        for column in named:
             if any(not isinstance(value, str) for value in split[column]):
                 raise UserError(f"column {column!r} of split {name!r} of {args.dataset_name} holds more than strings")
-    return train, validation
+    return splits
 
 
 def encode(
@@ -205,16 +164,14 @@ def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
     references: list[list[str]] = []
     if not args.text_column:
         groups = group_references(validation[args.source_column], validation[args.target_column])
-        sources = list(groups)
-        if args.max_eval_prompts is not None and args.max_eval_prompts < len(sources):
-            sources = random.Random(_SUBSET_SEED).sample(sources, args.max_eval_prompts)
-        prompts = render_prompts(sources, args)
-        references = [groups[source] for source in sources]
+        chosen = list(groups)
+        if args.max_eval_prompts is not None and args.max_eval_prompts < len(chosen):
+            chosen = random.Random(inputs.SUBSET_SEED).sample(chosen, args.max_eval_prompts)
+        prompts = render_prompts(chosen, args)
+        references = [groups[source] for source in chosen]
 
     def prepare(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-        if limit is not None and limit < len(split):
-            split = split.shuffle(seed=_SUBSET_SEED).select(range(limit))
-        return split.map(
+        return inputs.random_subset(split, limit).map(
             encode,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "args": args},
@@ -229,6 +186,40 @@ def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
         prompts=prompts,
         references=references,
     )
+
+
+def load_saved(args: ModelArguments, adapter: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of a saved adapter, and its tokenizer."""
+    return load_model(args)
+
+
+@torch.no_grad()
+def compute(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a whole row of token ids, and the tokens written after its prompt."""
+    ids = row["ids"][None].to(model.device)
+    start = ids[:, : int(row["prompt_length"])]
+    written = model.generate(  # type: ignore[operator]
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=int(tokenizer.pad_token_id),
+    )
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits[0].cpu(), written[0, start.shape[1] :].cpu()
+
+
+def describe(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, torch.Tensor],
+    written: torch.Tensor,
+) -> str:
+    """A prompt and the text that was written after it."""
+    prompt = tokenizer.decode(row["ids"][: int(row["prompt_length"])])
+    return f"{prompt!r} -> {tokenizer.decode(written, skip_special_tokens=True)!r}"
 
 
 @torch.no_grad()
@@ -283,6 +274,6 @@ def score(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
         outputs = [text.split("\n")[0] for text in outputs]
     scores: dict[str, float] = {}
     for name, module in _METRICS.items():
-        metric = evaluate.load(str(_METRIC_FOLDER / module), keep_in_memory=True)
-        (scores[name],) = metric.compute(predictions=outputs, references=references).values()
+        computed = inputs.load_metric(module).compute(predictions=outputs, references=references)
+        (scores[name],) = computed.values()
     return scores

@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 import yaml
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import HfArgumentParser, TrainingArguments
 
 import peft_ext  # noqa: F401  (registers its methods with PEFT)
 
 # PEFT's own look-up, by plain name.
 _CONFIG_CLASSES = {str(key.value).lower(): config for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+# The baseline that trains a new head and nothing else: to PEFT, a LoRA without layers.
+HEAD = "head"
 CONFIGS = Path(__file__).parent / "configs"
 
 _RECORD = "arguments.json"
@@ -42,7 +45,8 @@ class MethodArguments:
         metadata={
             "help": "Any PEFT method: its name, or a YAML mapping of its name and options, such as "
             "'{name: lora, r: 1, learning_rate: 2e-4, label: LoRA r=1}'. The options are the fields of its PEFT "
-            "config; a learning rate of its own goes before --learning_rate."
+            "config; a learning rate of its own goes before --learning_rate. For image classifiers also 'head', which "
+            "trains the head alone; the other methods train it beside the adapter."
         },
     )
     seeds: list[int] = field(
@@ -54,7 +58,10 @@ class MethodArguments:
     )
     verify_adapters: bool = field(
         default=False,
-        metadata={"help": "Load every saved adapter in a fresh process and compare its outputs with the trained one."},
+        metadata={
+            "help": "Load the first saved adapter of every method in a fresh process and compare its outputs with the "
+            "trained one's."
+        },
     )
 
 
@@ -72,18 +79,28 @@ class Method:
         """The label as a folder name."""
         return re.sub(r"[^A-Za-z0-9=._-]+", "-", self.label).strip("-.")
 
-    def config(self, task_type: str | None, seed: int) -> PeftConfig:
+    def config(self, task_type: str | None, seed: int, head: Sequence[str] = ()) -> PeftConfig:
         """The PEFT config.
 
         Args:
             task_type: PEFT's task type.
+            head: Modules to train and save whole beside the adapter, those of the option `modules_to_save` apart.
             seed: The run's seed. It becomes the seed of the method's frozen numbers too, where the method has such a
                 field and the user left it open, so that a spread over seeds includes the draw of the basis.
         """
-        config_class = _CONFIG_CLASSES[self.name]
         options = {"task_type": task_type, **self.options}
-        if "seed" in (f.name for f in dataclasses.fields(config_class)):
+        if self.name == HEAD:
+            config_class: type[PeftConfig] = LoraConfig
+            options["target_modules"] = DUMMY_TARGET_MODULES
+        else:
+            config_class = _CONFIG_CLASSES[self.name]
+        fields = {f.name for f in dataclasses.fields(config_class)}
+        if "seed" in fields:
             options.setdefault("seed", seed)
+        if head and "modules_to_save" not in fields:
+            raise UserError(f"method {self.label!r}: {self.name} cannot train {', '.join(head)} beside the adapter")
+        if head:
+            options["modules_to_save"] = sorted({*head, *(options.get("modules_to_save") or [])})
         try:
             return config_class(**options)
         except (TypeError, ValueError) as error:
@@ -107,8 +124,14 @@ def load_yaml(text: str) -> Any:
         raise UserError(f"not valid YAML: {error}") from error
 
 
-def parse_methods(specs: Sequence[str]) -> list[Method]:
-    """Read ``--methods``: names, or YAML mappings with options."""
+def parse_methods(specs: Sequence[str], extra: Sequence[str] = ()) -> list[Method]:
+    """Read ``--methods``: names, or YAML mappings with options.
+
+    Args:
+        specs: What the user wrote.
+        extra: Names of methods without options that the recipe has beside those of PEFT, such as `HEAD`.
+    """
+    known = sorted([*_CONFIG_CLASSES, *extra])
     methods = []
     for spec in specs:
         value = load_yaml(spec)
@@ -117,8 +140,8 @@ def parse_methods(specs: Sequence[str]) -> list[Method]:
             raise UserError(f"methods: {spec!r} is neither a name nor a mapping with a 'name'")
         options = dict(options)
         name = options.pop("name").lower()
-        if name not in _CONFIG_CLASSES:
-            raise UserError(f"methods: unknown method {name!r}; PEFT has {', '.join(sorted(_CONFIG_CLASSES))}")
+        if name not in known:
+            raise UserError(f"methods: unknown method {name!r}; there are {', '.join(known)}")
         learning_rate = options.pop("learning_rate", None)
         if learning_rate is not None and (not isinstance(learning_rate, (int, float)) or learning_rate <= 0):
             raise UserError(f"method {name!r}: learning_rate is {learning_rate!r}; it must be a positive number")
@@ -127,12 +150,12 @@ def parse_methods(specs: Sequence[str]) -> list[Method]:
         ]
         label = str(options.pop("label", " ".join([name, *scalars])))
         internal = {f.name for f in dataclasses.fields(PeftConfig)}
-        fields = dataclasses.fields(_CONFIG_CLASSES[name])
+        fields = () if name in extra else dataclasses.fields(_CONFIG_CLASSES[name])
         allowed = sorted({f.name for f in fields if f.init} - internal)
         for key, value in options.items():
             if key not in allowed:
                 raise UserError(
-                    f"method {name!r}: unknown option {key!r} (given {value!r}); it has {', '.join(allowed)}"
+                    f"method {name!r}: unknown option {key!r} (given {value!r}); it has {', '.join(allowed) or 'none'}"
                 )
         methods.append(Method(name, label, learning_rate, options))
     folders = [method.folder for method in methods]

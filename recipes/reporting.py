@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,12 +24,13 @@ _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 @dataclass
 class RunResult:
-    """One method trained with one seed; the untrained model is a result without training.
+    """One method trained once; the untrained model is a result without training.
 
     Attributes:
         label: The method's label.
         seed: The run's seed.
         trainable_parameters: Numbers that were trained.
+        head_parameters: Those of them that are in modules trained whole beside the adapter.
         adapter_bytes: Size of the adapter's weights on disk.
         training_loss: Mean of the logged training losses of the last tenth of the steps.
         validation_loss: Validation loss at the end.
@@ -38,11 +39,13 @@ class RunResult:
         training_curve: ``(step, loss)`` pairs.
         validation_curve: ``(step, loss)`` pairs.
         outputs: What the model wrote for every evaluated prompt.
+        data_seed: The seed of the subset that was trained on, if it was one.
     """
 
     label: str
     seed: int
     trainable_parameters: int = 0
+    head_parameters: int = 0
     adapter_bytes: int = 0
     training_loss: float | None = None
     validation_loss: float | None = None
@@ -51,6 +54,7 @@ class RunResult:
     training_curve: list[tuple[float, float]] = field(default_factory=list)
     validation_curve: list[tuple[float, float]] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    data_seed: int | None = None
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all: a resumed run trusts this file."""
@@ -81,16 +85,20 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
 
 
 def results_table(results: Sequence[RunResult], style: box.Box = box.SIMPLE_HEAD) -> Table:
-    """One row a method: mean and, over several seeds, standard deviation."""
+    """One row a method: mean and, over several runs, standard deviation. A head is counted apart."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    with_head = any(result.head_parameters for result in results)
     table = Table(box=style)
     table.add_column("method")
-    for heading in ["trainable", "bytes on disk", "training loss", "validation loss", *names, "seconds"]:
+    counts = ["adapter", "head"] if with_head else ["trainable"]
+    for heading in [*counts, "bytes on disk", "training loss", "validation loss", *names, "seconds"]:
         table.add_column(heading.replace("_", " "), justify="right")
     for label, runs in by_label(results).items():
+        head = runs[0].head_parameters
+        counts = [f"{runs[0].trainable_parameters - head:,}", f"{head:,}"][: len(counts)]
         table.add_row(
             label,
-            f"{runs[0].trainable_parameters:,}",
+            *counts,
             f"{runs[0].adapter_bytes:,}",
             _spread([run.training_loss for run in runs], 3),
             _spread([run.validation_loss for run in runs], 3),
@@ -100,16 +108,17 @@ def results_table(results: Sequence[RunResult], style: box.Box = box.SIMPLE_HEAD
     return table
 
 
-def plot_losses(results: Sequence[RunResult], path: Path) -> None:
+def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
     """Training and validation loss against the step, one colour a method, a faint line for every seed.
 
     Args:
-        results: All runs; the one without a training curve is the untrained model, where all validation curves start.
+        results: All runs; the one without a validation curve is the untrained model, where all those curves start.
         path: The PNG file.
+        unit: What the losses are means over.
     """
     untrained, groups = None, {}
     for label, runs in by_label(results).items():
-        if runs[0].training_curve:
+        if runs[0].validation_curve:
             groups[label] = runs
         else:
             untrained = runs[0]
@@ -120,7 +129,9 @@ def plot_losses(results: Sequence[RunResult], path: Path) -> None:
             if kind == "validation" and untrained is not None and untrained.validation_loss is not None:
                 curves = [[(0, untrained.validation_loss), *curve] for curve in curves]
             for curve in curves:
-                axis.plot(*zip(*curve), color=colour, alpha=1 if len(curves) == 1 else 0.3, linewidth=1.2)
+                marker = "o" if len(curve) == 1 else None
+                alpha = 1 if len(curves) == 1 else 0.3
+                axis.plot(*zip(*curve), color=colour, alpha=alpha, linewidth=1.2, marker=marker)
             if len(curves) > 1:
                 steps = [step for step, _ in curves[0]]
                 means = [mean(losses) for losses in zip(*([loss for _, loss in curve] for curve in curves))]
@@ -136,29 +147,60 @@ def plot_losses(results: Sequence[RunResult], path: Path) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_locator(NullLocator())
-    axes[0].set_ylabel("loss per target token")
+    axes[0].set_ylabel(f"loss per {unit}")
     axes[1].legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def write_report(results: Sequence[RunResult], folder: Path, samples: str) -> None:
-    """Write ``results.json``, ``results.md`` and ``loss.png``, and print the table and the samples.
+def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
+    """A metric of every method: a bar for the mean and a point for every run.
+
+    Args:
+        results: All runs.
+        path: The PNG file.
+        name: The metric.
+    """
+    groups = by_label(results)
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.5 * len(groups)), layout="constrained")
+    for place, (colour, runs) in enumerate(zip(_COLOURS * len(groups), groups.values())):
+        values = [run.metrics[name] for run in runs]
+        axis.barh(place, mean(values), color=colour, alpha=0.35, height=0.6)
+        # Spread over the bar's width in the order of the runs, so that equal values stay apart.
+        heights = [place + 0.4 * ((index + 0.5) / len(values) - 0.5) for index in range(len(values))]
+        axis.scatter(values, heights, color=colour, s=14, zorder=2)
+    axis.set_yticks(range(len(groups)), list(groups))
+    axis.invert_yaxis()
+    axis.set_xlabel(name)
+    axis.grid(axis="x", color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_report(
+    results: Sequence[RunResult], folder: Path, notes: str, plots: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Write ``results.json``, ``results.md`` and the plots, and print the table and the notes.
 
     Args:
         results: All runs, the untrained model first.
         folder: Where to.
-        samples: Markdown with some outputs side by side.
+        notes: Markdown below the table: some outputs side by side, or what was run.
+        plots: What draws every PNG file.
     """
     rows = [dataclasses.asdict(result) for result in results]
     (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     with (folder / "results.md").open("w", encoding="utf-8") as file:
         Console(file=file, width=200).print(results_table(results, box.MARKDOWN))
-        file.write(f"\n{samples}")
-    plot_losses(results, folder / "loss.png")
+        file.write(f"\n{notes}")
+    for name, plot in plots.items():
+        plot(folder / name)
     console = Console()
     # A pipe has no width of its own; the table must not be cut to 80 columns there.
     console = console if console.is_terminal else Console(width=160)
     console.print(results_table(results))
-    console.print(samples, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results.json, results.md and loss.png are in {folder}", highlight=False, soft_wrap=True)
+    console.print(notes, markup=False, highlight=False, soft_wrap=True)
+    *names, last = ["results.json", "results.md", *plots]
+    console.print(f"{', '.join(names)} and {last} are in {folder}", highlight=False, soft_wrap=True)

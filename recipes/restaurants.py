@@ -8,9 +8,9 @@ are left to the adapter.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -21,12 +21,11 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from recipes.causal_lm import DataArguments, encode
+from recipes.training import make_once, train_base
 
 Meaning = dict[str, str]
 
@@ -126,8 +125,8 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
 
 
-def train_base(folder: Path, use_cpu: bool) -> None:
-    """Train the tokenizer and the small GPT-2 and save both, whole or not at all."""
+def make_base(folder: Path, use_cpu: bool) -> None:
+    """Train the tokenizer and the small GPT-2 and save both."""
     rng = random.Random(_SEED + 1)
     texts = [paragraphs(rng) for _ in range(_PLACES)]
     tokenizer = train_tokenizer(texts)
@@ -147,51 +146,28 @@ def train_base(folder: Path, use_cpu: bool) -> None:
             attn_pdrop=0.0,
         )
     )
-    partial = folder.with_name(folder.name + ".partial")
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(partial),
-            max_steps=_STEPS,
-            per_device_train_batch_size=24 // PartialState().num_processes or 1,
-            learning_rate=4e-3,
-            adam_beta2=0.98,
-            warmup_steps=50,
-            lr_scheduler_type="cosine",
-            logging_steps=50,
-            save_strategy="no",
-            seed=_SEED,
-            use_cpu=use_cpu,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=datasets.Dataset.from_dict(encoded),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-    )
-    trainer.train()
+    settings = {
+        "max_steps": _STEPS,
+        "per_device_train_batch_size": 24 // PartialState().num_processes or 1,
+        "learning_rate": 4e-3,
+        "adam_beta2": 0.98,
+        "warmup_steps": 50,
+        "lr_scheduler_type": "cosine",
+        "seed": _SEED,
+        "use_cpu": use_cpu,
+    }
+    data = datasets.Dataset.from_dict(encoded)
+    train_base(folder, model, tokenizer, settings, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))
+
+
+def prepare_base(output_dir: Path, use_cpu: bool) -> str:
+    """Make the base model below a folder, unless it is there; its folder."""
+    return make_once(output_dir / "base", "a small GPT-2", partial(make_base, use_cpu=use_cpu))
+
+
+def prepare_data(output_dir: Path) -> str:
+    """Write the pairs below a folder, in the main process; their folder."""
     if PartialState().is_main_process:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        os.replace(partial, folder)
-
-
-def prepare(output_dir: Path, use_cpu: bool) -> tuple[str, str]:
-    """Make the base model and the pairs below a folder, unless an interrupted run has left them there.
-
-    Args:
-        output_dir: Where to.
-        use_cpu: Leave accelerators alone.
-
-    Returns:
-        The folders of the model and of the data.
-    """
-    base, data = output_dir / "base", output_dir / "data"
-    state = PartialState()
-    if state.is_main_process:
-        write_pairs(data)
-    made = base.exists()
-    state.wait_for_everyone()  # no process may look after another has made it
-    if not made:
-        state.print(f"Making a small GPT-2 and its restaurants in {output_dir}", flush=True)
-        train_base(base, use_cpu)
-    state.wait_for_everyone()
-    return str(base), str(data)
+        write_pairs(output_dir / "data")
+    PartialState().wait_for_everyone()
+    return str(output_dir / "data")

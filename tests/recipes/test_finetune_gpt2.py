@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
-from recipes import finetune_gpt2
+from recipes import training
 from recipes.common import CONFIGS
-from recipes.finetune_gpt2 import last_checkpoint, main
+from recipes.finetune_gpt2 import main
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["--methods", "{name: nola, r: 4, num_basis: 16}", "{name: lora, r: 1, learning_rate: 1e-2}"]
@@ -98,19 +98,19 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     methods = [*METHODS[:2], "{name: lora, r: 1, lora_dropout: 0.1}"]
     main([*flags, *methods, "--output_dir", str(whole)])
 
-    make_trainer = finetune_gpt2.make_trainer
+    make_trainer = training.make_trainer
 
-    def interrupted(task: Any, model: Any, training: Any) -> Trainer:
-        trainer = make_trainer(task, model, training)
-        if "lora" in str(training.output_dir):
+    def interrupted(task: Any, model: Any, arguments: Any) -> Trainer:
+        trainer = make_trainer(task, model, arguments)
+        if "lora" in str(arguments.output_dir):
             trainer.add_callback(Interruption(step=5))
         return trainer
 
-    monkeypatch.setattr(finetune_gpt2, "make_trainer", interrupted)
+    monkeypatch.setattr(training, "make_trainer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main([*flags, *methods, "--output_dir", str(broken)])
-    monkeypatch.setattr(finetune_gpt2, "make_trainer", make_trainer)
-    checkpoint = last_checkpoint(broken / "lora-r=1-lora_dropout=0.1-seed42")
+    monkeypatch.setattr(training, "make_trainer", make_trainer)
+    checkpoint = training.last_checkpoint(broken / "lora-r=1-lora_dropout=0.1-seed42")
     assert checkpoint is not None and checkpoint.name == "checkpoint-4"
     # A checkpoint that the interruption cut short is passed over.
     (checkpoint.with_name("checkpoint-5")).mkdir()
