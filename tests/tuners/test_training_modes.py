@@ -14,11 +14,10 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from dense_nola import coefficients_of, dense_gradients, factors, run_dense
+from dense import coefficients_of, dense_gradients, layer_update, run_dense
+from methods import METHODS, ONE_OF_EACH, Config, adapt, config_of, lower
 from peft import PeftModel, get_peft_model
 from torch import nn
-
-from peft_ext import NolaConfig
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "lm_head"]  # blocks and a layer outside of them, shapes shared and not
 
@@ -26,7 +25,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "lm_head"]  # blocks and a layer outsid
 # is wrong by far more.
 TOLERANCE = 1e-4
 
-Case = tuple[PeftModel, nn.Module, NolaConfig]
+Case = tuple[PeftModel, nn.Module, Config]
 
 
 def differentiable_attention(case: Case) -> None:
@@ -35,19 +34,27 @@ def differentiable_attention(case: Case) -> None:
     case[1].set_attn_implementation("eager")
 
 
-def make(dtype: torch.dtype = torch.float64, layers: int = 2, **options: Any) -> Case:
+def make(method: str = "NOLA", dtype: torch.dtype = torch.float64, layers: int = 2, **options: Any) -> Case:
     """A model adapted with random coefficients, its base model, and the configuration."""
-    config = NolaConfig(
-        **{"r": 2, "num_basis": (5, 7), "alpha": 1.0, "target_modules": TARGETS, "init_weights": False, **options}
-    )
     base = tiny_models.llama(layers).to(dtype)
-    model = get_peft_model(copy.deepcopy(base), config).to(dtype)
+    model, config = adapt(base, method, **{"target_modules": TARGETS, **options})
     return model, base, config
 
 
-@pytest.fixture(params=[True, False], ids=["shared basis", "own bases"])
+@pytest.fixture(params=METHODS)
 def case(request: pytest.FixtureRequest) -> Case:
-    return make(share_basis=request.param)
+    return make(request.param)
+
+
+def make_small(method: str, dtype: torch.dtype = torch.float64) -> Case:
+    """The same with layers that are called in any order."""
+    base = tiny_models.Layers().to(dtype)
+    model, config = adapt(base, method, target_modules=["first", "second"])
+    return model, base, config
+
+
+every_method = pytest.mark.parametrize("method", METHODS)
+one_of_each = pytest.mark.parametrize("method", ONE_OF_EACH)
 
 
 def loss_of(batch: int) -> Callable[[nn.Module], torch.Tensor]:
@@ -140,10 +147,9 @@ def test_double_backward(case: Case) -> None:
         torch.testing.assert_close(found, right, rtol=TOLERANCE, atol=TOLERANCE * float(right.abs().max()))
 
 
-def test_passes_that_touch_different_layers() -> None:
-    base = tiny_models.Layers().double()
-    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config).double()
+@every_method
+def test_passes_that_touch_different_layers(method: str) -> None:
+    model, base, config = make_small(method)
     x = torch.randn(3, 8, dtype=torch.float64)
 
     def loss(model: nn.Module, path: tuple[str, ...]) -> torch.Tensor:
@@ -162,10 +168,9 @@ def test_passes_that_touch_different_layers() -> None:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=TOLERANCE, atol=1e-6)
 
 
-def test_layer_called_twice_in_a_pass() -> None:
-    base = tiny_models.Layers().double()
-    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config).double()
+@every_method
+def test_layer_called_twice_in_a_pass(method: str) -> None:
+    model, base, config = make_small(method)
     x = torch.randn(3, 8, dtype=torch.float64)
 
     def loss(model: nn.Module) -> torch.Tensor:
@@ -177,7 +182,9 @@ def test_layer_called_twice_in_a_pass() -> None:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=TOLERANCE, atol=1e-6)
 
 
-def test_one_layer_frozen(case: Case) -> None:
+@pytest.mark.parametrize("method", [method for method in METHODS if lower(method) != "pranc"])
+def test_one_layer_frozen(method: str) -> None:
+    case = make(method)
     model = case[0]
     parameters = coefficients_of(model)
     frozen = next(iter(parameters.values()))
@@ -193,6 +200,18 @@ def test_one_layer_frozen(case: Case) -> None:
     frozen.requires_grad_(True)
     model.zero_grad()
     loss_of(1)(model).backward()
+    check(case, 1)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if lower(method) == "pranc"])
+def test_one_vector_frozen(method: str) -> None:
+    """Frozen, the coefficients get no gradient; trained again, they get all of it."""
+    case = make(method)
+    (vector,) = coefficients_of(case[0]).values()
+    vector.requires_grad_(False)
+    assert not loss_of(1)(case[0]).requires_grad
+    vector.requires_grad_(True)
+    loss_of(1)(case[0]).backward()
     check(case, 1)
 
 
@@ -244,9 +263,10 @@ class TestCheckpointing:
         loss.backward()
         check(case, 1)
 
-    def test_autocast(self, reentrant: bool) -> None:
+    @every_method
+    def test_autocast(self, method: str, reentrant: bool) -> None:
         """Recomputation inside autocast meets the bits of the first pass: checkpointing checks their metadata."""
-        case = make(torch.float32)
+        case = make(method, torch.float32)
         for enabled in (False, True):
             if enabled:
                 checkpointing(case[0], reentrant)
@@ -260,9 +280,10 @@ class TestCheckpointing:
         for found, expected in zip(gradients, plain):
             torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
-    def test_training(self, reentrant: bool) -> None:
+    @one_of_each
+    def test_training(self, method: str, reentrant: bool) -> None:
         """Several optimizer steps, every one from weights that are up to date."""
-        plain, checkpointed = make()[0], make()[0]
+        plain, checkpointed = make(method)[0], make(method)[0]
         checkpointed.load_state_dict(plain.state_dict())
         checkpointing(checkpointed, reentrant)
         for model in (plain, checkpointed):
@@ -296,18 +317,18 @@ def in_place(model: PeftModel) -> None:
 
 def replaced(model: PeftModel) -> None:
     for name, parameter in list(model.named_parameters()):
-        if ".nola_coefficients." in name:
+        if "_coefficients." in name:
             owner, _, key = name.rpartition(".")
             model.get_submodule(owner)[key] = nn.Parameter(parameter.detach() * 3)
 
 
 def loaded(model: PeftModel) -> None:
-    state = {k: v + 1 if ".nola_coefficients." in k else v for k, v in model.state_dict().items()}
+    state = {k: v + 1 if "_coefficients." in k else v for k, v in model.state_dict().items()}
     model.load_state_dict(state)
 
 
 def loaded_assign(model: PeftModel) -> None:
-    state = {k: v + 1 if ".nola_coefficients." in k else v for k, v in model.state_dict().items()}
+    state = {k: v + 1 if "_coefficients." in k else v for k, v in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
 
 
@@ -352,8 +373,9 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("before", ["training", "evaluation", "inference", "unfinished"])
-def test_changes_are_seen(change: Callable[[PeftModel], None], before: str) -> None:
-    case = make()
+@one_of_each
+def test_changes_are_seen(method: str, change: Callable[[PeftModel], None], before: str) -> None:
+    case = make(method)
     model = case[0]
 
     def use() -> None:
@@ -382,10 +404,9 @@ def test_changes_are_seen(change: Callable[[PeftModel], None], before: str) -> N
     check(case, 1)
 
 
-def test_data_write_after_a_pass_without_the_layer() -> None:
-    base = tiny_models.Layers()
-    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config)
+@every_method
+def test_data_write_after_a_pass_without_the_layer(method: str) -> None:
+    model, base, config = make_small(method, torch.float32)
     x = torch.randn(3, 8)
     for context in (torch.no_grad, contextlib.nullcontext):
         with context():
@@ -396,23 +417,23 @@ def test_data_write_after_a_pass_without_the_layer() -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_parameters_that_share_memory_have_gradients_of_their_own() -> None:
+@every_method
+def test_parameters_that_share_memory_have_gradients_of_their_own(method: str) -> None:
     """New parameters with the values and the memory of the old ones: nothing but their identity tells them apart."""
-    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
-    model = get_peft_model(tiny_models.Layers(), config)
-    x = torch.randn(3, 8)
+    model, _, _ = make_small(method)
+    x = torch.randn(3, 8, dtype=torch.float64)
     model(x, ("first",))
-    coefficients = model.base_model.model.second.nola_coefficients
+    coefficients = model.base_model.model.second.container("default")
     old = coefficients["default"]
     coefficients["default"] = nn.Parameter(old.detach())
     model(x, ("second",)).sum().backward()
     assert old.grad is None and coefficients["default"].grad is not None
 
 
-def test_frozen_adapter_first_used_in_inference_mode() -> None:
+@every_method
+def test_frozen_adapter_first_used_in_inference_mode(method: str) -> None:
     """Weights that were made in inference mode serve for gradients of the inputs later."""
-    case = make(inference_mode=True)
-    model = case[0]
+    model, _, _ = make(method, inference_mode=True)
     model.requires_grad_(False)
     with torch.inference_mode():
         loss_of(1)(model)
@@ -421,8 +442,9 @@ def test_frozen_adapter_first_used_in_inference_mode() -> None:
     assert embedded.grad is not None
 
 
-def test_training_matches_dense_training() -> None:
-    model, base, config = make()
+@every_method
+def test_training_matches_dense_training(method: str) -> None:
+    model, base, config = make(method)
     dense = {name: value.detach().clone().requires_grad_() for name, value in coefficients_of(model).items()}
     optimizers = [
         torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1)
@@ -443,24 +465,29 @@ def test_training_matches_dense_training() -> None:
 # Precision
 
 
-def test_autocast() -> None:
+@every_method
+def test_autocast(method: str) -> None:
     """Under autocast a layer computes what LoRA would with the same factors, which stay in float32."""
-    base = tiny_models.Layers()
-    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config)
+    model, base, config = make_small(method, torch.float32)
     x = torch.randn(3, 8)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in coefficients_of(model).items()}
 
-    def lora(x: torch.Tensor) -> torch.Tensor:
+    def adapted(x: torch.Tensor) -> torch.Tensor:
         for name in ("first", "second"):
             layer = base.get_submodule(name)
-            A, B = factors(config, (8, 8), leaves[name], name)
-            x = torch.tanh(layer(x) + F.linear(F.linear(x, A), B) * config.alpha / config.r)
+            with torch.autocast("cpu", enabled=False):
+                update = layer_update(config, base, name, leaves)
+            if update.factors:
+                A, B = update.factors
+                x = layer(x) + F.linear(F.linear(x, A), B) * update.scaling
+            else:
+                x = layer(x) + F.linear(x, update.weight, update.bias)
+            x = torch.tanh(x)
         return x
 
     for enabled in (True, False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found, expected = model(x, ("first", "second")), lora(x)
+            found, expected = model(x, ("first", "second")), adapted(x)
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected)
         gradients = torch.autograd.grad(found.float().square().sum(), list(coefficients_of(model).values()))
@@ -470,25 +497,30 @@ def test_autocast() -> None:
             torch.testing.assert_close(a, b, rtol=1e-2 if enabled else 1e-5, atol=1e-2 if enabled else 1e-6)
 
 
-def test_generated_weights_do_not_depend_on_autocast() -> None:
-    model = make(torch.float32)[0]
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    plain = [factor.detach().clone() for factor in layer.update("default")[0]]
-    data_write(model)
-    data_write(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        scaled = [factor.detach() for factor in layer.update("default")[0]]
-    assert all(factor.dtype == torch.float32 for factor in scaled)
-    torch.testing.assert_close(scaled[1], plain[1] * 4, rtol=1e-6, atol=1e-6)
+@every_method
+def test_generated_weights_do_not_depend_on_autocast(method: str) -> None:
+    model, _, _ = make(method, torch.float32)
+    copied = copy.deepcopy(model)  # expands for itself
+    found = []
+    for each, enabled in ((model, False), (copied, True)):
+        layer = each.base_model.model.model.layers[0].self_attn.q_proj
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            update, _ = layer.update("default")
+        found.append(update if isinstance(update, tuple) else (update,))
+    for plain, autocast in zip(*found):
+        assert autocast.dtype == torch.float32 and torch.equal(autocast, plain)
 
 
+@one_of_each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base(dtype: torch.dtype) -> None:
+def test_half_precision_base(dtype: torch.dtype, method: str) -> None:
     """A base in half precision is trained with coefficients in float32; the output keeps the dtype of the base."""
-    config = NolaConfig(r=2, num_basis=5, alpha=1.0, target_modules=TARGETS, init_weights=False)
+    config = config_of(method, target_modules=TARGETS)
     model = get_peft_model(tiny_models.llama().to(dtype), config)
     base = tiny_models.llama().to(dtype).float()
-    assert all(p.dtype == torch.float32 for p in coefficients_of(model).values())
+    for parameter in coefficients_of(model).values():
+        assert parameter.dtype == torch.float32
+        parameter.data *= 0.3  # large updates of this model are ill-conditioned in half precision, dense ones as well
     output = model(input_ids=tiny_models.tokens(seed=1)).logits
     assert output.dtype == dtype
     output.float().square().mean().backward()
@@ -499,8 +531,9 @@ def test_half_precision_base(dtype: torch.dtype) -> None:
         )
 
 
-def test_half_precision_adapter() -> None:
-    config = NolaConfig(r=2, num_basis=5, alpha=1.0, target_modules=["q_proj"], init_weights=False)
+@every_method
+def test_half_precision_adapter(method: str) -> None:
+    config = config_of(method, target_modules=["q_proj"])
     model = get_peft_model(tiny_models.llama().bfloat16(), config, autocast_adapter_dtype=False)
     parameters = coefficients_of(model)
     assert all(p.dtype == torch.bfloat16 for p in parameters.values())
@@ -539,11 +572,17 @@ def test_pickling(case: Case, how: str) -> None:
     check((duplicate, base, config), 1)
 
 
-def test_pickle_holds_no_basis() -> None:
-    config = NolaConfig(r=2, num_basis=2000, target_modules=["q_proj"])
-    model = get_peft_model(tiny_models.llama(), config)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("NOLA", {"num_basis": 2000}), ("PRANC", {"nnz": 4}), ("MCNC", {"widths": (100, 100)})],
+    ids=ONE_OF_EACH,
+)
+def test_pickle_holds_no_basis(method: str, options: dict[str, Any]) -> None:
+    model = get_peft_model(tiny_models.llama(), config_of(method, target_modules=["q_proj"], **options))
     before = len(pickle.dumps(model))
     loss_of(1)(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert sum(expansion.generator.nbytes for expansion in layer.expansions["default"]) > 2 * 4096
     assert len(pickle.dumps(model)) < before + 4096
 
 
@@ -580,7 +619,7 @@ def test_jacobian_and_vmap(case: Case) -> None:
         lambda leaves: run_dense(base, config, leaves, lambda m: m(input_ids=x).logits[:, -1, :3])
     )({name: p.detach() for name, p in coefficients_of(model).items()})
     for name, expected in dense.items():
-        key = f"base_model.model.{name}.nola_coefficients.default"
+        key = f"base_model.model.{name}.{config.method_name.lower()}_coefficients.default"
         for found in (jacobian[key], forward[key]):
             torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max()))
 
@@ -594,11 +633,10 @@ def test_jacobian_and_vmap(case: Case) -> None:
     check(case, 1)
 
 
-def test_transforms_of_the_inputs() -> None:
+@every_method
+def test_transforms_of_the_inputs(method: str) -> None:
     """Parameters that a transform does not see as such: no wrapped tensor stays behind for the next pass."""
-    base = tiny_models.Layers().double()
-    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config).double()
+    model, base, config = make_small(method)
     x = torch.randn(3, 8, dtype=torch.float64)
 
     def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -628,18 +666,21 @@ def dynamo() -> Iterator[None]:
 
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize(
-    ("share_basis", "fullgraph"),
+    ("method", "fullgraph"),
     # A basis that is drawn at each use breaks the graph where it is drawn: NumPy makes its numbers.
-    [(True, False), (True, True), (False, False)],
-    ids=["shared basis", "shared basis, full graph", "own bases"],
+    [
+        ("NOLA", False),
+        ("NOLA", True),
+        ("NOLA, own bases", False),
+        ("PRANC", True),
+        ("PRANC, dense", False),
+        ("MCNC", True),
+        ("MCNC, weight", True),
+    ],
 )
-def test_compile(share_basis: bool, fullgraph: bool) -> None:
+def test_compile(method: str, fullgraph: bool) -> None:
     """Compiled, a model has the same gradients and notices new coefficients. After an eager pass its graph is whole."""
-    base = tiny_models.Layers().double()
-    config = NolaConfig(
-        r=2, num_basis=4, target_modules=["first", "second"], share_basis=share_basis, init_weights=False
-    )
-    model = get_peft_model(copy.deepcopy(base), config).double()
+    model, base, config = make_small(method)
     x = torch.randn(3, 8, dtype=torch.float64)
 
     def loss(model: Any) -> torch.Tensor:
@@ -670,16 +711,15 @@ def test_compile_a_language_model() -> None:
 
 
 @pytest.mark.usefixtures("dynamo")
-def test_compile_with_the_default_backend() -> None:
+@one_of_each
+def test_compile_with_the_default_backend(method: str) -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except Exception as error:
         pytest.skip(f"needs a C++ compiler: {error}")
-    base = tiny_models.Layers()
-    config = NolaConfig(r=2, num_basis=4, target_modules=["first", "second"], init_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config)
+    model, base, config = make_small(method, torch.float32)
     x = torch.randn(3, 8)
 
     def loss(model: Any) -> torch.Tensor:
@@ -716,9 +756,10 @@ def test_threads(case: Case) -> None:
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_dtype_changes_between_passes(swap: bool) -> None:
+@one_of_each
+def test_dtype_changes_between_passes(method: str, swap: bool) -> None:
     """`to()` replaces tensors under the same parameters, or with `swap` exchanges the tensor objects."""
-    case = make(torch.float32)
+    case = make(method, torch.float32)
     model, base, config = case
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
@@ -736,9 +777,10 @@ def test_dtype_changes_between_passes(swap: bool) -> None:
     check(case, 1)
 
 
-def test_two_models_do_not_share_coefficients() -> None:
+@one_of_each
+def test_two_models_do_not_share_coefficients(method: str) -> None:
     """Models with the same configuration share a basis and nothing else."""
-    cases = make(), make()
+    cases = make(method), make(method)
     data_write(cases[1][0])
     losses = [loss_of(1)(case[0]) for case in cases]
     for loss in losses:
