@@ -58,13 +58,19 @@ def _shapes(shapes: Mapping[str, int]) -> str:
     return ", ".join(f"{number} layers of {shape}" for shape, number in sorted(shapes.items())) or "no layers"
 
 
-def check_coefficients(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], marker: str) -> None:
+def check_coefficients(
+    state_dict: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Size],
+    marker: str,
+    size_fields: tuple[str, ...],
+) -> None:
     """Verifies the coefficients in a loaded state dict before any of them reaches the model.
 
     Args:
         state_dict: keys as in the model.
         expected: shapes of the coefficients that the model has for the adapter.
         marker: what the names of coefficients contain.
+        size_fields: fields of the configuration that the shapes depend on.
 
     Raises:
         ValueError: missing or unknown coefficients, other shapes, or values that are not finite.
@@ -83,7 +89,8 @@ def check_coefficients(state_dict: Mapping[str, torch.Tensor], expected: Mapping
         if state_dict[key].shape != shape:
             raise ValueError(
                 f"The saved adapter does not fit its configuration: {key!r} must have shape {tuple(shape)}, got "
-                f"{tuple(state_dict[key].shape)}. `num_basis` in adapter_config.json must be what it was trained with."
+                f"{tuple(state_dict[key].shape)}. {' and '.join(f'`{field}`' for field in size_fields)} in "
+                "adapter_config.json must be what it was trained with."
             )
         check_finite(state_dict[key], f" in {key!r}")
 

@@ -14,19 +14,22 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from dense_nola import coefficients_of
+from dense import coefficients_of
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from methods import METHODS, ONE_OF_EACH, config_of, lower
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-from peft_ext import NolaConfig
 
 Snapshot = Callable[[nn.Module], dict[str, Any]]
 
 
-def trained(model: nn.Module, **options: Any) -> PeftModel:
-    config = NolaConfig(**{"r": 2, "num_basis": (5, 7), "target_modules": ["q_proj", "v_proj"], **options})
+every_method = pytest.mark.parametrize("method", METHODS)
+one_of_each = pytest.mark.parametrize("method", ONE_OF_EACH)
+
+
+def trained(model: nn.Module, method: str = "NOLA", **options: Any) -> PeftModel:
+    config = config_of(method, **{"target_modules": ["q_proj", "v_proj"], "init_weights": True, **options})
     adapted = get_peft_model(model, config)
     torch.manual_seed(3)
     for parameter in coefficients_of(adapted).values():
@@ -45,17 +48,29 @@ def run_python(code: str, folder: Path) -> str:
 
 # Round trips
 
-# name: (model, fields of the configuration)
-SAVED: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", {}),
-    "own bases": ("llama", {"share_basis": False, "seed": 2**64 - 1}),
+EVERYTHING = ["embed_tokens", "q_proj", "up_proj", "lm_head"]
+# name: (model, method, fields of the configuration)
+SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "plain": ("llama", "NOLA", {}),
+    "own bases": ("llama", "NOLA, own bases", {"seed": 2**64 - 1}),
     "patterns": (
         "llama",
+        "NOLA",
         {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 2}},
     ),
-    "embeddings": ("llama", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
-    "regular expression": ("llama", {"target_modules": r".*layers\.1.*(q|k)_proj"}),
-    "gpt2": ("gpt2", {"target_modules": None}),
+    "embeddings": ("llama", "NOLA", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+    "regular expression": ("llama", "NOLA", {"target_modules": r".*layers\.1.*(q|k)_proj"}),
+    "gpt2": ("gpt2", "NOLA", {"target_modules": None}),
+    "pranc": ("llama", "PRANC", {"seed": 2**64 - 1, "num_coefficients": 500}),
+    "pranc, many targets": ("llama", "PRANC", {"target_modules": [*EVERYTHING, "input_layernorm", "norm"]}),
+    "pranc, biases and norms": (
+        "gpt2",
+        "PRANC, two a weight, biases",
+        {"target_modules": ["c_attn", "c_proj", "ln_1", "ln_f"]},
+    ),
+    "pranc, dense": ("llama", "PRANC, dense", {"target_modules": r".*layers\.1.*(q|k)_proj"}),
+    "mcnc": ("llama", "MCNC", {"seed": 2**64 - 1, "target_modules": EVERYTHING}),
+    "mcnc, weights": ("gpt2", "MCNC, weight", {"d": 100, "target_modules": None}),
 }
 
 LOAD = """
@@ -75,26 +90,34 @@ for name, build in {names}:
 def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the output of every model of `SAVED`, computed in another process from its adapter."""
     folder = tmp_path_factory.mktemp("saved")
-    for name, (build, options) in SAVED.items():
-        trained(getattr(tiny_models, build)(), **options).save_pretrained(str(folder / name))
-    run_python(LOAD.format(names=[(name, build) for name, (build, _) in SAVED.items()]), folder)
+    for name, (build, method, options) in SAVED.items():
+        trained(getattr(tiny_models, build)(), method, **options).save_pretrained(str(folder / name))
+    run_python(LOAD.format(names=[(name, build) for name, (build, _, _) in SAVED.items()]), folder)
     return folder
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_equal_to_the_bit_in_a_new_process(name: str, reloaded: Path) -> None:
-    build, options = SAVED[name]
-    model = trained(getattr(tiny_models, build)(), **options)
+    build, method, options = SAVED[name]
+    model = trained(getattr(tiny_models, build)(), method, **options)
     with torch.no_grad():
         assert torch.equal(torch.load(reloaded / f"{name}.pt"), model(tiny_models.tokens()).logits)
 
 
-def test_size_of_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "coefficients"),
+    [
+        ("NOLA", {"num_basis": 256, "r": 8}, 60 * 512),
+        ("PRANC", {"num_coefficients": 10_000}, 10_000),
+        ("MCNC", {"r": 8, "d": 100, "k": 5}, 30 * (6 + 4) * 6),  # 8 * (32 + 32) and 8 * (32 + 16) numbers
+    ],
+    ids=ONE_OF_EACH,
+)
+def test_size_of_a_checkpoint(method: str, options: dict[str, Any], coefficients: int, tmp_path: Path) -> None:
     """At most 4 bytes for a coefficient and 8 KiB for the names of the 60 layers of a 30-layer model."""
-    model = trained(tiny_models.llama(30), num_basis=256, r=8)
+    model = trained(tiny_models.llama(30), method, **options)
     model.save_pretrained(str(tmp_path))
-    coefficients = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert coefficients == 60 * 512
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == coefficients
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * coefficients + 8192
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md",
@@ -103,48 +126,57 @@ def test_size_of_a_checkpoint(tmp_path: Path) -> None:
     ]
 
 
-def test_a_checkpoint_holds_the_coefficients_alone(tmp_path: Path) -> None:
-    model = trained(tiny_models.llama())
+@every_method
+def test_a_checkpoint_holds_the_coefficients_alone(method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method)
     model(tiny_models.tokens())
     model.save_pretrained(str(tmp_path))
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    expected = {f"base_model.model.{name}.nola_coefficients": p for name, p in coefficients_of(model).items()}
-    assert saved.keys() == expected.keys()
+    expected = {
+        f"base_model.model.{name}.{lower(method)}_coefficients": p for name, p in coefficients_of(model).items()
+    }
+    assert saved.keys() == expected.keys() and len(saved) == (1 if lower(method) == "pranc" else 4)
     assert all(saved[name].dtype == torch.float32 and torch.equal(saved[name], expected[name]) for name in saved)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == "NOLA" and config["seed"] == 0 and config["generator_version"] == 1
+    assert config["peft_type"] == lower(method).upper() and config["seed"] == 0 and config["generator_version"] == 1
     assert re.fullmatch(r"[0-9a-f]{16}", config["fingerprint"])
     assert config["target_shapes"] == {"32 x 32": 2, "16 x 32": 2}
-    assert config["num_basis"] == [5, 7]
+    for key, value in METHODS[method][1].items():
+        assert config[key] == (list(value) if isinstance(value, tuple) else value), key
 
 
-def test_saved_and_loaded_configuration_are_equal(tmp_path: Path) -> None:
-    model = trained(tiny_models.llama(), rank_pattern={"q_proj": 3}, alpha=2.5, seed=12345678901234567890)
+@every_method
+def test_saved_and_loaded_configuration_are_equal(method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method, seed=12345678901234567890)
     model.save_pretrained(str(tmp_path / "one"))
-    config = NolaConfig.from_pretrained(str(tmp_path / "one"))
-    assert config.seed == 12345678901234567890 and config.num_basis == (5, 7) and config.rank_pattern == {"q_proj": 3}
+    config = PeftConfig.from_pretrained(str(tmp_path / "one"))
+    assert type(config) is METHODS[method][0] and config.seed == 12345678901234567890
+    assert all(getattr(config, key) == value for key, value in METHODS[method][1].items())
     loaded = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path / "one"))
     loaded.save_pretrained(str(tmp_path / "two"))
     one, two = ((tmp_path / name / "adapter_config.json").read_text() for name in ("one", "two"))
     assert json.loads(one) == json.loads(two)
 
 
-def test_training_goes_on_after_loading(tmp_path: Path) -> None:
-    model = trained(tiny_models.llama())
+@every_method
+def test_training_goes_on_after_loading(method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method)
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path), is_trainable=True)
     x = tiny_models.tokens()
     for each in (model, loaded):
         each(input_ids=x, labels=x).loss.backward()
+    assert coefficients_of(loaded).keys() == coefficients_of(model).keys()
     for a, b in zip(coefficients_of(model).values(), coefficients_of(loaded).values()):
         assert torch.equal(a.grad, b.grad)
     frozen = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path))
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_several_adapters_in_a_folder(tmp_path: Path) -> None:
-    model = trained(tiny_models.llama())
-    model.add_adapter("other", NolaConfig(r=3, num_basis=4, seed=5, target_modules=["o_proj"], init_weights=False))
+@one_of_each
+def test_several_adapters_in_a_folder(method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method)
+    model.add_adapter("other", config_of(method, seed=5, target_modules=["o_proj"]))
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path))
     loaded.load_adapter(str(tmp_path / "other"), "other")
@@ -155,9 +187,10 @@ def test_several_adapters_in_a_folder(tmp_path: Path) -> None:
         assert torch.equal(loaded(x).logits, model(x).logits)
 
 
-def test_loading_over_an_adapter_in_use(tmp_path: Path) -> None:
+@every_method
+def test_loading_over_an_adapter_in_use(method: str, tmp_path: Path) -> None:
     """Coefficients loaded under a name in use replace those that were used before."""
-    model = trained(tiny_models.llama())
+    model = trained(tiny_models.llama(), method)
     x = tiny_models.tokens()
     with torch.no_grad():
         expected = model(x).logits
@@ -170,9 +203,10 @@ def test_loading_over_an_adapter_in_use(tmp_path: Path) -> None:
         assert torch.equal(model(x).logits, expected)
 
 
+@one_of_each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_coefficients_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = trained(tiny_models.llama())
+def test_coefficients_in_half_precision(dtype: torch.dtype, method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method)
     for parameter in coefficients_of(model).values():
         parameter.data = parameter.data.to(dtype).float()
     model.save_pretrained(str(tmp_path))
@@ -204,52 +238,114 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[
     return edit
 
 
-FIRST = "base_model.model.model.layers.0.self_attn.q_proj.nola_coefficients"
+def first(method: str) -> str:
+    """The key of the first coefficients, which PRANC's other layers read too."""
+    return f"base_model.model.model.layers.0.self_attn.q_proj.{lower(method)}_coefficients"
 
 
-def poison(value: float) -> Callable[[Path], None]:
-    return edit_tensors(lambda tensors: tensors[FIRST][3].fill_(value))
+FIRST = first("NOLA")
 
 
-# name: (what is done to the saved adapter, what the message says: the field, what was given, what is allowed)
-DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
-    "r": (edit_config(r=0), ["`r`", "positive integer", "got 0"]),
-    "r, text": (edit_config(r="8"), ["`r`", "positive integer", "got '8'"]),
-    "num_basis": (edit_config(num_basis=[5, -1]), ["`num_basis`", "positive integer", "got -1"]),
-    "num_basis, three": (edit_config(num_basis=[5, 7, 9]), ["`num_basis`", "pair", "[5, 7, 9]"]),
-    "num_basis, fraction": (edit_config(num_basis=2.5), ["`num_basis`", "positive integer", "2.5"]),
-    "num_basis, other": (edit_config(num_basis=[5, 8]), [FIRST, "(13,)", "(12,)", "`num_basis`"]),
-    "seed": (edit_config(seed=-1), ["`seed`", "0 and 2**64 - 1", "got -1"]),
-    "seed, large": (edit_config(seed=2**64), ["`seed`", "0 and 2**64 - 1", str(2**64)]),
-    "seed, other": (edit_config(seed=1), ["`fingerprint`", "seed 1", "other random numbers"]),
-    "version": (edit_config(generator_version=2), ["`generator_version`", "must be 1", "got 2", "upgrade"]),
-    "fingerprint": (edit_config(fingerprint="0" * 16), ["`fingerprint`", "0" * 16, "edited"]),
-    "shapes": (edit_config(target_shapes={"32 x 32": 3}), ["`target_shapes`", "3 layers of 32 x 32", "16 x 32"]),
-    "no target": (edit_config(target_modules=["qkv"]), ["`target_modules`", "qkv", "q_proj"]),
-    "unsupported target": (edit_config(target_modules=["norm"]), ["`target_modules`", "LlamaRMSNorm", "nn.Linear"]),
-    "bias": (edit_config(bias="some"), ["`bias`", "'none', 'all' or 'nola_only'", "'some'"]),
-    "dropout": (edit_config(nola_dropout=1.5), ["`nola_dropout`", "0 to below 1", "1.5"]),
-    "nan": (poison(float("nan")), ["finite", FIRST, "NaN"]),
-    "infinity": (poison(-float("inf")), ["finite", FIRST, "infinity"]),
-    "missing layer": (
-        edit_tensors(lambda tensors: tensors.pop(FIRST)),
-        ["1 adapted layers find no coefficients", FIRST],
+def poison(value: float, method: str = "NOLA") -> Callable[[Path], None]:
+    return edit_tensors(lambda tensors: tensors[first(method)][3].fill_(value))
+
+
+def damages_of_coefficients(method: str, numbers: int) -> dict[str, tuple[str, Callable[[Path], None], list[str]]]:
+    """What can happen to the coefficients of any method; `numbers` are in the first tensor."""
+    key = first(method)
+    zeros = torch.zeros(numbers + 1)
+    return {
+        f"{method}: nan": (method, poison(float("nan"), method), ["finite", key, "NaN"]),
+        f"{method}: infinity": (method, poison(-float("inf"), method), ["finite", key, "infinity"]),
+        f"{method}: missing": (
+            method,
+            edit_tensors(lambda tensors: tensors.pop(key)),
+            ["1 adapted layers find no coefficients", key],
+        ),
+        f"{method}: additional": (
+            method,
+            edit_tensors(lambda tensors: tensors.update({key.replace("layers.0", "layers.9"): zeros})),
+            ["1 saved coefficients find no layer", "layers.9"],
+        ),
+        f"{method}: too many": (
+            method,
+            edit_tensors(lambda tensors: tensors.update({key: zeros})),
+            [key, f"({numbers},)", f"({numbers + 1},)", *METHODS[method][0].size_fields, "adapter_config.json"],
+        ),
+        f"{method}: shape": (
+            method,
+            edit_tensors(lambda tensors: tensors.update({key: torch.zeros(1, numbers)})),
+            [key, f"({numbers},)", f"(1, {numbers})"],
+        ),
+        f"{method}: seed, other": (method, edit_config(seed=1), ["`fingerprint`", "seed 1", "other random numbers"]),
+        f"{method}: shapes": (
+            method,
+            edit_config(target_shapes={"32 x 32": 3}),
+            ["`target_shapes`", "3 layers of 32 x 32", "16 x 32"],
+        ),
+    }
+
+
+# name: (method, what is done to the saved adapter, what the message says: the field, what was given, what is allowed)
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
+    **damages_of_coefficients("NOLA", 12),
+    **damages_of_coefficients("PRANC", 13),
+    **damages_of_coefficients("MCNC", 40),
+    **damages_of_coefficients("MCNC, weight", 79 * 3),
+    "r": ("NOLA", edit_config(r=0), ["`r`", "positive integer", "got 0"]),
+    "r, text": ("NOLA", edit_config(r="8"), ["`r`", "positive integer", "got '8'"]),
+    "num_basis": ("NOLA", edit_config(num_basis=[5, -1]), ["`num_basis`", "positive integer", "got -1"]),
+    "num_basis, three": ("NOLA", edit_config(num_basis=[5, 7, 9]), ["`num_basis`", "pair", "[5, 7, 9]"]),
+    "num_basis, fraction": ("NOLA", edit_config(num_basis=2.5), ["`num_basis`", "positive integer", "2.5"]),
+    "num_basis, other": ("NOLA", edit_config(num_basis=[5, 8]), [FIRST, "(13,)", "(12,)", "`num_basis` in"]),
+    "seed": ("NOLA", edit_config(seed=-1), ["`seed`", "0 and 2**64 - 1", "got -1"]),
+    "seed, large": ("NOLA", edit_config(seed=2**64), ["`seed`", "0 and 2**64 - 1", str(2**64)]),
+    "version": ("NOLA", edit_config(generator_version=2), ["`generator_version`", "must be 1", "got 2", "upgrade"]),
+    "fingerprint": ("NOLA", edit_config(fingerprint="0" * 16), ["`fingerprint`", "0" * 16, "edited"]),
+    "no target": ("NOLA", edit_config(target_modules=["qkv"]), ["`target_modules`", "qkv", "q_proj"]),
+    "unsupported target": (
+        "NOLA",
+        edit_config(target_modules=["norm"]),
+        ["`target_modules`", "LlamaRMSNorm", "nn.Linear"],
     ),
-    "additional layer": (
-        edit_tensors(lambda tensors: tensors.update({FIRST.replace("layers.0", "layers.9"): torch.zeros(12)})),
-        ["1 saved coefficients find no layer", "layers.9"],
+    "bias": ("NOLA", edit_config(bias="some"), ["`bias`", "'none', 'all' or 'nola_only'", "'some'"]),
+    "dropout": ("NOLA", edit_config(nola_dropout=1.5), ["`nola_dropout`", "0 to below 1", "1.5"]),
+    "num_coefficients": (
+        "PRANC",
+        edit_config(num_coefficients=0),
+        ["`num_coefficients`", "positive integer", "got 0"],
     ),
-    "shape": (
-        edit_tensors(lambda tensors: tensors.update({FIRST: torch.zeros(2, 6)})),
-        [FIRST, "(12,)", "(2, 6)"],
+    "num_coefficients, other": (
+        "PRANC",
+        edit_config(num_coefficients=14),
+        [first("PRANC"), "(14,)", "(13,)", "`num_coefficients` in"],
     ),
+    "num_coefficients, more than weights": (
+        "PRANC",
+        edit_config(num_coefficients=3073),
+        ["`num_coefficients`", "at most", "3072 in the 4 target modules", "got 3073"],
+    ),
+    "basis": ("PRANC", edit_config(basis="gaussian"), ["`basis`", "one of 'sparse', 'dense'", "got 'gaussian'"]),
+    "nnz": ("PRANC", edit_config(nnz=14), ["`nnz`", "at most `num_coefficients` (13)", "got 14"]),
+    "k": ("MCNC", edit_config(k=0), ["`k`", "positive integer", "got 0"]),
+    "k, other": ("MCNC", edit_config(k=4), [first("MCNC"), "(50,)", "(40,)", "`k` and `d` and `r` and `apply_to` in"]),
+    "d": ("MCNC", edit_config(d=3), ["`d`", "larger than `k` (3)", "got 3"]),
+    "d, too long": ("MCNC", edit_config(d=129), ["`d`", "at most", "128 for the largest of the 4", "got 129"]),
+    "widths": ("MCNC", edit_config(widths=[8, 0]), ["`widths`", "positive integer", "got 0"]),
+    "activation": (
+        "MCNC",
+        edit_config(activation="gelu"),
+        ["`activation`", "'sine', 'relu', 'tanh', 'none'", "gelu"],
+    ),
+    "apply_to": ("MCNC", edit_config(apply_to="bias"), ["`apply_to`", "'factors', 'weight'", "'bias'"]),
+    "apply_to, other": ("MCNC", edit_config(apply_to="weight"), [first("MCNC"), "(316,)", "(40,)", "`apply_to` in"]),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_checkpoints_are_refused(name: str, tmp_path: Path, snapshot: Snapshot) -> None:
-    damage, parts = DAMAGES[name]
-    trained(tiny_models.llama()).save_pretrained(str(tmp_path))
+    method, damage, parts = DAMAGES[name]
+    trained(tiny_models.llama(), method).save_pretrained(str(tmp_path))
     damage(tmp_path)
     base = tiny_models.llama()
     before = snapshot(base)
@@ -268,10 +364,10 @@ def unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_refused_checkpoint_leaves_other_adapters_alone(name: str, tmp_path: Path, snapshot: Snapshot) -> None:
-    damage, _ = DAMAGES[name]
-    trained(tiny_models.llama()).save_pretrained(str(tmp_path))
+    method, damage, _ = DAMAGES[name]
+    trained(tiny_models.llama(), method).save_pretrained(str(tmp_path))
     damage(tmp_path)
-    model = trained(tiny_models.llama(), seed=4)
+    model = trained(tiny_models.llama(), method, seed=4)
     x = tiny_models.tokens()
     expected, before = model(x).logits, snapshot(model)
     with pytest.raises(ValueError):
@@ -281,9 +377,12 @@ def test_a_refused_checkpoint_leaves_other_adapters_alone(name: str, tmp_path: P
     assert list(model.peft_config) == ["default"]
 
 
+@one_of_each
 @pytest.mark.parametrize("build", [lambda: tiny_models.llama(3), lambda: tiny_models.llama(hidden_size=64)])
-def test_another_base_model_is_refused(build: Callable[[], nn.Module], tmp_path: Path, snapshot: Snapshot) -> None:
-    trained(tiny_models.llama()).save_pretrained(str(tmp_path))
+def test_another_base_model_is_refused(
+    build: Callable[[], nn.Module], method: str, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    trained(tiny_models.llama(), method).save_pretrained(str(tmp_path))
     base = build()
     before = snapshot(base)
     with pytest.raises(ValueError, match="`target_shapes`.*2 layers of 32 x 32.*does not fit the model"):
@@ -291,39 +390,50 @@ def test_another_base_model_is_refused(build: Callable[[], nn.Module], tmp_path:
     unchanged(before, snapshot(base))
 
 
+NAMES = {"target_modules": ["qkv"]}, ["`target_modules`", "qkv", "q_proj"]
+INDEXES = (
+    {"target_modules": ["q_proj"], "layers_to_transform": [7]},
+    ["`target_modules`", "q_proj", "[7]"],
+)
+NORM = (
+    {"target_modules": ["q_proj", "norm"]},
+    ["`target_modules`", "'model.norm'", "LlamaRMSNorm", "nn.Linear"],
+)
+BLOCK = {"target_modules": ["self_attn"]}, ["`target_modules`", "LlamaAttention", "nn.Linear"]
+
+
 @pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ({"target_modules": ["qkv"]}, ["`target_modules`", "qkv", "q_proj"]),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["`target_modules`", "q_proj", "[7]"]),
-        ({"target_modules": ["q_proj", "norm"]}, ["`target_modules`", "'model.norm'", "LlamaRMSNorm", "nn.Linear"]),
-        ({"target_modules": ["self_attn"]}, ["`target_modules`", "LlamaAttention", "nn.Linear"]),
-    ],
+    ("method", "options", "parts"),
+    [(method, *row) for method in ONE_OF_EACH for row in (NAMES, INDEXES, BLOCK)]
+    + [("NOLA", *NORM), ("MCNC", *NORM)]
+    + [("PRANC", BLOCK[0], ["which PRANC cannot adapt", "modules that hold vectors only (norms)"])],
 )
 def test_targets_are_checked_before_the_model_is_changed(
-    options: dict[str, Any], parts: list[str], snapshot: Snapshot
+    method: str, options: dict[str, Any], parts: list[str], snapshot: Snapshot
 ) -> None:
     base = tiny_models.llama()
     before = snapshot(base)
     with pytest.raises(ValueError) as refused:
-        get_peft_model(base, NolaConfig(**options))
+        get_peft_model(base, config_of(method, **options))
     for part in parts:
         assert part in str(refused.value)
     unchanged(before, snapshot(base))
 
 
-def test_unused_projection_of_attention_is_refused(snapshot: Snapshot) -> None:
+@one_of_each
+def test_unused_projection_of_attention_is_refused(method: str, snapshot: Snapshot) -> None:
     base = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     before = snapshot(base)
     with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear.*nn.MultiheadAttention"):
-        get_peft_model(base, NolaConfig(target_modules=["out_proj"]))
+        get_peft_model(base, config_of(method, target_modules=["out_proj"]))
     unchanged(before, snapshot(base))
 
 
-def test_broken_coefficients_are_refused_at_the_first_pass(tmp_path: Path) -> None:
+@one_of_each
+def test_broken_coefficients_are_refused_at_the_first_pass(method: str, tmp_path: Path) -> None:
     """The adapters of transformers are loaded without our checks: then the first forward pass finds it."""
-    trained(tiny_models.llama()).save_pretrained(str(tmp_path))
-    poison(float("nan"))(tmp_path)
+    trained(tiny_models.llama(), method).save_pretrained(str(tmp_path))
+    poison(float("nan"), method)(tmp_path)
     model = tiny_models.llama()
     model.load_adapter(str(tmp_path))
     with pytest.raises(ValueError, match="coefficients of an adapter must be finite"):
@@ -348,17 +458,31 @@ def test_no_pickle(tmp_path: Path) -> None:
 # Model card
 
 
-def test_model_card(tmp_path: Path) -> None:
+CARDS = {
+    "NOLA": ["https://huggingface.co/papers/2310.02556"],
+    "PRANC": ["https://huggingface.co/papers/2206.08464"],
+    "MCNC": [
+        "https://huggingface.co/papers/2406.19301",
+        "A patent application covers the method (US 20250384255 A1).",
+        # 2 x (2 x (32 + 32) + 2 x (32 + 16)) numbers; 2 x (10 + 8) chunks of 13; 3 x 5 + 5 x 13 weights
+        "| compression | 448 numbers from 144 coefficients (3 to 1), by a frozen network of 80 weights",
+    ],
+    "MCNC, weight": ["| compression | 3,072 numbers from 714 coefficients (4 to 1)"],  # 2 x (79 + 40) chunks
+}
+
+
+@pytest.mark.parametrize("method", CARDS)
+def test_model_card(method: str, tmp_path: Path) -> None:
     base = tiny_models.llama()
     base.save_pretrained(tmp_path / "base")
     base.config._name_or_path = base.name_or_path = "somebody/tiny-llama"
-    trained(base, seed=42, task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "adapter"))
+    trained(base, method, seed=42, task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "adapter"))
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model == "somebody/tiny-llama"
-    assert {"nola", "peft_ext"} <= set(card.data.tags)
+    assert {lower(method), "peft_ext"} <= set(card.data.tags)
     for part in (
-        "NOLA",
-        "https://huggingface.co/papers/2310.02556",
+        f"# {lower(method).upper()} adapter",
+        *CARDS[method],
         "`somebody/tiny-llama`",
         "| seed | 42 |",
         "2 layers of 16 x 32, 2 layers of 32 x 32",
@@ -367,6 +491,8 @@ def test_model_card(tmp_path: Path) -> None:
     ):
         assert part in card.text, part
     assert "More Information Needed" not in card.text
+    assert ("patent" in card.text) == (lower(method) == "mcnc")
+    assert card.text.count("coefficients (") == (lower(method) == "mcnc")
 
 
 def test_code_of_the_model_card_runs(tmp_path: Path) -> None:

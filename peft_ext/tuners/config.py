@@ -81,6 +81,7 @@ class SeededConfig(PeftConfig):
 
     method_name: ClassVar[str]
     paper: ClassVar[str]
+    size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
     notice: ClassVar[str] = ""  # put into model cards
 
     def __post_init__(self) -> None:

@@ -169,7 +169,7 @@ class SeededModel(BaseTuner):
             if container is not None
         }
         try:
-            checkpoint.check_coefficients(state_dict, expected, marker=f".{cls.prefix}")
+            checkpoint.check_coefficients(state_dict, expected, f".{cls.prefix}", config.size_fields)
         except ValueError:
             _withdraw(model, adapter_name)
             raise

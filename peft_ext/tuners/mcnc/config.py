@@ -105,6 +105,7 @@ class McncConfig(SeededConfig):
 
     method_name = "MCNC"
     paper = "https://huggingface.co/papers/2406.19301"
+    size_fields = ("k", "d", "r", "apply_to")
     notice = "A patent application covers the method (US 20250384255 A1)."
 
     def __post_init__(self) -> None:

@@ -100,6 +100,7 @@ class NolaConfig(SeededConfig):
 
     method_name = "NOLA"
     paper = "https://huggingface.co/papers/2310.02556"
+    size_fields = ("num_basis",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -83,6 +83,7 @@ class PrancConfig(SeededConfig):
 
     method_name = "PRANC"
     paper = "https://huggingface.co/papers/2206.08464"
+    size_fields = ("num_coefficients",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
