@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -80,6 +81,9 @@ class SeededNetwork(nn.Module):
         self.generator = _generator(config, size, keep_basis)
         self._slots = _take_parameters(network)
         self.network = network
+        # transformers' Trainer looks at the signature of `forward`, which is the network's behind `*args, **kwargs`.
+        parameters = inspect.signature(network.forward).parameters.values()
+        self.accepts_loss_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._initial = Frozen.shared(_initial, config.seed, self._weights, config.generator_version)
         self.coefficients = nn.ParameterDict({_ADAPTER: nn.Parameter(_start(config, self.generator))})
         self._expansion = SharedExpansion(self.generator, (size,), _ADAPTER, slice(0, self.generator.num_coefficients))
