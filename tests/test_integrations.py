@@ -1,4 +1,4 @@
-"""NOLA through what people use around PEFT: transformers' own adapters, auto classes, pipelines, Trainer, the hub."""
+"""The methods through what people use around PEFT: transformers' own adapters, auto classes, Trainer, the hub."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from dense_nola import coefficients_of
+from dense import coefficients_of
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from methods import METHODS, ONE_OF_EACH, config_of, lower
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -30,16 +31,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peft_ext
-from peft_ext import NolaConfig
 
 X = tiny_models.tokens()
 
 
+TARGETS = ["q_proj", "v_proj"]
+
+every_method = pytest.mark.parametrize("method", METHODS, indirect=True)
+
+
 def randomised(model: nn.Module, adapter: str = "default") -> None:
     torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if name.endswith(f".nola_coefficients.{adapter}"):
-            parameter.data.normal_()
+    for parameter in coefficients_of(model, adapter).values():
+        parameter.data.normal_()
+
+
+@pytest.fixture(params=ONE_OF_EACH)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -55,8 +64,8 @@ def base(base_folder: str) -> nn.Module:
 
 
 @pytest.fixture
-def model(base: nn.Module) -> PeftModel:
-    config = NolaConfig(r=2, num_basis=(5, 7), target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM)
+def model(base: nn.Module, method: str) -> PeftModel:
+    config = config_of(method, target_modules=TARGETS, task_type=TaskType.CAUSAL_LM, init_weights=True)
     adapted = get_peft_model(base, config)
     randomised(adapted)
     return adapted.eval()
@@ -76,10 +85,11 @@ def logits(model: Any) -> torch.Tensor:
 # transformers' own adapters
 
 
-def test_add_adapter(model: PeftModel, base_folder: str, tmp_path: Path) -> None:
+@every_method
+def test_add_adapter(model: PeftModel, method: str, base_folder: str, tmp_path: Path) -> None:
     """`add_adapter` gives the model that `get_peft_model` gives; what it saves loads in both ways."""
     own = AutoModelForCausalLM.from_pretrained(base_folder)
-    own.add_adapter(NolaConfig(r=2, num_basis=(5, 7), target_modules=["q_proj", "v_proj"]))
+    own.add_adapter(config_of(method, target_modules=TARGETS, init_weights=True))
     assert torch.equal(logits(own), logits(AutoModelForCausalLM.from_pretrained(base_folder)))
     randomised(own)
     assert torch.equal(logits(own), logits(model))
@@ -95,12 +105,13 @@ def test_add_adapter(model: PeftModel, base_folder: str, tmp_path: Path) -> None
     assert torch.equal(logits(peft_loaded), logits(model))
 
 
-def test_load_adapter(adapter_folder: str, base_folder: str, model: PeftModel) -> None:
+@every_method
+def test_load_adapter(adapter_folder: str, base_folder: str, model: PeftModel, method: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(base_folder)
     plain = logits(loaded)
     loaded.load_adapter(adapter_folder, adapter_name="first")
     assert torch.equal(logits(loaded), logits(model))
-    loaded.add_adapter(NolaConfig(r=3, num_basis=4, seed=5, target_modules=["o_proj"], init_weights=False), "second")
+    loaded.add_adapter(config_of(method, seed=5, target_modules=["o_proj", "v_proj"]), "second")
     loaded.set_adapter("first")
     assert torch.equal(logits(loaded), logits(model))
     loaded.set_adapter("second")
@@ -114,11 +125,11 @@ def test_load_adapter(adapter_folder: str, base_folder: str, model: PeftModel) -
     assert loaded.active_adapters() == ["first"]
 
 
-def test_training_of_an_adapter_of_transformers(base_folder: str) -> None:
+def test_training_of_an_adapter_of_transformers(base_folder: str, method: str) -> None:
     own = AutoModelForCausalLM.from_pretrained(base_folder)
-    own.add_adapter(NolaConfig(r=2, num_basis=4, target_modules=["q_proj"]))
+    own.add_adapter(config_of(method, target_modules=["q_proj"], init_weights=True))
     trainable = [name for name, p in own.named_parameters() if p.requires_grad]
-    assert trainable and all("nola_" in name for name in trainable)
+    assert trainable and all(f"{lower(method)}_coefficients" in name for name in trainable)
     own.train()
     optimizer = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=0.1)
     losses = []
@@ -147,17 +158,14 @@ def test_auto_peft_model(adapter_folder: str, base: nn.Module, model: PeftModel,
     assert isinstance(loaded, PeftModel) and torch.equal(logits(loaded), logits(model))
 
 
-def test_inject_adapter_in_model() -> None:
-    model = inject_adapter_in_model(
-        NolaConfig(r=2, num_basis=4, target_modules=["first"], init_weights=False), tiny_models.Layers()
-    )
+def test_inject_adapter_in_model(method: str) -> None:
+    model = inject_adapter_in_model(config_of(method, target_modules=["first"]), tiny_models.Layers())
     assert not torch.equal(model(torch.ones(1, 8), ("first",)), tiny_models.Layers()(torch.ones(1, 8), ("first",)))
 
 
 @pytest.mark.parametrize("safetensors", [True, False])
-def test_vision_transformer_with_a_new_classifier(safetensors: bool, tmp_path: Path) -> None:
-    config = NolaConfig(r=2, num_basis=4, modules_to_save=["classifier"], init_weights=False)
-    model = get_peft_model(tiny_models.vit(), config)
+def test_vision_transformer_with_a_new_classifier(safetensors: bool, method: str, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_models.vit(), config_of(method, modules_to_save=["classifier"]))
     images = torch.randn(2, 3, 16, 16)
     model(images).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -209,7 +217,12 @@ def test_pipeline(adapter_folder: str, base_folder: str, model: PeftModel) -> No
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w2")
     tokenizer.save_pretrained(base_folder)
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "return_full_text": False,
+    }
     texts = [
         transformers.pipeline("text-generation", model=each, tokenizer=tokenizer)("w5 w9 w31", **settings)
         for each in (adapter_folder, model, model.merge_and_unload())
@@ -241,7 +254,7 @@ def test_trainer(model: PeftModel, checkpointing: bool, tmp_path: Path) -> None:
     )
     transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) != (".nola_coefficients." in name), name
+        assert torch.equal(parameter, before[name]) != ("_coefficients." in name), name
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 8192
     loaded = PeftModel.from_pretrained(tiny_models.llama(), str(checkpoint))
@@ -253,22 +266,30 @@ def test_trainer(model: PeftModel, checkpointing: bool, tmp_path: Path) -> None:
     assert torch.equal(logits(resumed.eval()), logits(loaded))
 
 
-def test_converting_to_lora(model: PeftModel, base_folder: str, tmp_path: Path) -> None:
-    """A NOLA update has the rank of its factors: a LoRA of the same rank holds it without loss."""
-    config, state_dict = convert_to_lora(model, rank=2)
-    assert isinstance(config, LoraConfig) and config.r == 2
-    save_as_lora(tmp_path / "lora", model, rank=2)
+def test_converting_to_lora(model: PeftModel, method: str, base_folder: str, tmp_path: Path) -> None:
+    """Factors have a rank, and a LoRA of the same rank holds them without loss; a whole update needs more."""
+    rank = 0.999999 if method == "PRANC" else 2  # below 1: that part of the squared singular values
+    config, state_dict = convert_to_lora(model, rank=rank)
+    assert isinstance(config, LoraConfig) and state_dict
+    if method != "PRANC":
+        assert config.r == rank
+    save_as_lora(tmp_path / "lora", model, rank=rank)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(tmp_path / "lora"))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-4)
-    assert state_dict
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "embedding"])
-def test_converting_other_layers_to_lora(kind: str) -> None:
-    config = NolaConfig(r=2, num_basis=4, target_modules=[kind], init_weights=False)
-    model = get_peft_model(tiny_models.Layers(), config)
+def test_converting_other_layers_to_lora(kind: str, method: str) -> None:
+    model = get_peft_model(tiny_models.Layers(), config_of(method, target_modules=[kind]))
     _, state_dict = convert_to_lora(model, rank=2)
     assert state_dict
+
+
+def test_norms_have_no_lora() -> None:
+    model = get_peft_model(tiny_models.llama(), config_of("PRANC", target_modules=["q_proj", "norm"]))
+    assert not model.supports_lora_conversion()
+    with pytest.raises((TypeError, ValueError)):
+        convert_to_lora(model, rank=2)
 
 
 @pytest.fixture
@@ -295,7 +316,7 @@ def test_push_to_hub(model: PeftModel, uploaded: dict[str, bytes]) -> None:
     model.push_to_hub("somebody/adapter")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(uploaded)
     assert json.loads(uploaded["adapter_config.json"])["fingerprint"]
-    assert len(uploaded["adapter_model.safetensors"]) < 4 * 48 + 8192
+    assert len(uploaded["adapter_model.safetensors"]) < 8192
 
 
 @pytest.mark.parametrize("remote", [None, "---\nlicense: mit\n---\n\n# Mine\n\nTrained with care.\n"])
@@ -330,17 +351,21 @@ def test_push_to_hub_with_the_model_card(model: PeftModel, remote: str | None) -
     assert remote is None or ("Trained with care." in card.text and card.data.license == "mit")
 
 
-def test_trainable_parameters_and_status(model: PeftModel) -> None:
+def test_trainable_parameters_and_status(model: PeftModel, method: str) -> None:
     trainable, total = model.get_nb_trainable_parameters()
-    assert trainable == 48 == sum(p.numel() for p in coefficients_of(model).values())
+    expected = {"NOLA": 4 * 12, "PRANC": 13, "MCNC": 2 * (10 + 8) * 4}  # 128 and 96 numbers in chunks of 13
+    assert trainable == expected[method] == sum(p.numel() for p in coefficients_of(model).values())
     assert total == trainable + sum(p.numel() for p in tiny_models.llama().parameters())
     status = model.get_model_status()
-    assert status.base_model_type == "LlamaForCausalLM" and status.adapter_model_type == "NolaModel"
-    assert status.peft_types == {"default": "NOLA"}
+    assert status.base_model_type == "LlamaForCausalLM" and status.adapter_model_type == f"{method.title()}Model"
+    assert status.peft_types == {"default": method}
     assert status.num_adapter_layers == 4 and status.enabled and status.active_adapters == ["default"]
-    assert "nola.NolaLinear" in repr(model) or "nola.Linear" in repr(model)
+    assert status.available_adapters == ["default"] and status.requires_grad == {"default": True}
+    layers = model.get_layer_status()
+    assert [layer.available_adapters for layer in layers] == [["default"]] * 4
+    assert f"{lower(method)}.{method.title()}Linear" in repr(model)
 
 
-def test_mixed_adapter_types_are_refused(base: nn.Module) -> None:
-    with pytest.raises(ValueError, match="NOLA"):
-        get_peft_model(base, NolaConfig(target_modules=["q_proj"]), mixed=True)
+def test_mixed_adapter_types_are_refused(base: nn.Module, method: str) -> None:
+    with pytest.raises(ValueError, match=method):
+        get_peft_model(base, config_of(method, target_modules=["q_proj"]), mixed=True)
