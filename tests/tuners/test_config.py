@@ -1,81 +1,176 @@
-"""NolaConfig: what it accepts, and the errors for what it does not."""
+"""The configurations: what they accept, and the errors for what they do not."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig
 
-from peft_ext import NolaConfig, randomness
+from peft_ext import McncConfig, NolaConfig, PrancConfig, randomness
 
-REFUSED = [
-    ({"r": 0}, "`r` must be a positive integer, got 0"),
-    ({"r": 2.0}, "`r` must be a positive integer, got 2.0"),
-    ({"r": True}, "`r` must be a positive integer, got True"),
-    ({"num_basis": -1}, "`num_basis` must be a positive integer, got -1"),
-    ({"num_basis": "64"}, "`num_basis` must be a positive integer, got '64'"),
-    ({"num_basis": (8, 0)}, "`num_basis` must be a positive integer, got 0"),
-    ({"num_basis": (8, 8, 8)}, r"`num_basis` must be a positive integer or a pair of them \(A, B\), got \(8, 8, 8\)"),
-    ({"alpha": "8"}, "`alpha` must be a finite number, got '8'"),
-    ({"alpha": float("nan")}, "`alpha` must be a finite number, got nan"),
-    ({"nola_dropout": 1.0}, "`nola_dropout` must be a number from 0 to below 1, got 1.0"),
-    ({"nola_dropout": -0.1}, "`nola_dropout` must be a number from 0 to below 1, got -0.1"),
-    ({"seed": -1}, r"`seed` must be an integer between 0 and 2\*\*64 - 1, got -1"),
-    ({"seed": 2**64}, r"`seed` must be an integer between 0 and 2\*\*64 - 1, got 18446744073709551616"),
-    ({"seed": 0.5}, r"`seed` must be an integer between 0 and 2\*\*64 - 1, got 0.5"),
-    ({"bias": "lora_only"}, "`bias` must be 'none', 'all' or 'nola_only', got 'lora_only'"),
-    ({"rank_pattern": {"q_proj": 0}}, r"`rank_pattern\['q_proj'\]` must be a positive integer, got 0"),
-    ({"alpha_pattern": {"q_proj": None}}, r"`alpha_pattern\['q_proj'\]` must be a finite number, got None"),
+CONFIGS = [NolaConfig, PrancConfig, McncConfig]
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method_name)
+
+SEED = r"`seed` must be an integer between 0 and 2\*\*64 - 1"
+# fields of every configuration; NAME is the method in lower case
+REFUSED_BY_ALL: list[tuple[dict[str, Any], str]] = [
+    ({"seed": -1}, SEED + ", got -1"),
+    ({"seed": 2**64}, SEED + ", got 18446744073709551616"),
+    ({"seed": 0.5}, SEED + ", got 0.5"),
+    ({"seed": True}, SEED + ", got True"),
+    ({"seed": None}, SEED + ", got None"),
+    ({"bias": "lora_only"}, "`bias` must be 'none', 'all' or 'NAME_only', got 'lora_only'"),
+    ({"NAME_dropout": 1.0}, "`NAME_dropout` must be a number from 0 to below 1, got 1.0"),
+    ({"NAME_dropout": -0.1}, "`NAME_dropout` must be a number from 0 to below 1, got -0.1"),
+    ({"NAME_dropout": "0.1"}, "`NAME_dropout` must be a number from 0 to below 1, got '0.1'"),
     ({"layers_pattern": "h"}, "`layers_pattern` needs `layers_to_transform`.* got 'h' alone"),
     ({"target_modules": "q.*", "layers_to_transform": 1}, "`layers_to_transform`.*must be None.*got 1"),
     ({"generator_version": 2}, "`generator_version` must be 1 .* got 2"),
     ({"generator_version": None}, "`generator_version` must be 1 .* got None"),
     ({"fingerprint": "0" * 16}, "`fingerprint` must be '5aa95d294f358835' for seed 0 .* got '0000000000000000'"),
 ]
+REFUSED: list[tuple[type, dict[str, Any], str]] = [
+    (NolaConfig, {"r": 0}, "`r` must be a positive integer, got 0"),
+    (NolaConfig, {"r": 2.0}, "`r` must be a positive integer, got 2.0"),
+    (NolaConfig, {"r": True}, "`r` must be a positive integer, got True"),
+    (NolaConfig, {"num_basis": -1}, "`num_basis` must be a positive integer, got -1"),
+    (NolaConfig, {"num_basis": "64"}, "`num_basis` must be a positive integer, got '64'"),
+    (NolaConfig, {"num_basis": (8, 0)}, "`num_basis` must be a positive integer, got 0"),
+    (
+        NolaConfig,
+        {"num_basis": (8, 8, 8)},
+        r"`num_basis` must be a positive integer or a pair of them \(A, B\), got \(8, 8, 8\)",
+    ),
+    (NolaConfig, {"alpha": "8"}, "`alpha` must be a finite number, got '8'"),
+    (NolaConfig, {"alpha": float("nan")}, "`alpha` must be a finite number, got nan"),
+    (NolaConfig, {"rank_pattern": {"q_proj": 0}}, r"`rank_pattern\['q_proj'\]` must be a positive integer, got 0"),
+    (NolaConfig, {"alpha_pattern": {"q_proj": None}}, r"`alpha_pattern\['q_proj'\]` must be a finite number, got None"),
+    (PrancConfig, {"num_coefficients": 0}, "`num_coefficients` must be a positive integer, got 0"),
+    (PrancConfig, {"num_coefficients": 1e4}, "`num_coefficients` must be a positive integer, got 10000.0"),
+    (PrancConfig, {"num_coefficients": (8, 8)}, r"`num_coefficients` must be a positive integer, got \(8, 8\)"),
+    (PrancConfig, {"basis": "gaussian"}, "`basis` must be one of 'sparse', 'dense', got 'gaussian'"),
+    (PrancConfig, {"basis": None}, "`basis` must be one of 'sparse', 'dense', got None"),
+    (PrancConfig, {"nnz": 0}, "`nnz` must be a positive integer, got 0"),
+    (PrancConfig, {"nnz": 1.5}, "`nnz` must be a positive integer, got 1.5"),
+    (PrancConfig, {"num_coefficients": 3, "nnz": 4}, r"`nnz` must be at most `num_coefficients` \(3\).*, got 4"),
+    (McncConfig, {"k": 0}, "`k` must be a positive integer, got 0"),
+    (McncConfig, {"k": "5"}, "`k` must be a positive integer, got '5'"),
+    (McncConfig, {"d": 0}, "`d` must be a positive integer, got 0"),
+    (McncConfig, {"d": 100.0}, "`d` must be a positive integer, got 100.0"),
+    (McncConfig, {"d": 5, "k": 5}, r"`d` must be larger than `k` \(5\): a chunk of d numbers .*, got 5"),
+    (McncConfig, {"k": 5000}, r"`d` must be larger than `k` \(5000\).*, got 5000"),
+    (McncConfig, {"widths": 32}, "`widths` must be a list of positive integers, got 32"),
+    (McncConfig, {"widths": "32"}, "`widths` must be a list of positive integers, got '32'"),
+    (McncConfig, {"widths": None}, "`widths` must be a list of positive integers, got None"),
+    (McncConfig, {"widths": [32, 0]}, "`widths` must be a positive integer, got 0"),
+    (McncConfig, {"widths": [32, "32"]}, "`widths` must be a positive integer, got '32'"),
+    (McncConfig, {"activation": "gelu"}, "`activation` must be one of 'sine', 'relu', 'tanh', 'none', got 'gelu'"),
+    (McncConfig, {"frequency": 0}, "`frequency` must be positive, got 0"),
+    (McncConfig, {"frequency": -1.0}, "`frequency` must be positive, got -1.0"),
+    (McncConfig, {"frequency": float("inf")}, "`frequency` must be a finite number, got inf"),
+    (McncConfig, {"frequency": "1"}, "`frequency` must be a finite number, got '1'"),
+    (McncConfig, {"apply_to": "bias"}, "`apply_to` must be one of 'factors', 'weight', got 'bias'"),
+    (McncConfig, {"r": 0}, "`r` must be a positive integer, got 0"),
+    (McncConfig, {"alpha": None}, "`alpha` must be a finite number, got None"),
+]
 
 
-@pytest.mark.parametrize(("fields", "message"), REFUSED)
-def test_a_bad_field_is_refused(fields, message):
+@every_config
+@pytest.mark.parametrize(("fields", "message"), REFUSED_BY_ALL)
+def test_a_bad_field_is_refused(config: type, fields: dict[str, Any], message: str) -> None:
+    name = config.method_name.lower()
+    with pytest.raises(ValueError, match=message.replace("NAME", name)):
+        config(**{key.replace("NAME", name): value for key, value in fields.items()})
+
+
+@pytest.mark.parametrize(("config", "fields", "message"), REFUSED)
+def test_a_bad_field_of_one_method_is_refused(config: type, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        NolaConfig(**fields)
+        config(**fields)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    r=st.integers(1, 64),
-    num_basis=st.one_of(st.integers(1, 4096), st.tuples(st.integers(1, 4096), st.integers(1, 4096))),
-    seed=st.integers(0, 2**64 - 1),
-    alpha=st.floats(0.01, 100),
-    dropout=st.floats(0, 0.99),
-    share_basis=st.booleans(),
-)
-def test_saved_and_loaded_it_is_the_same(tmp_path_factory, r, num_basis, seed, alpha, dropout, share_basis):
-    config = NolaConfig(
-        r=r, num_basis=num_basis, seed=seed, alpha=alpha, nola_dropout=dropout, share_basis=share_basis,
-        target_modules=["b", "a"], task_type="CAUSAL_LM",
-    )  # fmt: skip
+size = st.integers(1, 4096)
+# Fields that each configuration accepts in any combination.
+ACCEPTED: dict[type, st.SearchStrategy[dict[str, Any]]] = {
+    NolaConfig: st.fixed_dictionaries(
+        {
+            "r": st.integers(1, 64),
+            "num_basis": st.one_of(size, st.tuples(size, size)),
+            "alpha": st.floats(0.01, 100),
+            "share_basis": st.booleans(),
+            "nola_dropout": st.floats(0, 0.99),
+        }
+    ),
+    PrancConfig: st.fixed_dictionaries(
+        {
+            "num_coefficients": st.integers(8, 10**6),
+            "basis": st.sampled_from(["sparse", "dense"]),
+            "nnz": st.integers(1, 8),
+            "adapt_bias": st.booleans(),
+            "pranc_dropout": st.floats(0, 0.99),
+        }
+    ),
+    McncConfig: st.fixed_dictionaries(
+        {
+            "k": st.integers(1, 30),
+            "d": st.one_of(st.none(), st.integers(31, 10**5)),
+            "widths": st.lists(size, max_size=3).map(tuple),
+            "activation": st.sampled_from(["sine", "relu", "tanh", "none"]),
+            "frequency": st.floats(0.01, 100),
+            "normalize": st.booleans(),
+            "apply_to": st.sampled_from(["factors", "weight"]),
+            "r": st.integers(1, 64),
+            "alpha": st.floats(-100, 100),
+            "mcnc_dropout": st.floats(0, 0.99),
+        }
+    ),
+}
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**64 - 1))
+@every_config
+def test_saved_and_loaded_it_is_the_same(
+    config: type, data: st.DataObject, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    fields = data.draw(ACCEPTED[config])
+    made = config(**fields, seed=seed, target_modules=["b", "a"], task_type="CAUSAL_LM")
     folder = tmp_path_factory.mktemp("config")
-    config.save_pretrained(str(folder))
+    made.save_pretrained(str(folder))
     loaded = PeftConfig.from_pretrained(str(folder))
-    assert type(loaded) is NolaConfig
+    assert type(loaded) is config and loaded.peft_type == config.method_name
     assert loaded.fingerprint == randomness.fingerprint(seed)
-    assert dataclasses.replace(loaded, fingerprint=None) == config
-    assert loaded.num_basis_per_factor == (num_basis if isinstance(num_basis, tuple) else (num_basis, num_basis))
+    assert dataclasses.replace(loaded, fingerprint=None) == made
+    assert all(getattr(loaded, name) == value for name, value in fields.items())
 
 
-def test_every_field_is_described():
-    for field in dataclasses.fields(NolaConfig):
+@pytest.mark.parametrize(("num_basis", "expected"), [(3, (3, 3)), ((3, 4), (3, 4)), ([3, 4], (3, 4))])
+def test_number_of_coefficients_of_each_factor(num_basis: Any, expected: tuple[int, int]) -> None:
+    assert NolaConfig(num_basis=num_basis).num_basis_per_factor == expected
+
+
+@every_config
+def test_every_field_is_described(config: type) -> None:
+    for field in dataclasses.fields(config):
         assert field.metadata.get("help"), field.name
         if field.name not in {base.name for base in dataclasses.fields(PeftConfig)}:
-            assert f"{field.name} (`" in (NolaConfig.__doc__ or ""), field.name
+            assert f"{field.name} (`" in (config.__doc__ or ""), field.name
 
 
-def test_an_edited_seed_is_refused(tmp_path):
-    NolaConfig(seed=1).save_pretrained(str(tmp_path))
+@every_config
+def test_the_fields_that_sizes_depend_on_are_fields(config: type) -> None:
+    assert config.size_fields and set(config.size_fields) <= {field.name for field in dataclasses.fields(config)}
+
+
+@every_config
+def test_an_edited_seed_is_refused(config: type, tmp_path: Path) -> None:
+    config(seed=1).save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({**fields, "seed": 2}))
@@ -83,8 +178,9 @@ def test_an_edited_seed_is_refused(tmp_path):
         PeftConfig.from_pretrained(str(tmp_path))
 
 
-def test_a_seed_changed_before_saving_is_saved_with_its_fingerprint(tmp_path):
-    config = NolaConfig(seed=1)
-    config.seed = 2
-    config.save_pretrained(str(tmp_path))
+@every_config
+def test_a_seed_changed_before_saving_is_saved_with_its_fingerprint(config: type, tmp_path: Path) -> None:
+    made = config(seed=1)
+    made.seed = 2
+    made.save_pretrained(str(tmp_path))
     assert PeftConfig.from_pretrained(str(tmp_path)).seed == 2
