@@ -17,7 +17,10 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_ext
-from peft_ext import NolaConfig, NolaModel
+from peft_ext import McncConfig, McncModel, NolaConfig, NolaModel, PrancConfig, PrancModel
+
+METHODS = {"NOLA": (NolaConfig, NolaModel), "PRANC": (PrancConfig, PrancModel), "MCNC": (McncConfig, McncModel)}
+every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def run_python(code: str, *options: str) -> str:
@@ -28,27 +31,31 @@ def run_python(code: str, *options: str) -> str:
     return done.stdout
 
 
-def test_registered() -> None:
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["NOLA"] is NolaConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING["NOLA"] is NolaModel
-    assert peft.get_peft_config({"peft_type": "NOLA", "r": 3}).r == 3
-    assert NolaConfig().peft_type is PeftType.NOLA
+@every_method
+def test_registered(name: str) -> None:
+    config, model = METHODS[name]
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[name] is config
+    assert PEFT_TYPE_TO_TUNER_MAPPING[name] is model
+    found = peft.get_peft_config({"peft_type": name, "seed": 3})
+    assert type(found) is config and found.seed == 3
+    assert config().peft_type is PeftType[name] and config.method_name == name
 
 
-def test_member_behaves_like_those_of_peft() -> None:
-    member = PeftType.NOLA
+@every_method
+def test_member_behaves_like_those_of_peft(name: str) -> None:
+    member = PeftType[name]
     assert isinstance(member, PeftType) and isinstance(member, str) and type(member) is type(PeftType.LORA)
-    assert member == "NOLA" and member.name == "NOLA" and member.value == "NOLA"
-    assert PeftType("NOLA") is member and PeftType["NOLA"] is member
-    assert member in PeftType and "NOLA" in PeftType.__members__ and member in list(PeftType)
+    assert member == name and member.name == name and member.value == name
+    assert PeftType(name) is member and getattr(PeftType, name) is member
+    assert member in PeftType and name in PeftType.__members__ and member in list(PeftType)
     assert list(PeftType).count(member) == 1 and len(list(PeftType)) == len(PeftType)
-    assert hash(member) == hash("NOLA") and {member: 1}["NOLA"] == 1 and {"NOLA": 1}[member] == 1
-    assert member != PeftType.LORA and len({member, PeftType.LORA, "NOLA"}) == 2
-    assert json.dumps({"peft_type": member}) == '{"peft_type": "NOLA"}'
+    assert hash(member) == hash(name) and {member: 1}[name] == 1 and {name: 1}[member] == 1
+    assert member != PeftType.LORA and len({member, PeftType.LORA, name}) == 2
+    assert json.dumps({"peft_type": member}) == f'{{"peft_type": "{name}"}}'
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         assert pickle.loads(pickle.dumps(member, protocol)) is member
     assert copy.copy(member) is member and copy.deepcopy(member) is member
-    assert repr(member) == "<PeftType.NOLA: 'NOLA'>"
+    assert repr(member) == f"<PeftType.{name}: '{name}'>"
     with pytest.raises(AttributeError):
         PeftType.NOT_A_METHOD  # noqa: B018
     with pytest.raises(ValueError):
@@ -57,11 +64,12 @@ def test_member_behaves_like_those_of_peft() -> None:
         member.name = "OTHER"
 
 
+@every_method
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
-def test_configurations_can_be_copied(duplicate) -> None:
-    config = NolaConfig(num_basis=(5, 7), seed=3)
+def test_configurations_can_be_copied(duplicate, name: str) -> None:
+    config = METHODS[name][0](seed=3, target_modules=["a"])
     again = duplicate(config)
-    assert again == config and again.peft_type is PeftType.NOLA
+    assert again == config and again.peft_type is PeftType[name]
 
 
 # In a process of its own: other tests hold classes of the modules from before.
@@ -214,10 +222,12 @@ def test_other_releases_of_python(version: str) -> None:
     assert done.stdout.strip() == "fine", done.stderr[-3000:]
 
 
-def test_the_prefix_does_not_occur_in_models() -> None:
+@every_method
+def test_the_prefix_does_not_occur_in_models(name: str) -> None:
     """transformers and PEFT tell our parameters from those of the model by it."""
-    assert NolaModel.prefix == "nola_"
-    assert all(name.startswith("nola_") for name in NolaModel.tuner_layer_cls.adapter_layer_names)
+    model = METHODS[name][1]
+    assert model.prefix == f"{name.lower()}_"
+    assert all(attribute.startswith(model.prefix) for attribute in model.tuner_layer_cls.adapter_layer_names)
 
 
 def test_typed() -> None:
