@@ -102,9 +102,12 @@ class Method:
         if head:
             options["modules_to_save"] = sorted({*head, *(options.get("modules_to_save") or [])})
         try:
-            return config_class(**options)
+            config = config_class(**options)
         except (TypeError, ValueError) as error:
             raise UserError(f"method {self.label!r}: {error}") from error
+        if task_type is None and config.is_prompt_learning:
+            raise UserError(f"method {self.label!r}: {self.name} is for text")
+        return config
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -36,7 +36,7 @@ from recipes.image_classification import (
     ImageData,
     ModelArguments,
     accuracy,
-    check_image_size,
+    check_model,
     collate,
     forward_options,
     likeliest,
@@ -111,13 +111,17 @@ class ImageTask(Task):
         self.processor.save_pretrained(folder)
 
 
-def summary(data: ImageData, data_seeds: Sequence[int], seeds: Sequence[int]) -> str:
+def summary(data: ImageData, seeds: Sequence[int]) -> str:
     """Markdown that says what the table's numbers are over."""
-    shots = data.args.shots
-    subsets = f" of {shots} images a class (data seeds {', '.join(map(str, data_seeds))})" if shots else ""
+    args = data.args
+    if args.shots is None:
+        trained_on = f"all {len(data.train):,} training images"
+    else:
+        trained_on = f"{args.shots} images a class, drawn with data seeds {', '.join(map(str, args.data_seeds))}"
     return (
-        f"{len(data_seeds) * len(seeds)} runs a method: {len(data_seeds)} training set(s){subsets}, seed(s) "
-        f"{', '.join(map(str, seeds))}; {len(data.labels)} classes, {len(data.validation):,} validation images.\n"
+        f"Every method is trained on {trained_on}, with seeds {', '.join(map(str, seeds))}: "
+        f"{len(args.data_seeds) * len(seeds)} runs. {len(data.labels)} classes, {len(data.validation):,} validation "
+        "images.\n"
     )
 
 
@@ -129,6 +133,8 @@ def main(argv: Sequence[str]) -> None:
     model_args, data_args, method_args, quickstart_args, training = arguments
     methods = parse_methods(method_args.methods, extra=[HEAD])
     seeds = method_args.seeds or [training.seed]
+    for method in methods:
+        method.config(None, seeds[0])
     set_up(training)
     training.remove_unused_columns = False  # images become pixel values when they are read
     is_main = PartialState().is_main_process
@@ -148,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
         ImageTask(model_args, classifier.processor, training, classifier, data, data_seed)
         for data_seed in data_args.data_seeds
     ]
-    check_image_size(classifier, tasks[0].images(data.validation)[:1]["pixel_values"])
+    check_model(classifier, tasks[0].images(data.validation)[:1]["pixel_values"])
     for method in methods:
         tasks[0].adapt(method, seeds[0])  # whether it fits the model shows here, before hours of training
     if is_main:
@@ -167,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
             "loss.png": partial(plot_losses, results, unit="image"),
             "accuracy.png": partial(plot_metric, results, name="accuracy"),
         }
-        write_report(results, output_dir, summary(data, data_args.data_seeds, seeds), plots)
+        write_report(results, output_dir, summary(data, seeds), plots)
 
 
 if __name__ == "__main__":

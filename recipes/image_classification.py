@@ -139,6 +139,8 @@ class Classifier:
 def load_classifier(args: ModelArguments, labels: Sequence[str]) -> Classifier:
     """Load a model and its image processor. It keeps its head if that is for the same classes, in the same order."""
     name = inputs.model_folder(args)
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"image_size is {args.image_size}; it must be at least 1")
     with inputs.loading("model_name_or_path", name):
         config = AutoConfig.from_pretrained(name)
         same_labels = list(config.id2label.values()) == list(labels)
@@ -171,6 +173,8 @@ def _load_processor(args: ModelArguments, name: str, config: PretrainedConfig) -
         image_size = args.image_size
     except OSError:
         # The model is there and its processor is not: the defaults of its architecture.
+        if type(config) not in IMAGE_PROCESSOR_MAPPING:
+            raise UserError(f"model_name_or_path: {name} comes without an image processor") from None
         classes: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
         processor = classes["pil"]()
         image_size = args.image_size or getattr(config, "image_size", None)
@@ -191,6 +195,8 @@ def load_image_data(args: DataArguments) -> ImageData:
             raise UserError(f"{field_name} is {value}; it must be at least 1")
     if args.shots is None and len(args.data_seeds) > 1:
         raise UserError(f"data_seeds: without --shots all of {args.data_seeds} train on the same images")
+    if args.image_column == args.label_column:
+        raise UserError(f"image_column and label_column are both {args.image_column!r}")
     names = [args.train_split, args.eval_split]
     columns = [args.image_column, args.label_column]
     splits = [split.select_columns(columns) for split in inputs.load_splits(args, columns)]
@@ -255,8 +261,8 @@ def _checked_images(split: datasets.Dataset, name: str, column: str) -> datasets
     return split
 
 
-def check_image_size(classifier: Classifier, pixels: torch.Tensor) -> None:
-    """The model must take images of the size that its processor makes."""
+def check_model(classifier: Classifier, pixels: torch.Tensor) -> None:
+    """The model must take images of the size that its processor makes, and give a loss."""
     height, width = pixels.shape[-2:]
     patch = getattr(classifier.model.config, "patch_size", None)
     if isinstance(patch, int) and (height % patch or width % patch):
@@ -264,6 +270,8 @@ def check_image_size(classifier: Classifier, pixels: torch.Tensor) -> None:
             f"image_size: images of {height} x {width} pixels are no whole number of the model's patches of {patch}; "
             f"{height // patch * patch or patch} would be"
         )
+    if "labels" not in inspect.signature(classifier.model.forward).parameters:
+        raise UserError(f"model_name_or_path: a {type(classifier.model).__name__} cannot be trained, it has no loss")
     try:
         with torch.no_grad():
             classifier.model.eval()(pixel_values=pixels, **forward_options(classifier.model))

@@ -143,10 +143,11 @@ def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
         # Most of the fall is in the first steps; a logarithmic axis leaves room for the differences after it.
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_locator(NullLocator())
+        if any(getattr(run, f"{kind}_curve") for runs in groups.values() for run in runs):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel(f"loss per {unit}")
     axes[1].legend(frameon=False)
     figure.savefig(path, dpi=150)

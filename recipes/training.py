@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from peft import get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
@@ -57,9 +58,16 @@ class Task(ABC):
     def adapt(self, method: Method, seed: int) -> nn.Module:
         """A copy of the base model with a fresh adapter."""
         set_seed(seed)
-        config = method.config(self.task_type, seed, self.head)
+        config, model = method.config(self.task_type, seed, self.head), self.fresh_model()
+        names = {name.rpartition(".")[-1] for name, module in model.named_modules() if hasattr(module, "weight")}
         try:
-            return get_peft_model(self.fresh_model(), config)  # type: ignore[arg-type]
+            return get_peft_model(model, config)  # type: ignore[arg-type]
+        except NoMatchingPeftModuleError as error:
+            targets = method.options.get("target_modules", "of its own")
+            raise UserError(
+                f"method {method.label!r}: target_modules {targets} names nothing that it can adapt; the model has "
+                f"{', '.join(sorted(names))}"
+            ) from error
         except (TypeError, ValueError) as error:
             raise UserError(f"method {method.label!r}: {error}") from error
 

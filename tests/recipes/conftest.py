@@ -1,4 +1,4 @@
-"""A tiny GPT-2 and a handful of pairs, and a way to run the recipe on them."""
+"""A tiny GPT-2 and a handful of pairs, a tiny ViT and a handful of images, and a way to run the recipes on them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes are run from the root, not installed
 
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+    set_seed,
+)
 
-from recipes import restaurants
-from recipes.finetune_gpt2 import main
+from recipes import finetune_gpt2, finetune_vit, restaurants
 
 ROWS = [
     {"mr": f"name[N{i // 2}], food[F{i % 3}]", "ref": f"N{i // 2} serves F{i % 3} {'food' if i % 2 else 'dishes'}."}
@@ -67,11 +77,57 @@ def flags(model_folder: Path, data_folder: Path, tmp_path: Path) -> list[str]:
     return text.split()
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
-    """Runs the recipe on bad input and returns what it says."""
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}
 
-    def run(arguments: list[str]) -> str:
+
+def picture(colour: str, seed: int) -> Image.Image:
+    """A noisy square of a colour."""
+    noise = np.random.default_rng(seed).normal(0, 30, (20, 20, 3))
+    return Image.fromarray(np.uint8(np.clip(np.array(COLOURS[colour]) + noise, 0, 255)))
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved ViT of two thin layers without a head."""
+    set_seed(0)
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training and test images of three colours: 6 and 4 of each."""
+    folder = tmp_path_factory.mktemp("images")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS))})
+    for start, (name, count) in enumerate({"train": 6, "test": 4}.items()):
+        rows = [(picture(colour, 100 * start + i), colour) for i in range(count) for colour in COLOURS]
+        columns = {"image": [image for image, _ in rows], "label": [colour for _, colour in rows]}
+        datasets.Dataset.from_dict(columns, features).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.fixture
+def vit_flags(vit_folder: Path, image_folder: Path, tmp_path: Path) -> list[str]:
+    """A short run of the recipe for images."""
+    text = (
+        f"--model_name_or_path {vit_folder} --dataset_name {image_folder} --output_dir {tmp_path / 'out'} "
+        "--eval_split test --shots 4 --max_steps 6 --logging_steps 2 --eval_strategy steps --eval_steps 3 "
+        "--save_steps 2 --save_total_limit 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 "
+        "--learning_rate 1e-2 --use_cpu --disable_tqdm true"
+    )
+    return text.split()
+
+
+@pytest.fixture
+def refused() -> Callable[..., str]:
+    """Runs a recipe on bad input and returns what it says."""
+
+    def run(arguments: list[str], main: Callable[[list[str]], None] = finetune_gpt2.main) -> str:
         from recipes.common import UserError
 
         with pytest.raises(UserError) as caught:
@@ -79,3 +135,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
         return str(caught.value)
 
     return run
+
+
+@pytest.fixture
+def vit_refused(refused: Callable[..., str]) -> Callable[[list[str]], str]:
+    """The same for images."""
+    return lambda arguments: refused(arguments, main=finetune_vit.main)
