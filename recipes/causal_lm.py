@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EvalPrediction,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -277,3 +278,16 @@ def score(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
         computed = inputs.load_metric(module).compute(predictions=outputs, references=references)
         (scores[name],) = computed.values()
     return scores
+
+
+def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of every row, summed over its target tokens, and their number: shape `(batch, 2)`, for the Trainer."""
+    logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    return torch.stack([losses.sum(1), (labels[:, 1:] != -100).sum(1)], dim=1)
+
+
+def mean_token_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """The Trainer's metric: the mean loss over all target tokens, however they are cut into batches and processes."""
+    loss, tokens = prediction.predictions.sum(0)
+    return {"token_loss": float(loss / tokens)}

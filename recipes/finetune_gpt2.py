@@ -27,7 +27,9 @@ from recipes.causal_lm import (
     generate,
     load_model,
     load_text_data,
+    mean_token_loss,
     score,
+    token_losses,
 )
 from recipes.common import (
     MethodArguments,
@@ -65,17 +67,20 @@ class TextTask(Task):
     max_source_length: int
 
     task_type = "CAUSAL_LM"
+    loss = "eval_token_loss"
 
     def fresh_model(self) -> PreTrainedModel:
         """A copy of the base model."""
         return copy.deepcopy(self.base)
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Data sets and collator for the Trainer."""
+        """Data sets, collator and metric for the Trainer."""
         return {
             "train_dataset": self.data.train,
             "eval_dataset": self.data.validation,
             "data_collator": DataCollatorForSeq2Seq(self.processor),
+            "compute_metrics": mean_token_loss,
+            "preprocess_logits_for_metrics": token_losses,
         }
 
     def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:

@@ -43,7 +43,7 @@ class Task(ABC):
     training: TrainingArguments
 
     task_type: ClassVar[str | None] = None
-
+    loss: ClassVar[str] = "eval_loss"  # of what the Trainer's evaluation gives
     weights_file: ClassVar[str] = "adapter_model.safetensors"  # what `save` writes the weights to
 
     @property
@@ -142,7 +142,7 @@ def evaluate_untrained(task: Task, method: Method, folder: Path) -> RunResult:
     result = RunResult(UNTRAINED, seed=task.training.seed)
     with model.disable_adapter():
         evaluation = trainer.evaluate()
-        result.validation_loss = evaluation["eval_loss"]
+        result.validation_loss = evaluation[task.loss]
         task.score(model, evaluation, result)
     return result
 
@@ -165,10 +165,10 @@ def train(task: Task, method: Method, seed: int, verify: bool, folder: Path) -> 
     checkpoint = last_checkpoint(folder) if training.resume_from_checkpoint else None
     trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    if not any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+    if not any(task.loss in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
 
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    evaluations = [entry for entry in state.log_history if task.loss in entry]
     training_curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     last_losses = [loss for step, loss in training_curve if step >= 0.9 * state.global_step]
     trainable = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -178,10 +178,10 @@ def train(task: Task, method: Method, seed: int, verify: bool, folder: Path) -> 
         trainable_parameters=sum(trainable.values()),
         head_parameters=sum(size for name, size in trainable.items() if ".modules_to_save." in name),
         training_loss=mean(last_losses) if last_losses else trained.training_loss,
-        validation_loss=evaluations[-1]["eval_loss"],
+        validation_loss=evaluations[-1][task.loss],
         seconds=next(cb.seconds for cb in trainer.callback_handler.callbacks if isinstance(cb, StepClock)),
         training_curve=training_curve,
-        validation_curve=[(entry["step"], entry["eval_loss"]) for entry in evaluations],
+        validation_curve=[(entry["step"], entry[task.loss]) for entry in evaluations],
     )
     task.score(model, evaluations[-1], result)
     if PartialState().is_main_process:
