@@ -10,7 +10,7 @@ import pytest
 import sacrebleu
 import torch
 from rouge_score import rouge_scorer
-from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import DataCollatorForSeq2Seq, EvalPrediction, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from recipes import restaurants
 from recipes.causal_lm import (
@@ -22,7 +22,9 @@ from recipes.causal_lm import (
     group_references,
     load_model,
     load_text_data,
+    mean_token_loss,
     score,
+    token_losses,
 )
 from recipes.common import UserError
 
@@ -50,7 +52,9 @@ def test_labels_are_on_the_target_and_its_end_only(model_folder: Path) -> None:
         together = float(model.eval()(**padded).loss)
         counts = [int((each["labels"] != -100).sum()) for each in alone]
         apart = sum(float(model(**each).loss) * n for each, n in zip(alone, counts)) / sum(counts)
+        sums = token_losses(model(**padded).logits, padded["labels"])
     assert together == pytest.approx(apart, rel=1e-5)
+    assert mean_token_loss(EvalPrediction(sums.numpy(), None))["token_loss"] == pytest.approx(apart, rel=1e-5)
 
 
 def test_lengths_and_plain_text(tokenizer: PreTrainedTokenizerFast) -> None:
