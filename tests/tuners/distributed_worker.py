@@ -19,6 +19,7 @@ from typing import Any
 import tiny_models
 import torch
 import torch.distributed as dist
+from methods import config_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
@@ -27,11 +28,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_ext import NolaConfig
-
 WORLD = 2
 STEPS = 3
-ALPHA = {"nola": "alpha", "lora": "lora_alpha"}
 
 Record = dict[str, Any]
 
@@ -46,10 +44,11 @@ class Scenario:
         checkpointing: use of activation checkpointing: `None`, `"reentrant"` or `"nonreentrant"`.
         micro_steps: backward passes per optimizer step.
         no_sync: context of the backward passes before the last one of a step.
+        method: a row of `methods.METHODS`.
         options: further fields of the configuration.
-        alpha: factor on the update.
         dtype: of the whole model; double precision tells a wrong gradient from a rounded one.
         tolerance: on losses and gradients, relative to the largest gradient of the parameter.
+        timeout: seconds that a process waits for the other.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
@@ -57,20 +56,22 @@ class Scenario:
     checkpointing: str | None = None
     micro_steps: int = 1
     no_sync: Callable[[nn.Module], contextlib.AbstractContextManager[None]] | None = None
+    method: str = "NOLA"
     options: dict[str, Any] = field(default_factory=dict)
-    alpha: float = 1.0
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-5  # the model computes its norms and its loss in single precision
+    timeout: int = 30
 
 
-def build(method: str, scenario: Scenario) -> PeftModel:
+def build(scenario: Scenario, lora: bool = False) -> PeftModel:
     model = tiny_models.llama()
     torch.manual_seed(1)
-    options: dict[str, Any] = {"target_modules": list(scenario.targets), "r": 2, ALPHA[method]: scenario.alpha}
-    if method == "nola":
-        config: Any = NolaConfig(num_basis=(5, 7), init_weights=False, **options, **scenario.options)
+    targets = list(scenario.targets)
+    if lora:
+        alpha = scenario.options.get("alpha", 1.0)
+        config: Any = LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False, target_modules=targets)
     else:
-        config = LoraConfig(init_lora_weights=False, **options)
+        config = config_of(scenario.method, target_modules=targets, **scenario.options)
     model = get_peft_model(model, config)
     if scenario.checkpointing is not None:
         reentrant = scenario.checkpointing == "reentrant"
@@ -118,10 +119,10 @@ def plain_gradients(model: nn.Module) -> Record:
     }
 
 
-def reference(method: str, scenario: Scenario) -> Record:
-    plain = Scenario(wrap=scenario.wrap, targets=scenario.targets, options=scenario.options)
+def reference(scenario: Scenario, lora: bool = False) -> Record:
+    plain = Scenario(scenario.wrap, scenario.targets, method=scenario.method, options=scenario.options)
     plain.micro_steps = scenario.micro_steps
-    return train(build(method, plain), plain, slice(None), plain_gradients)
+    return train(build(plain, lora), plain, slice(None), plain_gradients)
 
 
 def gradients(model: nn.Module) -> Record:
@@ -141,8 +142,8 @@ def gradients(model: nn.Module) -> Record:
     return clean
 
 
-def run(method: str, scenario: Scenario, rank: int) -> Record:
-    model = scenario.wrap(build(method, scenario))
+def run(scenario: Scenario, rank: int, lora: bool) -> Record:
+    model = scenario.wrap(build(scenario, lora))
     rows = slice(rank * 2, rank * 2 + 2)
     record = train(model, scenario, rows, gradients)
     for key in ("loss", "evaluation"):
@@ -195,15 +196,24 @@ def fsdp2_no_sync(model: nn.Module) -> Iterator[None]:
 
 
 part = functools.partial
-HEAD = ("q_proj", "v_proj", "lm_head")  # the head has as many inputs as q_proj: A is expanded together
+static = part(ddp, static_graph=True)
+unused = part(ddp, find_unused_parameters=True)
+whole1 = part(fsdp1, policy="whole")
+whole2 = part(fsdp2, blocks=False)
+kept2 = part(fsdp2, reshard_after_forward=False)
+half2 = part(fsdp2, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+HALF: dict[str, Any] = {"dtype": torch.float32, "tolerance": 0.05}
+
+HEAD = ("q_proj", "v_proj", "lm_head")  # the head has as many inputs as q_proj: NOLA's A is expanded together
 ALL = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "lm_head")
+NORMS = (*ALL, "input_layernorm", "norm")
 
 SCENARIOS: dict[str, Scenario] = {
     "ddp": Scenario(ddp),
-    "ddp, own bases": Scenario(ddp, options={"share_basis": False}),
+    "ddp, own bases": Scenario(ddp, method="NOLA, own bases"),
     "ddp, every layer": Scenario(ddp, ALL),
-    "ddp, static graph": Scenario(part(ddp, static_graph=True)),
-    "ddp, find unused": Scenario(part(ddp, find_unused_parameters=True)),
+    "ddp, static graph": Scenario(static),
+    "ddp, find unused": Scenario(unused),
     "ddp, no_sync": Scenario(ddp, micro_steps=2, no_sync=no_sync),
     "ddp, nonreentrant": Scenario(ddp, checkpointing="nonreentrant"),
     "ddp, nonreentrant, every layer": Scenario(ddp, ALL, "nonreentrant"),
@@ -211,58 +221,95 @@ SCENARIOS: dict[str, Scenario] = {
     "ddp, reentrant": Scenario(ddp, checkpointing="reentrant"),
     "ddp, reentrant, no_sync": Scenario(ddp, micro_steps=2, checkpointing="reentrant", no_sync=no_sync),
     "ddp, reentrant, head": Scenario(ddp, HEAD, "reentrant"),
-    "ddp, reentrant, head, static graph": Scenario(part(ddp, static_graph=True), HEAD, "reentrant"),
-    "ddp, reentrant, head, find unused": Scenario(part(ddp, find_unused_parameters=True), HEAD, "reentrant"),
+    "ddp, reentrant, head, static graph": Scenario(static, HEAD, "reentrant"),
+    "ddp, reentrant, head, find unused": Scenario(unused, HEAD, "reentrant"),
     "ddp, reentrant, every layer": Scenario(ddp, ALL, "reentrant"),
     "ddp, reentrant, head, no_sync": Scenario(ddp, HEAD, "reentrant", 2, no_sync),
     "fsdp1, blocks": Scenario(fsdp1),
     "fsdp1, blocks, every layer": Scenario(fsdp1, ALL),
-    "fsdp1, whole": Scenario(part(fsdp1, policy="whole")),
+    "fsdp1, whole": Scenario(whole1),
     "fsdp1, peft policy": Scenario(part(fsdp1, policy="peft")),
     "fsdp1, blocks, nonreentrant": Scenario(fsdp1, HEAD, "nonreentrant"),
     "fsdp1, blocks, reentrant": Scenario(fsdp1, HEAD, "reentrant"),
     "fsdp1, blocks, no_sync": Scenario(fsdp1, HEAD, None, 2, no_sync),
     "fsdp2, blocks": Scenario(fsdp2),
-    "fsdp2, blocks, own bases": Scenario(fsdp2, options={"share_basis": False}),
+    "fsdp2, blocks, own bases": Scenario(fsdp2, method="NOLA, own bases"),
     "fsdp2, blocks, every layer": Scenario(fsdp2, ALL),
-    "fsdp2, blocks, not resharded": Scenario(part(fsdp2, reshard_after_forward=False), ALL),
+    "fsdp2, blocks, not resharded": Scenario(kept2, ALL),
     "fsdp2, blocks, nonreentrant": Scenario(fsdp2, ALL, "nonreentrant"),
     "fsdp2, blocks, reentrant": Scenario(fsdp2, ALL, "reentrant"),
     "fsdp2, blocks, no_sync": Scenario(fsdp2, ALL, None, 3, fsdp2_no_sync),
-    "fsdp2, blocks, not resharded, no_sync": Scenario(
-        part(fsdp2, reshard_after_forward=False), ALL, None, 3, fsdp2_no_sync
-    ),
+    "fsdp2, blocks, not resharded, no_sync": Scenario(kept2, ALL, None, 3, fsdp2_no_sync),
     "fsdp2, blocks, no_sync, nonreentrant": Scenario(fsdp2, ALL, "nonreentrant", 3, fsdp2_no_sync),
-    "fsdp2, whole": Scenario(part(fsdp2, blocks=False), ALL),
-    "fsdp2, whole, nonreentrant": Scenario(part(fsdp2, blocks=False), ALL, "nonreentrant"),
-    "fsdp2, whole, reentrant": Scenario(part(fsdp2, blocks=False), ALL, "reentrant"),
-    "fsdp2, whole, no_sync": Scenario(part(fsdp2, blocks=False), ALL, None, 3, fsdp2_no_sync),
-    "fsdp2, blocks, bf16": Scenario(
-        part(fsdp2, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
-        dtype=torch.float32,
-        alpha=0.1,
-        tolerance=0.05,
-    ),
+    "fsdp2, whole": Scenario(whole2, ALL),
+    "fsdp2, whole, nonreentrant": Scenario(whole2, ALL, "nonreentrant"),
+    "fsdp2, whole, reentrant": Scenario(whole2, ALL, "reentrant"),
+    "fsdp2, whole, no_sync": Scenario(whole2, ALL, None, 3, fsdp2_no_sync),
+    "fsdp2, blocks, bf16": Scenario(half2, options={"alpha": 0.1}, **HALF),
+    # PRANC: one vector that layers of all units read.
+    "pranc, ddp": Scenario(ddp, NORMS, method="PRANC"),
+    "pranc, ddp, dense": Scenario(ddp, HEAD, method="PRANC, dense"),
+    "pranc, ddp, static graph": Scenario(static, NORMS, method="PRANC"),
+    "pranc, ddp, find unused": Scenario(unused, NORMS, method="PRANC"),
+    "pranc, ddp, no_sync": Scenario(ddp, NORMS, None, 2, no_sync, "PRANC"),
+    "pranc, ddp, nonreentrant": Scenario(ddp, NORMS, "nonreentrant", method="PRANC"),
+    "pranc, ddp, nonreentrant, dense": Scenario(ddp, HEAD, "nonreentrant", method="PRANC, dense"),
+    "pranc, ddp, nonreentrant, no_sync": Scenario(ddp, NORMS, "nonreentrant", 2, no_sync, "PRANC"),
+    "pranc, ddp, reentrant": Scenario(ddp, checkpointing="reentrant", method="PRANC"),
+    "pranc, ddp, reentrant, head": Scenario(ddp, HEAD, "reentrant", method="PRANC"),
+    "pranc, ddp, reentrant, static graph": Scenario(static, HEAD, "reentrant", method="PRANC"),
+    "pranc, fsdp1, whole": Scenario(whole1, ALL, method="PRANC"),
+    "pranc, fsdp1, whole, nonreentrant": Scenario(whole1, ALL, "nonreentrant", method="PRANC"),
+    "pranc, fsdp1, whole, no_sync": Scenario(whole1, ALL, None, 2, no_sync, "PRANC"),
+    "pranc, fsdp1, blocks": Scenario(fsdp1, HEAD, method="PRANC", timeout=10),
+    "pranc, fsdp1, blocks, embedding": Scenario(fsdp1, ALL, method="PRANC"),
+    "pranc, fsdp1, peft policy": Scenario(part(fsdp1, policy="peft"), method="PRANC", timeout=10),
+    "pranc, fsdp2, whole": Scenario(whole2, ALL, method="PRANC"),
+    "pranc, fsdp2, whole, nonreentrant": Scenario(whole2, ALL, "nonreentrant", method="PRANC"),
+    "pranc, fsdp2, whole, reentrant": Scenario(whole2, ALL, "reentrant", method="PRANC"),
+    "pranc, fsdp2, whole, no_sync": Scenario(whole2, ALL, None, 3, fsdp2_no_sync, "PRANC"),
+    "pranc, fsdp2, blocks": Scenario(fsdp2, method="PRANC"),
+    "pranc, fsdp2, blocks, head": Scenario(fsdp2, HEAD, method="PRANC"),
+    "pranc, fsdp2, blocks, embedding": Scenario(fsdp2, ALL, method="PRANC"),
+    "pranc, fsdp2, blocks, not resharded": Scenario(kept2, ALL, method="PRANC"),
+    # MCNC
+    "mcnc, ddp": Scenario(ddp, ALL, method="MCNC"),
+    "mcnc, ddp, weights": Scenario(ddp, ALL, method="MCNC, weight"),
+    "mcnc, ddp, no_sync": Scenario(ddp, ALL, None, 2, no_sync, "MCNC"),
+    "mcnc, ddp, nonreentrant": Scenario(ddp, ALL, "nonreentrant", method="MCNC"),
+    "mcnc, ddp, nonreentrant, weights": Scenario(ddp, ALL, "nonreentrant", method="MCNC, weight"),
+    "mcnc, ddp, reentrant": Scenario(ddp, HEAD, "reentrant", method="MCNC"),
+    "mcnc, ddp, reentrant, weights": Scenario(ddp, HEAD, "reentrant", method="MCNC, weight"),
+    "mcnc, fsdp1, blocks": Scenario(fsdp1, ALL, method="MCNC"),
+    "mcnc, fsdp1, blocks, nonreentrant": Scenario(fsdp1, HEAD, "nonreentrant", method="MCNC"),
+    "mcnc, fsdp1, blocks, reentrant": Scenario(fsdp1, HEAD, "reentrant", method="MCNC"),
+    "mcnc, fsdp1, blocks, no_sync": Scenario(fsdp1, HEAD, None, 2, no_sync, "MCNC"),
+    "mcnc, fsdp1, whole, weights": Scenario(whole1, ALL, method="MCNC, weight"),
+    "mcnc, fsdp2, blocks": Scenario(fsdp2, ALL, method="MCNC"),
+    "mcnc, fsdp2, blocks, weights": Scenario(fsdp2, ALL, method="MCNC, weight"),
+    "mcnc, fsdp2, blocks, not resharded": Scenario(kept2, ALL, method="MCNC"),
+    "mcnc, fsdp2, blocks, nonreentrant": Scenario(fsdp2, ALL, "nonreentrant", method="MCNC"),
+    "mcnc, fsdp2, blocks, reentrant": Scenario(fsdp2, ALL, "reentrant", method="MCNC"),
+    "mcnc, fsdp2, blocks, no_sync": Scenario(fsdp2, ALL, None, 3, fsdp2_no_sync, "MCNC"),
+    "mcnc, fsdp2, whole": Scenario(whole2, ALL, method="MCNC"),
+    "mcnc, fsdp2, blocks, bf16": Scenario(half2, method="MCNC", **HALF),
 }
 
 
-def main(rank: int, folder: Path, methods: list[str], names: list[str]) -> None:
+def main(rank: int, folder: Path, names: list[str], lora: bool) -> None:
     torch.set_num_threads(1)
     for number, name in enumerate(names):
-        for method in methods:
-            # A process group of its own for each: a failure in one must not leave the next waiting.
-            store = dist.FileStore(str(folder / f"store-{number}-{method}"), WORLD)
-            dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=30)
-            )
-            try:
-                result: Any = run(method, SCENARIOS[name], rank)
-            except Exception:
-                result = traceback.format_exc()
-            if rank == 0:
-                torch.save(result, folder / f"{name}.{method}.pt")
-            dist.destroy_process_group()
+        # A process group of its own for each: a failure in one must not leave the next waiting.
+        store = dist.FileStore(str(folder / f"store-{number}"), WORLD)
+        patience = datetime.timedelta(seconds=SCENARIOS[name].timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=patience)
+        try:
+            result: Any = run(SCENARIOS[name], rank, lora)
+        except Exception:
+            result = traceback.format_exc()
+        torch.save(result, folder / f"{name}.{rank}.pt")
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), sys.argv[4].split(";"))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(";"), lora="lora" in sys.argv[4:])
