@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -289,5 +290,5 @@ def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
 
 def mean_token_loss(prediction: EvalPrediction) -> dict[str, float]:
     """The Trainer's metric: the mean loss over all target tokens, however they are cut into batches and processes."""
-    loss, tokens = prediction.predictions.sum(0)
+    loss, tokens = np.asarray(prediction.predictions).sum(0)
     return {"token_loss": float(loss / tokens)}
