@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -145,8 +145,10 @@ def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
         # Most of the fall is in the first steps; a logarithmic axis leaves room for the differences after it.
         if any(getattr(run, f"{kind}_curve") for runs in groups.values() for run in runs):
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
-            axis.yaxis.set_major_formatter(ScalarFormatter())
+            low, high = axis.get_ylim()
+            subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 10 * low else (1, 3)
+            axis.yaxis.set_major_locator(LogLocator(subs=subs))
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel(f"loss per {unit}")
     axes[1].legend(frameon=False)
