@@ -114,14 +114,14 @@ class ImageTask(Task):
 def summary(data: ImageData, seeds: Sequence[int]) -> str:
     """Markdown that says what the table's numbers are over."""
     args = data.args
+    runs = len(args.data_seeds) * len(seeds)
     if args.shots is None:
         trained_on = f"all {len(data.train):,} training images"
     else:
         trained_on = f"{args.shots} images a class, drawn with data seeds {', '.join(map(str, args.data_seeds))}"
     return (
         f"Every method is trained on {trained_on}, with seeds {', '.join(map(str, seeds))}: "
-        f"{len(args.data_seeds) * len(seeds)} runs. {len(data.labels)} classes, {len(data.validation):,} validation "
-        "images.\n"
+        f"{runs} run{'s' * (runs > 1)}. {len(data.labels)} classes, {len(data.validation):,} validation images.\n"
     )
 
 
