@@ -20,6 +20,7 @@ from peft_ext.generators import SineManifold
 STREAM = ("test", 1)
 OFFSET = {"offset_stream": ("test", "offset"), "offset_size": 9, "offset_scale": 0.5}
 
+
 def manifold_reference(manifold: SineManifold, coefficients: torch.Tensor) -> torch.Tensor:
     weights = manifold.scale * on_manifold(
         coefficients, manifold.seed, manifold.stream, manifold.size, manifold.k, manifold.d, manifold.widths,
