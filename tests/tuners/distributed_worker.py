@@ -48,7 +48,6 @@ class Scenario:
         options: further fields of the configuration.
         dtype: of the whole model; double precision tells a wrong gradient from a rounded one.
         tolerance: on losses and gradients, relative to the largest gradient of the parameter.
-        timeout: seconds that a process waits for the other.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
@@ -60,7 +59,6 @@ class Scenario:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-5  # the model computes its norms and its loss in single precision
-    timeout: int = 30
 
 
 def build(scenario: Scenario, lora: bool = False) -> PeftModel:
@@ -164,7 +162,8 @@ def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return model.no_sync()  # type: ignore[operator]
 
 
-def fsdp1(model: nn.Module, policy: str = "block") -> nn.Module:
+def fsdp1(model: nn.Module, policy: str = "block", patience: int = 120) -> nn.Module:
+    """`patience`: seconds that a process waits for one that has failed."""
     if policy == "block":
         chosen: Any = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
     elif policy == "peft":
@@ -172,7 +171,12 @@ def fsdp1(model: nn.Module, policy: str = "block") -> nn.Module:
     else:
         chosen = None
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=chosen, use_orig_params=True, device_id=torch.device("cpu"), sync_module_states=False
+        model,
+        process_group=dist.new_group(timeout=datetime.timedelta(seconds=patience)),
+        auto_wrap_policy=chosen,
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+        sync_module_states=False,
     )
 
 
@@ -261,9 +265,9 @@ SCENARIOS: dict[str, Scenario] = {
     "pranc, fsdp1, whole": Scenario(whole1, ALL, method="PRANC"),
     "pranc, fsdp1, whole, nonreentrant": Scenario(whole1, ALL, "nonreentrant", method="PRANC"),
     "pranc, fsdp1, whole, no_sync": Scenario(whole1, ALL, None, 2, no_sync, "PRANC"),
-    "pranc, fsdp1, blocks": Scenario(fsdp1, HEAD, method="PRANC", timeout=10),
+    "pranc, fsdp1, blocks": Scenario(part(fsdp1, patience=10), HEAD, method="PRANC"),
     "pranc, fsdp1, blocks, embedding": Scenario(fsdp1, ALL, method="PRANC"),
-    "pranc, fsdp1, peft policy": Scenario(part(fsdp1, policy="peft"), method="PRANC", timeout=10),
+    "pranc, fsdp1, peft policy": Scenario(part(fsdp1, policy="peft", patience=10), method="PRANC"),
     "pranc, fsdp2, whole": Scenario(whole2, ALL, method="PRANC"),
     "pranc, fsdp2, whole, nonreentrant": Scenario(whole2, ALL, "nonreentrant", method="PRANC"),
     "pranc, fsdp2, whole, reentrant": Scenario(whole2, ALL, "reentrant", method="PRANC"),
@@ -301,7 +305,7 @@ def main(rank: int, folder: Path, names: list[str], lora: bool) -> None:
     for number, name in enumerate(names):
         # A process group of its own for each: a failure in one must not leave the next waiting.
         store = dist.FileStore(str(folder / f"store-{number}"), WORLD)
-        patience = datetime.timedelta(seconds=SCENARIOS[name].timeout)
+        patience = datetime.timedelta(seconds=120)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=patience)
         try:
             result: Any = run(SCENARIOS[name], rank, lora)

@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         with open(folder / f"log.{rank}", "w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=400) for process in processes]
+        codes = [process.wait(timeout=550) for process in processes]
     finally:
         for process in processes:
             process.kill()

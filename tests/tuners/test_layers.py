@@ -82,9 +82,10 @@ VECTORS: dict[str, Case] = {
 CASES = {**LAYERS, **VECTORS}
 
 
-def pairs(layers: list[str], methods: list[str]) -> pytest.MarkDecorator:
+def pairs(layers: list[str], methods: list[str], vectors: bool = False) -> pytest.MarkDecorator:
+    """Layers with methods; and those that PRANC alone adapts, if asked for or where all layers are."""
     found = [(layer, method) for layer in layers for method in methods]
-    if layers == list(LAYERS):
+    if vectors or layers == list(LAYERS):
         found += [(layer, method) for layer in VECTORS for method in methods if lower(method) == "pranc"]
     return pytest.mark.parametrize(("name", "method"), found, ids=map("-".join, found))
 
@@ -628,10 +629,8 @@ def test_modules_to_save(method: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pairs([*SOME, "layer norm"], ["NOLA", "PRANC, two a weight, biases", "MCNC", "MCNC, weight"])
+@pairs(SOME, ["NOLA", "PRANC, two a weight, biases", "MCNC", "MCNC, weight"], vectors=True)
 def test_half_precision_bases(name: str, method: str, dtype: torch.dtype) -> None:
-    if name in VECTORS and lower(method) != "pranc":
-        return
     base, x, _ = layer_case(name)
     base = base.to(dtype)
     x = x.to(dtype) if x.is_floating_point() else x
