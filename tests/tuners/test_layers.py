@@ -413,6 +413,13 @@ def test_adapters_in_any_order(order: tuple[str, ...], method: str) -> None:
 
 
 @several
+def test_a_further_adapter_is_frozen_until_it_is_activated(method: str) -> None:
+    model, _, _ = three_adapters(method, ORDERS[0])
+    trained = {name for name in ORDERS[0] for p in coefficients_of(model, name).values() if p.requires_grad}
+    assert trained == {"one"} and model.active_adapters == ["one"]
+
+
+@several
 @pytest.mark.filterwarnings("ignore:Already unmerged")  # of layers that none of the adapters is in
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_several_active_adapters(order: tuple[str, ...], method: str) -> None:
