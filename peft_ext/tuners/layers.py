@@ -144,6 +144,13 @@ class SeededLayer(nn.Module, BaseTunerLayer):
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter adds to the output of the base layer."""
 
+    def _update_at(self, adapter: str, device: torch.device) -> tuple[Update, torch.Tensor | None]:
+        """`update` on the device of the input: coefficients that many layers share can be on another one."""
+        update, bias = self.update(adapter)
+        if isinstance(update, tuple) or update.device == device:
+            return update, bias
+        return update.to(device), bias if bias is None else bias.to(device)
+
     def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         return self.dropout[adapter](x) if self.training else x
 
@@ -236,7 +243,7 @@ class SeededLinear(SeededLayer):
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
-        update, bias = self.update(adapter)
+        update, bias = self._update_at(adapter, x.device)
         if isinstance(update, tuple):
             A, B = update
             return self._scaled(adapter, F.linear(F.linear(x, A), B))
@@ -256,7 +263,7 @@ class SeededConv2d(SeededLayer):
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         conv = self._conv
         x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
-        update, bias = self.update(adapter)
+        update, bias = self._update_at(adapter, x.device)
         if isinstance(update, tuple) and conv.groups == 1:
             A, B = update
             hidden = conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None)
@@ -273,7 +280,7 @@ class SeededEmbedding(SeededLayer):
 
     def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         table = cast(nn.Embedding, self.get_base_layer())
-        update, _ = self.update(adapter)
+        update, _ = self._update_at(adapter, x.device)
         rows = (update[0] if isinstance(update, tuple) else update).T
         embedded = F.embedding(x, rows, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
         result = self._drop_out(adapter, embedded)

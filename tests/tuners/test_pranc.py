@@ -17,6 +17,8 @@ from methods import METHODS, adapt, config_of
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from peft_ext import PrancConfig
 from peft_ext.tuners.pranc import PrancLayer, PrancVector
@@ -164,14 +166,48 @@ def test_dtypes(method: str) -> None:
         assert model(x.to(dtype), ("first", "second")).dtype == dtype
 
 
+class OneDevice(TorchFunctionMode):
+    """Refuses operations on tensors of several devices, which the meta device does not always refuse."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert len({tensor.device for tensor in tensors}) <= 1, function
+        return function(*args, **(kwargs or {}))
+
+
+TWO_DEVICES = {
+    "second": (3, 8),
+    "conv1d": (3, 24),
+    "conv2d": (2, 3, 5, 5),
+    "norm": (3, 8),
+    "embedding": (2, 3),
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", TWO_DEVICES)
+def test_layers_on_other_devices_than_the_vector(name: str, method: str) -> None:
+    model, _ = adapt(tiny_models.Layers(), method, target_modules=["first", name])
+    model.base_model.model.get_submodule(name).get_base_layer().to("meta")
+    assert all(vector.device.type == "cpu" for vector in coefficients_of(model).values())
+    x = torch.empty(*TWO_DEVICES[name], device="meta", dtype=torch.long if name == "embedding" else torch.float32)
+    with OneDevice():
+        assert model(x, (name,)).is_meta
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_layers_on_two_devices() -> None:
+@kinds
+def test_layers_on_a_gpu_beside_the_vector_on_the_cpu(method: str) -> None:
     base = tiny_models.Layers()
-    model, _ = adapt(base, "PRANC", target_modules=["first", "second"])
+    model, _ = adapt(base, method, target_modules=["first", "second", "norm"])
     x = torch.randn(3, 8)
-    expected = model(x, ("second",))
-    model.base_model.model.second.to("cuda")
-    torch.testing.assert_close(model(x.cuda(), ("second",)).cpu(), expected)
+    expected = model(x, ("second", "norm"))
+    for name in ("second", "norm"):
+        model.base_model.model.get_submodule(name).to("cuda")
+    found = model(x.cuda(), ("second", "norm"))
+    torch.testing.assert_close(found.cpu(), expected)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.device.type == "cpu" for p in coefficients_of(model).values())
 
 
 # Several adapters

@@ -127,7 +127,7 @@ class PrancVector(PrancLayer):
         updated: dict[str, torch.Tensor] = dict(self.base_layer.named_parameters())
         for adapter in active:
             for name, update in self._parts(adapter):
-                updated[name] = (updated[name] + update).to(updated[name].dtype)
+                updated[name] = (updated[name] + update.to(updated[name].device)).to(updated[name].dtype)
         return torch.func.functional_call(self.base_layer, updated, (x, *args), kwargs)
 
     def _parts(self, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
