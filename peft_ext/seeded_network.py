@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import checkpoint, randomness
-from .generators import Generator, RandomBasis, SineManifold, SparseBasis
+from .generators import Generator
 from .generators.base import Frozen
 from .tuners.expansion import SharedExpansion
 from .tuners.mcnc import McncConfig
@@ -78,14 +78,14 @@ class SeededNetwork(nn.Module):
         self.config = config
         self._weights = tuple(_weights(network))
         size = sum(weight.size for weight in self._weights)
-        self.generator = _generator(config, size, keep_basis)
+        self.generator, start = _generator(config, size, keep_basis)
         self._slots = _take_parameters(network)
         self.network = network
         # transformers' Trainer looks at the signature of `forward`, which is the network's behind `*args, **kwargs`.
         parameters = inspect.signature(network.forward).parameters.values()
         self.accepts_loss_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self._initial = Frozen.shared(_initial, config.seed, self._weights, config.generator_version)
-        self.coefficients = nn.ParameterDict({_ADAPTER: nn.Parameter(_start(config, self.generator))})
+        self.coefficients = nn.ParameterDict({_ADAPTER: nn.Parameter(start)})
         self._expansion = SharedExpansion(self.generator, (size,), _ADAPTER, slice(0, self.generator.num_coefficients))
         self._expansion.add(self.coefficients)
 
@@ -196,25 +196,13 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-def _start(config: PrancConfig | McncConfig, generator: Generator) -> torch.Tensor:
-    if isinstance(config, PrancConfig):
-        return torch.zeros(generator.num_coefficients)
-    stream = ("network", "alpha")
-    start = randomness.uniform(config.seed, stream, generator.num_coefficients, version=config.generator_version)
-    start.view(-1, config.k + 1)[:, -1] = 0  # beta
-    return start
-
-
-def _generator(config: PrancConfig | McncConfig, size: int, keep_basis: bool) -> Generator:
-    options: dict[str, Any] = {"version": config.generator_version}
+def _generator(config: PrancConfig | McncConfig, size: int, keep_basis: bool) -> tuple[Generator, torch.Tensor]:
+    """What makes `size` parameters, and the coefficients to start from."""
     if isinstance(config, PrancConfig):
         k = config.num_coefficients
         if k > size:
             raise ValueError(f"`num_coefficients` must be at most the {size} parameters of the network, got {k}.")
-        if config.basis == "dense":
-            options |= {"scale": math.sqrt(3 / k), "streamed": not keep_basis}
-            return RandomBasis(config.seed, ("network", "dense"), k, size, **options)
-        return SparseBasis(config.seed, ("network", "sparse"), k, size, nnz=config.nnz, **options)
+        return config.generator(("network", config.basis), size, fan_in=1, keep_basis=keep_basis), torch.zeros(k)
     if not isinstance(config, McncConfig) or config.apply_to != "weight":
         raise ValueError(
             "`config` must be a PrancConfig, or a McncConfig with apply_to='weight', to make a whole network, got "
@@ -222,18 +210,8 @@ def _generator(config: PrancConfig | McncConfig, size: int, keep_basis: bool) ->
         )
     if config.chunk_size > size:
         raise ValueError(f"`d` must be at most the {size} parameters of the network, got {config.chunk_size}.")
-    return SineManifold(
-        config.seed,
-        ("mcnc", "phi", config.k, *config.widths, config.chunk_size),
-        size,
-        config.k,
-        config.chunk_size,
-        tuple(config.widths),
-        config.activation,
-        config.frequency,
-        config.normalize,
-        **options,
-    )
+    manifold = config.manifold(size)
+    return manifold, config.start(manifold, ("network", "alpha"))
 
 
 def _weights(network: nn.Module) -> Iterator[_Weight]:

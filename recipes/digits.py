@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
 from recipes.image_classification import DataArguments, load_image_data
-from recipes.training import make_once, train_base
+from recipes.training import make_once, train_base, write_data
 
 _SEED = 2024
 _KNOWN = ["0", "1", "2", "3", "4"]
@@ -84,7 +84,4 @@ def prepare_base(output_dir: Path, data_folder: str, use_cpu: bool) -> str:
 
 def prepare_data(output_dir: Path) -> str:
     """Write the images below a folder, in the main process; their folder."""
-    if PartialState().is_main_process:
-        write_images(output_dir / "data")
-    PartialState().wait_for_everyone()
-    return str(output_dir / "data")
+    return write_data(output_dir / "data", write_images)

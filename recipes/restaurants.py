@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from recipes.causal_lm import DataArguments, encode
-from recipes.training import make_once, train_base
+from recipes.training import make_once, train_base, write_data
 
 Meaning = dict[str, str]
 
@@ -167,7 +167,4 @@ def prepare_base(output_dir: Path, use_cpu: bool) -> str:
 
 def prepare_data(output_dir: Path) -> str:
     """Write the pairs below a folder, in the main process; their folder."""
-    if PartialState().is_main_process:
-        write_pairs(output_dir / "data")
-    PartialState().wait_for_everyone()
-    return str(output_dir / "data")
+    return write_data(output_dir / "data", write_pairs)

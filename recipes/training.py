@@ -237,6 +237,15 @@ def make_once(folder: Path, what: str, make: Callable[[Path], None]) -> str:
     return str(folder)
 
 
+def write_data(folder: Path, write: Callable[[Path], None]) -> str:
+    """Have the main process write a quickstart's data into a folder; the folder."""
+    state = PartialState()
+    if state.is_main_process:
+        write(folder)
+    state.wait_for_everyone()
+    return str(folder)
+
+
 def train_base(folder: Path, model: PreTrainedModel, processor: Any, settings: dict[str, Any], **data: Any) -> None:
     """Train a whole model and save it with its processor, whole or not at all.
 

@@ -67,7 +67,7 @@ class SeededLayer(nn.Module, BaseTunerLayer):
     """A layer `W` with the update `scaling * M`, where a method makes M from a seed and coefficients.
 
     A method subclasses this once for its parameters and names, and once more together with each of `SeededLinear`,
-    `SeededConv2d` and `SeededEmbedding`. It provides `update` and fills `scaling` and `dropout` per adapter.
+    `SeededConv2d` and `SeededEmbedding`. It provides `update` and `add_adapter`, which fills `scaling`.
     """
 
     method: str  # lower-case name, which is also the prefix of every attribute that belongs to adapters
@@ -105,7 +105,6 @@ class SeededLayer(nn.Module, BaseTunerLayer):
     def dropout(self) -> nn.ModuleDict:
         return getattr(self, f"{self.method}_dropout")
 
-    @abstractmethod
     def update_layer(
         self,
         adapter_name: str,
@@ -120,6 +119,17 @@ class SeededLayer(nn.Module, BaseTunerLayer):
             module_name: name of the base layer in the model; names the layer's own basis if none is shared.
             expansions: those of the adapter's other layers, joined or added to.
         """
+        dropout = getattr(config, f"{self.method}_dropout")
+        self.dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.expansions[adapter_name] = self.add_adapter(adapter_name, config, module_name, expansions)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @abstractmethod
+    def add_adapter(
+        self, adapter_name: str, config: Any, module_name: str, expansions: dict[Generator, SharedExpansion]
+    ) -> tuple[SharedExpansion, ...]:
+        """Makes the scaling and the coefficients of an adapter; returns what expands them. Arguments as above."""
 
     @abstractmethod
     def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
+import torch
 from peft.utils import PeftType
 
+from ... import randomness
+from ...generators import SineManifold
 from ...generators.manifold import ACTIVATIONS
 from ..config import SeededConfig, check_choice, check_number, check_positive_integer
 
@@ -137,11 +140,37 @@ class McncConfig(SeededConfig):
         """`d`, or its default."""
         return 5000 if self.d is None else self.d
 
+    def layer_size(self, fan_out: int, fan_in: int) -> int:
+        """The numbers that chunks make for a layer with a weight of that shape."""
+        return self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in
+
+    def manifold(self, size: int, **options: Any) -> SineManifold:
+        """The generator of `size` numbers; phi is one and the same for all sizes."""
+        return SineManifold(
+            self.seed,
+            ("mcnc", "phi", self.k, *self.widths, self.chunk_size),
+            size,
+            self.k,
+            self.chunk_size,
+            tuple(self.widths),
+            self.activation,
+            self.frequency,
+            self.normalize,
+            version=self.generator_version,
+            **options,
+        )
+
+    def start(self, manifold: SineManifold, stream: tuple[str, ...], amplitude: float = 0.0) -> torch.Tensor:
+        """The coefficients that training starts from, from a stream of the seed; beta is within +- `amplitude`."""
+        start = randomness.uniform(self.seed, stream, manifold.num_coefficients, version=self.generator_version)
+        start.view(-1, self.k + 1)[:, -1] *= amplitude  # beta
+        return start
+
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
         numbers = coefficients = 0
         for shape, layers in target_shapes.items():
             fan_out, fan_in = map(int, shape.split(" x "))
-            size = self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in
+            size = self.layer_size(fan_out, fan_in)
             numbers += layers * size
             coefficients += layers * -(-size // self.chunk_size) * (self.k + 1)
         sizes = (self.k, *self.widths, self.chunk_size)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import randomness
-from ...generators import Generator, SineManifold
+from ...generators import Generator
 from ..expansion import SharedExpansion
 from ..layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear, Update
 from .config import McncConfig
@@ -34,21 +33,13 @@ class McncLayer(SeededLayer):
         self.mcnc_dropout = nn.ModuleDict()
         self.mcnc_expansions: dict[str, tuple[SharedExpansion]] = {}
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: McncConfig,
-        module_name: str,
-        expansions: dict[Generator, SharedExpansion],
-        inference_mode: bool = False,
-    ) -> None:
+    def add_adapter(
+        self, adapter_name: str, config: McncConfig, module_name: str, expansions: dict[Generator, SharedExpansion]
+    ) -> tuple[SharedExpansion]:
         factors = config.apply_to == "factors"
         r = self.r[adapter_name] = config.r if factors else 0
         self.scaling[adapter_name] = config.alpha / r if factors else 1.0
-        dropout = config.mcnc_dropout
-        self.mcnc_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-
-        options: dict[str, Any] = {}
+        options: dict[str, Any]
         if factors:
             options = {
                 "offset_stream": ("mcnc", "A", r, self.fan_in, "offset"),
@@ -57,33 +48,16 @@ class McncLayer(SeededLayer):
             }
         else:
             options = {"scale": 1 / math.sqrt(self.fan_in)}
-        generator = SineManifold(
-            config.seed,
-            ("mcnc", "phi", config.k, *config.widths, config.chunk_size),
-            r * (self.fan_in + self.fan_out) if factors else self.fan_in * self.fan_out,
-            config.k,
-            config.chunk_size,
-            tuple(config.widths),
-            config.activation,
-            config.frequency,
-            config.normalize,
-            version=config.generator_version,
-            **options,
-        )
-        count = generator.num_coefficients
-        stream = ("mcnc", "alpha", module_name)
-        coefficients = randomness.uniform(config.seed, stream, count, version=config.generator_version)
-        coefficients.view(-1, config.k + 1)[:, -1] *= 0.0 if config.init_weights else 0.1  # beta
+        generator = config.manifold(config.layer_size(self.fan_out, self.fan_in), **options)
+        coefficients = config.start(generator, ("mcnc", "alpha", module_name), 0.0 if config.init_weights else 0.1)
         self.mcnc_coefficients[adapter_name] = nn.Parameter(coefficients.to(torch.get_default_dtype()))
 
-        expansion = SharedExpansion(generator, (generator.size,), adapter_name, slice(0, count))
+        expansion = SharedExpansion(generator, (generator.size,), adapter_name, slice(0, len(coefficients)))
         if factors:
             # Whole weights are expanded layer by layer: together, they and their gradients would be in memory at once.
             expansion = expansions.setdefault(generator, expansion)
         expansion.add(self.mcnc_coefficients)
-        self.mcnc_expansions[adapter_name] = (expansion,)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        return (expansion,)
 
     def update(self, adapter: str) -> tuple[Update, None]:
         (expansion,) = self.mcnc_expansions[adapter]

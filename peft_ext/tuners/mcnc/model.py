@@ -23,13 +23,10 @@ class McncModel(SeededModel):
 
     def _check_sizes(self, peft_config: Any, targets: list[nn.Module]) -> None:
         factors = peft_config.apply_to == "factors"
-        sizes = [
-            peft_config.r * (fan_out + fan_in) if factors else fan_out * fan_in
-            for fan_out, fan_in in map(fans, targets)
-        ]
-        if peft_config.d is not None and peft_config.d > max(sizes):
+        largest = max(peft_config.layer_size(*fans(target)) for target in targets)
+        if peft_config.d is not None and peft_config.d > largest:
             raise ValueError(
-                f"`d` must be at most the numbers that a target module needs, {max(sizes)} for the largest of the "
+                f"`d` must be at most the numbers that a target module needs, {largest} for the largest of the "
                 f"{len(targets)} with `apply_to={peft_config.apply_to!r}`"
                 + (f" and `r={peft_config.r}`" if factors else "")
                 + f", got {peft_config.d}: a longer chunk would be cut off everywhere."

@@ -35,22 +35,14 @@ class NolaLayer(SeededLayer):
         self.nola_dropout = nn.ModuleDict()
         self.nola_expansions: dict[str, tuple[SharedExpansion, SharedExpansion]] = {}
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: NolaConfig,
-        module_name: str,
-        expansions: dict[Generator, SharedExpansion],
-        inference_mode: bool = False,
-    ) -> None:
+    def add_adapter(
+        self, adapter_name: str, config: NolaConfig, module_name: str, expansions: dict[Generator, SharedExpansion]
+    ) -> tuple[SharedExpansion, SharedExpansion]:
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module_name), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module_name), config.alpha)
         num_A, num_B = config.num_basis_per_factor
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha
         self.scaling[adapter_name] = alpha / r
-        dropout = config.nola_dropout
-        self.nola_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-
         coefficients = torch.zeros(num_A + num_B) if config.init_weights else torch.randn(num_A + num_B)
         self.nola_coefficients[adapter_name] = nn.Parameter(coefficients)
 
@@ -79,9 +71,7 @@ class NolaLayer(SeededLayer):
         joined = expansions.setdefault(basis_A, own_A), expansions.setdefault(basis_B, own_B)
         for expansion in joined:
             expansion.add(self.nola_coefficients)
-        self.nola_expansions[adapter_name] = joined
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        return joined
 
     def update(self, adapter: str) -> tuple[Update, None]:
         coefficients = self.nola_coefficients

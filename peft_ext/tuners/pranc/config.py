@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from peft.utils import PeftType
 
+from ...generators import RandomBasis, SparseBasis
+from ...generators.linear import LinearGenerator
 from ..config import SeededConfig, check_choice, check_positive_integer
 
 
@@ -98,3 +101,20 @@ class PrancConfig(SeededConfig):
                 f"`nnz` must be at most `num_coefficients` ({self.num_coefficients}), the coefficients that a weight "
                 f"can read, got {self.nnz}."
             )
+
+    def generator(
+        self, stream: tuple[str | int, ...], size: int, fan_in: int, keep_basis: bool = False
+    ) -> LinearGenerator:
+        """What makes `size` weights, with a variance of `1 / fan_in` where that of the coefficients is 1.
+
+        Args:
+            stream: name of the basis.
+            size: number of weights.
+            fan_in: inputs of the layer that the weights belong to.
+            keep_basis: keep a dense basis in memory.
+        """
+        k, version = self.num_coefficients, self.generator_version
+        if self.basis == "dense":
+            scale = math.sqrt(3 / (k * fan_in))
+            return RandomBasis(self.seed, stream, k, size, scale=scale, streamed=not keep_basis, version=version)
+        return SparseBasis(self.seed, stream, k, size, scale=1 / math.sqrt(fan_in), nnz=self.nnz, version=version)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...generators import Generator, RandomBasis, SparseBasis
+from ...generators import Generator
 from ..expansion import SharedExpansion
 from ..layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear, Update
 from .config import PrancConfig
@@ -48,18 +47,10 @@ class PrancLayer(SeededLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         return self.fan_out * self.fan_in, self.fan_out if bias is not None else 0
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: PrancConfig,
-        module_name: str,
-        expansions: dict[Generator, SharedExpansion],
-        inference_mode: bool = False,
-    ) -> None:
+    def add_adapter(
+        self, adapter_name: str, config: PrancConfig, module_name: str, expansions: dict[Generator, SharedExpansion]
+    ) -> tuple[SharedExpansion]:
         self.scaling[adapter_name] = 1.0
-        dropout = config.pranc_dropout
-        self.pranc_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-
         k = config.num_coefficients
         if expansions:
             container = next(iter(expansions.values())).layers[0]
@@ -71,22 +62,12 @@ class PrancLayer(SeededLayer):
         weights, biases = self._sizes
         size = weights + biases if config.adapt_bias else weights
         stream = ("pranc", config.basis, module_name, self.fan_out, self.fan_in)
-        generator: Generator
-        if config.basis == "dense":
-            scale = math.sqrt(3 / (k * self.fan_in))
-            options: dict[str, Any] = {"streamed": True, "version": config.generator_version}
-            generator = RandomBasis(config.seed, stream, k, size, scale=scale, **options)
-        else:
-            scale = 1 / math.sqrt(self.fan_in)
-            options = {"nnz": config.nnz, "version": config.generator_version}
-            generator = SparseBasis(config.seed, stream, k, size, scale=scale, **options)
+        generator = config.generator(stream, size, self.fan_in)
         # Joining the layers would save nothing, and keep the updates and gradients of all of them in memory at once.
         expansion = SharedExpansion(generator, (size,), adapter_name, slice(0, k), one_vector=True)
         expansion.add(container)
         expansions[generator] = expansion
-        self.pranc_expansions[adapter_name] = (expansion,)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        return (expansion,)
 
     def _flat_update(self, adapter: str) -> torch.Tensor:
         container = self.pranc_containers[adapter]
