@@ -22,9 +22,9 @@ MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 class VisualPromptModel(BaseTuner):
     """Adapts a vision transformer with visual prompts; see [`VisualPromptConfig`].
 
-    Made by `peft.get_peft_model(model, VisualPromptConfig(...))`. `last_hidden_state` and what a head computes have the
-    shapes that they have without prompts. `hidden_states` and `attentions` show what the blocks work on: their last
-    `num_prompts` tokens are the prompts (`hidden_states[i][:, :-num_prompts]` are the others).
+    Made by `peft.get_peft_model(model, VisualPromptConfig(...))`. `last_hidden_state` and the outputs of a head have
+    the shapes that they have without prompts. `hidden_states` and `attentions` are those of the blocks, with the
+    prompts after the `n` tokens of the image: `hidden_states[i][:, :n]` leaves them out.
     """
 
     prefix = "visual_prompt_"
@@ -76,6 +76,9 @@ class VisualPromptModel(BaseTuner):
         )
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT also copies a weight and a bias, which blocks do not have
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
@@ -142,14 +145,14 @@ def _check_tokens(saved: dict[str, torch.Tensor], expected: dict[str, torch.Size
     if found != expected:
         wrong = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         raise ValueError(
-            f"The saved visual prompts do not fit the model: {wrong!r} must have shape "
-            f"{_shape(expected.get(wrong))}, got {_shape(found.get(wrong))}. The base model, and `num_prompts` and "
-            "`deep` in adapter_config.json, must be what they were trained with; the names of blocks can also differ "
-            "between releases of transformers."
+            f"The saved visual prompts do not fit the model: it expects {_shape(expected.get(wrong))} for {wrong!r}, "
+            f"got {_shape(found.get(wrong))}. The base model, and `num_prompts` and `deep` in adapter_config.json, "
+            "must be what they were trained with; the names of blocks can also differ between releases of "
+            "transformers."
         )
     for key, tokens in saved.items():
         checkpoint.check_finite(tokens, f" in {key!r}")
 
 
 def _shape(shape: torch.Size | None) -> str:
-    return "none (no such tokens)" if shape is None else str(tuple(shape))
+    return "nothing" if shape is None else f"tokens of shape {tuple(shape)}"
