@@ -1,0 +1,1 @@
+"""Removing training data from adapted models, and measuring how well that worked."""
