@@ -159,6 +159,9 @@ def test_a_gold_is_no_reference_for_itself():
     assert gold["attack_auc"]["values"][1] == metrics.per_example_attack(*golds[1], [golds[0], golds[2]]).auc
     first = results[0].outcomes
     assert ours["attack_auc"]["values"][0] == metrics.per_example_attack(first["forget"], first["test"], golds).auc
+    # Ranks do not tell whether it is among others (it shrinks its scores), but one alone would attack itself.
+    rows = {row["method"]: row for row in report.table([r for r in results if r.seed == 0])}
+    assert "attack_auc" in rows["ours"] and "attack_auc" not in rows["retrain"]
 
 
 def test_non_members_are_the_held_out_samples_where_there_are_some():
