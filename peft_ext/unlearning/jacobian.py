@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -139,8 +140,14 @@ class AdapterFunction:
         arguments = {name: tensor for name, tensor in batch.tensors.items() if name != "labels"}
         return outputs_and_targets(self.model(**arguments, **batch.options), batch.tensors["labels"])
 
-    def loss_and_gradient(self, loader: Iterable[Mapping[str, Any]]) -> tuple[float, int, torch.Tensor]:
+    def loss_and_gradient(
+        self, loader: Iterable[Mapping[str, Any]], limit: float = math.inf
+    ) -> tuple[float, int, torch.Tensor]:
         """Of all samples of a loader: the sum of the losses, the number of targets, the gradient of the sum.
+
+        Args:
+            limit: once the losses, which are never negative, add up to more, the rest is not computed. The sum is then
+                above the limit and the gradient is of no use.
 
         Raises:
             ValueError: there is no target.
@@ -148,6 +155,8 @@ class AdapterFunction:
         sums = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
         with self.evaluation():
             for batch in batches(loader, self.device):
+                if not sums[0] <= limit:
+                    continue  # to the end of the loader: Accelerate's would be left in the middle of an epoch
                 outputs, targets = self._call(batch)
                 loss = self.loss.values(outputs, targets).sum()
                 gradient = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
@@ -157,7 +166,7 @@ class AdapterFunction:
                 sums[1] += (targets != IGNORED).sum()
                 sums[2:] += torch.cat([part.double().flatten() for part in parts])
         sums = total(sums)
-        if not sums[1]:
+        if not sums[1] and sums[0] <= limit:
             raise ValueError("The loader gives no sample with a target.")
         return float(sums[0]), int(sums[1]), sums[2:]
 

@@ -19,7 +19,7 @@ from .losses import IGNORED, LOSSES
 
 Loader = Iterable[Mapping[str, Any]]
 
-_REJECTIONS = 6  # in a row, each with four times the damping
+_REJECTIONS = 6  # in a row, each with eight times the damping
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Step:
     """One solution that was tried.
 
     Attributes:
-        objective: after it.
-        retain_loss: after it, mean over targets, in nats.
+        objective: after it; where it was undone, perhaps of a part of the retain set alone, which was enough.
+        retain_loss: likewise, mean over targets, in nats.
         damping: in units of the mean curvature.
         accepted: whether it was kept.
         predicted: decrease of the objective that the quadratic model promised.
@@ -92,7 +92,7 @@ class NTKUnlearner:
             residual of 1e-4; Gauss-Newton only), or `"auto"`: the smaller one of the first two that fits `memory`, or
             the third.
         damping: first value of what is added to the diagonal, in units of its mean; for `fast_ntk` the ridge.
-        max_steps: at most as many Gauss-Newton steps, undone ones counted.
+        max_steps: keep at most as many Gauss-Newton steps.
         tolerance: stop when a step lowers the objective by less than this, relative to its value.
         retain_tolerance: the retain loss may end at most this far above its start, in nats per target.
         parameters: a regular expression that the names of the parameters to change contain. Default: those that
@@ -118,10 +118,10 @@ class NTKUnlearner:
         loss: str = "cross_entropy",
         method: Literal["gauss_newton", "fast_ntk"] = "gauss_newton",
         form: Literal["auto", "parameter", "kernel", "matrix_free"] = "auto",
-        damping: float = 0.01,
+        damping: float = 0.1,
         max_steps: int = 10,
         tolerance: float = 1e-3,
-        retain_tolerance: float = 0.01,
+        retain_tolerance: float = 0.05,
         parameters: str | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
         weight_decay: float = 0.0,
@@ -294,27 +294,29 @@ class NTKUnlearner:
         weights = function.vector
         centre = weights if self.reference is None else self.reference
 
-        def evaluate(weights: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-            """Objective, retain loss, and the gradient of the objective."""
+        def evaluate(weights: torch.Tensor, targets: int = 1, highest: float = math.inf) -> Any:
+            """Objective, retain loss, gradient of the objective, targets; no further than the highest objective."""
             function.vector = weights
-            loss, targets, gradient = function.loss_and_gradient(retain)
             away = weights - centre
-            objective = loss / targets + 0.5 * self.weight_decay * float(away.square().sum())
-            return objective, loss / targets, gradient / targets + self.weight_decay * away
+            penalty = 0.5 * self.weight_decay * float(away.square().sum())
+            loss, found, gradient = function.loss_and_gradient(retain, (highest - penalty) * targets)
+            targets = max(found, targets)
+            loss /= targets
+            return loss + penalty, loss, gradient / targets + self.weight_decay * away, targets
 
         (forget_before,) = self._losses(forget)
-        objective, first_loss, gradient = evaluate(weights)
+        objective, first_loss, gradient, targets = evaluate(weights)
         if not (math.isfinite(objective) and torch.isfinite(gradient).all()):
             raise ValueError("The retain loss or its gradient is not finite: the adapter or the data hold NaN.")
         limit = first_loss + self.retain_tolerance
         retain_loss = first_loss
         curvature = self._curvature(retain, retained, gradient, report)
-        moved, damping, rejections = False, self.damping, 0
-        while len(report.steps) < self.max_steps and rejections < _REJECTIONS:
+        moved, damping, kept, rejections = False, self.damping, 0, 0
+        while kept < self.max_steps and rejections < _REJECTIONS:
             step = -curvature.solve(gradient, damping * curvature.mean + self.weight_decay)
             image = curvature.product(step) + self.weight_decay * step
             predicted = -float(step @ gradient) - 0.5 * float(step @ image)
-            found, found_loss, found_gradient = evaluate(weights + step)
+            found, found_loss, found_gradient, _ = evaluate(weights + step, targets, objective)
             gain = objective - found
             accepted = gain > 0 and found_loss <= limit
             report.steps.append(Step(found, found_loss, damping, accepted, predicted))
@@ -323,13 +325,13 @@ class NTKUnlearner:
             if accepted:
                 done = gain <= self.tolerance * objective
                 weights, objective, retain_loss, gradient = weights + step, found, found_loss, found_gradient
-                moved = True
+                moved, kept = True, kept + 1
                 if done:
                     break
-            if moved and ratio < 0.25 and len(report.steps) < self.max_steps:
+            if moved and ratio < 0.25 and kept < self.max_steps:
                 function.vector = weights
                 curvature, moved = self._curvature(retain, retained, gradient, report), False
-            damping *= 0.3 if ratio > 0.75 else 1 if ratio > 0.25 else 2 if accepted else 4
+            damping *= 8 if not accepted else 0.3 if ratio > 0.75 else 1 if ratio > 0.25 else 2
         function.vector = weights
         undone = sum(not step.accepted for step in report.steps)
         if undone:
@@ -339,8 +341,8 @@ class NTKUnlearner:
             )
         if undone == len(report.steps):
             report.notes.append("No step was kept: the model is unchanged.")
-        elif len(report.steps) == self.max_steps and report.steps[-1].accepted:
-            report.notes.append(f"Stopped after {self.max_steps} steps, when the objective was still falling.")
+        elif kept == self.max_steps:
+            report.notes.append(f"Stopped after {self.max_steps} steps, with the objective still falling.")
         report.retain_loss = (first_loss, retain_loss)
         report.forget_loss = (forget_before, self._losses(forget)[0])
 

@@ -257,7 +257,7 @@ def test_a_class_is_forgotten_as_if_it_had_never_been_learned():
     assert distance() < 0.2 * before
     assert accuracy(model, forget) <= accuracy(gold, forget) + 0.125
     assert accuracy(model, retain) == 1
-    assert report.retain_loss[1] <= report.retain_loss[0] + 0.01
+    assert report.retain_loss[1] <= report.retain_loss[0] + 0.05
     assert report.forget_loss[1] > 1 > report.forget_loss[0]
     objectives = [step.objective for step in report.steps if step.accepted]
     assert objectives == sorted(objectives, reverse=True)
