@@ -1,0 +1,1 @@
+"""Removing the influence of training samples from a fine-tuned model."""
