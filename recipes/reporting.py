@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib
 
@@ -18,8 +18,7 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+from peft_ext.unlearning.report import COLOURS, spread
 
 
 @dataclass
@@ -76,14 +75,6 @@ def by_label(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     return groups
 
 
-def _spread(values: Sequence[float | None], digits: int) -> str:
-    present = [value for value in values if value is not None]
-    if not present:
-        return "-"
-    text = f"{mean(present):.{digits}f}"
-    return f"{text} ± {stdev(present):.{digits}f}" if len(present) > 1 else text
-
-
 def results_table(results: Sequence[RunResult], style: box.Box = box.SIMPLE_HEAD) -> Table:
     """One row a method: mean and, over several runs, standard deviation. A head is counted apart."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
@@ -100,10 +91,10 @@ def results_table(results: Sequence[RunResult], style: box.Box = box.SIMPLE_HEAD
             label,
             *counts,
             f"{runs[0].adapter_bytes:,}",
-            _spread([run.training_loss for run in runs], 3),
-            _spread([run.validation_loss for run in runs], 3),
-            *(_spread([run.metrics.get(name) for run in runs], 2) for name in names),
-            _spread([run.seconds for run in runs], 1),
+            spread([run.training_loss for run in runs], 3),
+            spread([run.validation_loss for run in runs], 3),
+            *(spread([run.metrics.get(name) for run in runs], 2) for name in names),
+            spread([run.seconds for run in runs], 1),
         )
     return table
 
@@ -124,7 +115,7 @@ def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
             untrained = runs[0]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, kind in zip(axes, ("training", "validation")):
-        for colour, (label, runs) in zip(_COLOURS * len(groups), groups.items()):
+        for colour, (label, runs) in zip(COLOURS * len(groups), groups.items()):
             curves = [getattr(run, f"{kind}_curve") for run in runs]
             if kind == "validation" and untrained is not None and untrained.validation_loss is not None:
                 curves = [[(0, untrained.validation_loss), *curve] for curve in curves]
@@ -166,7 +157,7 @@ def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
     """
     groups = by_label(results)
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.5 * len(groups)), layout="constrained")
-    for place, (colour, runs) in enumerate(zip(_COLOURS * len(groups), groups.values())):
+    for place, (colour, runs) in enumerate(zip(COLOURS * len(groups), groups.values())):
         values = [run.metrics[name] for run in runs]
         axis.barh(place, mean(values), color=colour, alpha=0.35, height=0.6)
         # Spread over the bar's width in the order of the runs, so that equal values stay apart.

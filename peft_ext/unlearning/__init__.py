@@ -1,1 +1,1 @@
-"""Removing the influence of training samples from a fine-tuned model."""
+"""Removing training data from adapted models, and measuring how well that worked."""
