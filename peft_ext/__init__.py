@@ -9,6 +9,7 @@ from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.mcnc import McncConfig, McncModel
 from .tuners.nola import NolaConfig, NolaModel
 from .tuners.pranc import PrancConfig, PrancModel
+from .tuners.visual_prompt import VisualPromptConfig, VisualPromptModel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "PrancConfig",
     "PrancModel",
     "SeededNetwork",
+    "VisualPromptConfig",
+    "VisualPromptModel",
     "load_from_seed",
     "push_to_hub",
 ]
@@ -26,3 +29,4 @@ __all__ = [
 register("NOLA", NolaConfig, NolaModel)
 register("PRANC", PrancConfig, PrancModel)
 register("MCNC", McncConfig, McncModel)
+register("VISUAL_PROMPT", VisualPromptConfig, VisualPromptModel)

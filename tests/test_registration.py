@@ -17,9 +17,23 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_ext
-from peft_ext import McncConfig, McncModel, NolaConfig, NolaModel, PrancConfig, PrancModel
+from peft_ext import (
+    McncConfig,
+    McncModel,
+    NolaConfig,
+    NolaModel,
+    PrancConfig,
+    PrancModel,
+    VisualPromptConfig,
+    VisualPromptModel,
+)
 
-METHODS = {"NOLA": (NolaConfig, NolaModel), "PRANC": (PrancConfig, PrancModel), "MCNC": (McncConfig, McncModel)}
+METHODS = {
+    "NOLA": (NolaConfig, NolaModel),
+    "PRANC": (PrancConfig, PrancModel),
+    "MCNC": (McncConfig, McncModel),
+    "VISUAL_PROMPT": (VisualPromptConfig, VisualPromptModel),
+}
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -67,7 +81,7 @@ def test_member_behaves_like_those_of_peft(name: str) -> None:
 @every_method
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_configurations_can_be_copied(duplicate, name: str) -> None:
-    config = METHODS[name][0](seed=3, target_modules=["a"])
+    config = METHODS[name][0](seed=3, modules_to_save=["a"])
     again = duplicate(config)
     assert again == config and again.peft_type is PeftType[name]
 

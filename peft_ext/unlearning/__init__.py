@@ -1,1 +1,6 @@
-"""Removing training data from adapted models, and measuring how well that worked."""
+"""Removing the influence of training data by changing an adapter, a prompt or other small parts of a model."""
+
+from .ledger import Deletion, UnlearningLedger
+from .ntk import NTKUnlearner, UnlearningReport
+
+__all__ = ["Deletion", "NTKUnlearner", "UnlearningLedger", "UnlearningReport"]

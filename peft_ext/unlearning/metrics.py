@@ -152,9 +152,9 @@ def _measure(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[label] with a small relative error even where p rounds to 1; `(n, c), (n,) -> (n,)`."""
-    column = labels[:, None]
-    others = logits.float().scatter(1, column, -math.inf).logsumexp(1)
-    return F.softplus(others - logits.float().gather(1, column)[:, 0])
+    logits, column = logits.float(), labels[:, None]
+    others = logits.scatter(1, column, -math.inf).logsumexp(1)
+    return F.softplus(others - logits.gather(1, column)[:, 0])
 
 
 def _log_odds(losses: np.ndarray) -> np.ndarray:

@@ -611,7 +611,7 @@ def _plot_accuracy(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 [0, 25, 50, 75, 100] if kind == "accuracy" else [t for t in axis.get_xticks() if t <= largest]
             )
             unit = "accuracy (%)" if kind == "accuracy" else "loss (nats per token)"
-            axis.set_xlabel(f"{split} {unit}")
+            axis.set_xlabel(f"{split} {unit}", loc="left")
             axis.set_yticks(range(len(of_case)), [row["method"] for row in of_case])
             axis.set_ylim(len(of_case) - 0.5, -0.5)
             axis.spines["bottom"].set_bounds(0, largest)
@@ -691,6 +691,7 @@ def _plot_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Distance to the gold against time: a point for the mean, a faint one for every seed."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     cases, styles = _by_case(rows), _styles(row["method"] for row in rows)
     columns = min(3, len(cases))
@@ -716,6 +717,10 @@ def _plot_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.scatter(*zip(*known), color=colour, marker=marker, s=14, alpha=0.35, linewidth=0)
             axis.scatter(row["seconds"]["mean"], gap, color=colour, marker=marker, s=48, zorder=3)
         axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(bottom=0)
         if not axis.collections:
             text = "no method with a time and a gold"

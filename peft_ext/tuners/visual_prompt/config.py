@@ -1,0 +1,69 @@
+"""Configuration of visual prompt tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from ... import randomness
+from ..config import check_number, check_positive_integer
+
+
+@dataclass
+class VisualPromptConfig(PeftConfig):
+    """
+    Configuration of a [`VisualPromptModel`]: learnable tokens in the input of a frozen vision transformer.
+
+    Paper: Jia et al., "Visual Prompt Tuning", https://huggingface.co/papers/2203.12119. For ViT, DeiT, DINOv2 and
+    DINOv2 with registers. The tokens start uniform on +-sqrt(6 / (channels * patch_size**2 + hidden_size)), as
+    published; they are trained and saved whole.
+
+    Args:
+        num_prompts (`int`):
+            Number of tokens.
+        deep (`bool`):
+            `False` (default): the first block gets the tokens, and the others see what becomes of them (VPT-shallow).
+            `True`: every block gets `num_prompts` tokens of its own in place of those of the block before (VPT-deep).
+        prompt_dropout (`float`):
+            Dropout probability on the tokens.
+        seed (`int`):
+            0 to 2**64 - 1. The initial tokens are drawn from it, alike on every machine.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved whole beside the tokens, such as a new classifier.
+
+    Raises:
+        ValueError: a field holds what it cannot; the message names the field, what was given and what is allowed.
+    """
+
+    num_prompts: int = field(default=10, metadata={"help": "Number of tokens."})
+    deep: bool = field(
+        default=False,
+        metadata={"help": "Every block gets tokens of its own (VPT-deep), instead of the first alone (VPT-shallow)."},
+    )
+    prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the tokens."})
+    seed: int = field(
+        default=0,
+        metadata={"help": "0 to 2**64 - 1. The initial tokens are drawn from it, alike on every machine."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules that are trained and saved whole beside the tokens, such as a new classifier."},
+    )
+
+    method_name: ClassVar[str] = "VISUAL_PROMPT"
+    paper: ClassVar[str] = "https://huggingface.co/papers/2203.12119"
+    target_modules: ClassVar[Any] = None  # PEFT reads it; the targets are always the blocks
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.VISUAL_PROMPT  # type: ignore[attr-defined]
+        check_positive_integer("num_prompts", self.num_prompts)
+        if not isinstance(self.deep, bool):
+            raise ValueError(f"`deep` must be True or False, got {self.deep!r}.")
+        check_number("prompt_dropout", self.prompt_dropout)
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"`prompt_dropout` must be a number from 0 to below 1, got {self.prompt_dropout!r}.")
+        self.seed = randomness.check_seed(self.seed)

@@ -1,0 +1,158 @@
+"""Visual prompt tuning on a whole model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ... import checkpoint, randomness
+from ..model import _base_layer, _withdraw
+from .config import VisualPromptConfig
+from .layer import NO_MERGE, VisualPromptLayer
+
+MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
+"""Architectures whose positions are added before the first block, so that the place of a prompt does not matter."""
+
+
+class VisualPromptModel(BaseTuner):
+    """Adapts a vision transformer with visual prompts; see [`VisualPromptConfig`].
+
+    Made by `peft.get_peft_model(model, VisualPromptConfig(...))`. `last_hidden_state` and the outputs of a head have
+    the shapes that they have without prompts. `hidden_states` and `attentions` are those of the blocks, with the
+    prompts after the `n` tokens of the image: `hidden_states[i][:, :n]` leaves them out.
+    """
+
+    prefix = "visual_prompt_"
+    tuner_layer_cls = VisualPromptLayer
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        # The configuration says which blocks are adapted; a state dict names those with tokens alone.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Finds the blocks before PEFT replaces the first.
+
+        Raises:
+            ValueError: the architecture cannot have prompts.
+        """
+        self._blocks = {name: index for index, name in enumerate(_blocks(model))}
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        return key in self._blocks
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        index = self._blocks[current_key]
+        ends = peft_config.deep or index == len(self._blocks) - 1
+        layer = target if isinstance(target, VisualPromptLayer) else VisualPromptLayer(target)
+        layer.update_layer(
+            adapter_name,
+            _initial_tokens(peft_config, self.model.config, index) if peft_config.deep or index == 0 else None,
+            cut=peft_config.num_prompts if ends else 0,
+            dropout=peft_config.prompt_dropout,
+        )
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT also copies a weight and a bias, which blocks do not have
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            f"{name}.visual_prompt_tokens.{adapter_name}": module.visual_prompt_tokens[adapter_name].shape
+            for name, module in model.named_modules()
+            if isinstance(module, VisualPromptLayer) and adapter_name in module.visual_prompt_tokens
+        }
+        try:
+            _check_tokens({key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}, expected)
+        except ValueError:
+            _withdraw(model, adapter_name)
+            raise
+        return state_dict
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the transformer blocks of a model, adapted before or not, in their order."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"Visual prompts need a model of type {', '.join(MODEL_TYPES)}, whose blocks know no positions, got "
+            f"{type(model).__name__} of type {model_type!r}. For other architectures use another method of PEFT."
+        )
+    if hasattr(model, "out_features"):
+        raise ValueError(
+            f"Visual prompts cannot be used in a backbone for feature maps, got {type(model).__name__}: it makes the "
+            "maps of hidden states, which hold the prompts too. Use AutoModel or a model with a head."
+        )
+    found = [
+        [f"{name}.{index}" for index in range(len(module))]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == config.num_hidden_layers  # type: ignore[union-attr]
+        and all(isinstance(_base_layer(block), GradientCheckpointingLayer) for block in module)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"Visual prompts need the {config.num_hidden_layers} blocks of the model in one list, found "  # type: ignore[union-attr]
+            f"{len(found)} such lists in {type(model).__name__}."
+        )
+    return found[0]
+
+
+def _initial_tokens(config: VisualPromptConfig, model_config: Any, block: int) -> torch.Tensor:
+    """Uniform with the variance that a Glorot initialisation of the patch embedding has: `(num_prompts, hidden)`."""
+    size, hidden = model_config.patch_size, model_config.hidden_size
+    height, width = (size, size) if isinstance(size, int) else size
+    bound = math.sqrt(6 / (model_config.num_channels * height * width + hidden))
+    numbers = randomness.uniform(config.seed, ("visual_prompt", block), config.num_prompts * hidden)
+    return numbers.mul_(bound).view(config.num_prompts, hidden)
+
+
+def _check_tokens(saved: dict[str, torch.Tensor], expected: dict[str, torch.Size]) -> None:
+    """Raises a ValueError unless the saved tokens are those that the model expects, and finite."""
+    found = {key: tokens.shape for key, tokens in saved.items()}
+    if found != expected:
+        wrong = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+        raise ValueError(
+            f"The saved visual prompts do not fit the model: it expects {_shape(expected.get(wrong))} for {wrong!r}, "
+            f"got {_shape(found.get(wrong))}. The base model, and `num_prompts` and `deep` in adapter_config.json, "
+            "must be what they were trained with; the names of blocks can also differ between releases of "
+            "transformers."
+        )
+    for key, tokens in saved.items():
+        checkpoint.check_finite(tokens, f" in {key!r}")
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else f"tokens of shape {tuple(shape)}"

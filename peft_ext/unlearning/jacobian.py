@@ -1,0 +1,300 @@
+"""A model as a function of the few parameters that are to change, and its derivatives sample by sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.func import functional_call, jacfwd, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .data import Batch, batches, total, uniform
+from .losses import IGNORED, Loss, outputs_and_targets
+
+
+@dataclass
+class Linearised:
+    """Some samples.
+
+    Attributes:
+        rows: probes of the loss times the Jacobian, `(n, probes, size)` in float64.
+        outputs: `(n, places, c)`.
+        targets: `(n, places)`.
+    """
+
+    rows: torch.Tensor
+    outputs: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != IGNORED).sum())
+
+
+class AdapterFunction:
+    """A model as a function of one vector: the parameters that are to change, one after the other.
+
+    Everything is computed in eval mode: batch-norm uses its running statistics, so that samples do not see each other.
+    Sums are in float64.
+
+    Args:
+        model: any, also one that Accelerate has prepared.
+        loss: of its outputs.
+        parameters: a regular expression that the names of the parameters contain; by default those that require
+            gradients.
+        memory: bytes that the derivatives of a chunk of samples may take.
+
+    Raises:
+        ValueError: there is no such parameter, or dropout is on.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, parameters: str | None = None, memory: float = 2e9) -> None:
+        self.model: nn.Module = extract_model_from_parallel(model)
+        self.loss = loss
+        self.memory = memory
+        found = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if (parameter.requires_grad if parameters is None else re.search(parameters, name))
+        }
+        if not found:
+            raise ValueError(
+                "The model has no parameter that could change: "
+                + (
+                    "none requires gradients. Give a model with a trainable adapter (a loaded adapter needs "
+                    "`is_trainable=True`), or name parameters with `parameters`."
+                    if parameters is None
+                    else f"no name contains {parameters!r}."
+                )
+            )
+        dropout = [
+            name
+            for name, module in self.model.named_modules()
+            if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        ]
+        if dropout:
+            raise ValueError(
+                f"Dropout is on ({len(dropout)} modules, first: {dropout[0]!r}): derivatives would be random. Call "
+                "`model.eval()` first."
+            )
+        self.parameters: dict[str, nn.Parameter] = found
+        self.device = next(iter(found.values())).device
+        self.size = sum(parameter.numel() for parameter in found.values())
+        self._measured: dict[Any, tuple[int, int, int]] = {}
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """The parameters, `(size,)` in float64 on the device of the first of them."""
+        return self.flatten(self.parameters)
+
+    @vector.setter
+    @torch.no_grad()
+    def vector(self, value: torch.Tensor) -> None:
+        for name, part in self._split(value).items():
+            self.parameters[name].copy_(part)
+
+    def flatten(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Tensors by the names of the parameters, as one vector.
+
+        Raises:
+            ValueError: one is missing or has another shape.
+        """
+        for name, parameter in self.parameters.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                got = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing"
+                raise ValueError(f"There must be a tensor {name!r} of shape {tuple(parameter.shape)}, got {got}.")
+        return torch.cat([tensors[name].detach().double().flatten().to(self.device) for name in self.parameters])
+
+    def _split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = vector.split([parameter.numel() for parameter in self.parameters.values()])
+        return {
+            name: part.view(parameter.shape).to(parameter)
+            for (name, parameter), part in zip(self.parameters.items(), parts)
+        }
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Eval mode, and gradients for the parameters alone; undone afterwards."""
+        training = [module for module in self.model.modules() if module.training]
+        required = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        chosen = set(self.parameters.values())
+        self.model.eval()
+        for parameter in required:
+            parameter.requires_grad_(parameter in chosen)
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter, value in required.items():
+                parameter.requires_grad_(value)
+
+    def _call(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        arguments = {name: tensor for name, tensor in batch.tensors.items() if name != "labels"}
+        return outputs_and_targets(self.model(**arguments, **batch.options), batch.tensors["labels"])
+
+    def loss_and_gradient(self, loader: Iterable[Mapping[str, Any]]) -> tuple[float, int, torch.Tensor]:
+        """Of all samples of a loader: the sum of the losses, the number of targets, the gradient of the sum.
+
+        Raises:
+            ValueError: there is no target.
+        """
+        sums = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
+        with self.evaluation():
+            for batch in batches(loader, self.device):
+                outputs, targets = self._call(batch)
+                loss = self.loss.values(outputs, targets).sum()
+                gradient = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+                zeros = (torch.zeros_like(parameter) for parameter in self.parameters.values())
+                parts = (zero if part is None else part for part, zero in zip(gradient, zeros))
+                sums[0] += loss.detach()
+                sums[1] += (targets != IGNORED).sum()
+                sums[2:] += torch.cat([part.double().flatten() for part in parts])
+        sums = total(sums)
+        if not sums[1]:
+            raise ValueError("The loader gives no sample with a target.")
+        return float(sums[0]), int(sums[1]), sums[2:]
+
+    def linearise(
+        self, loader: Iterable[Mapping[str, Any]], draws: int | None, share: float = 1.0
+    ) -> Iterator[Linearised]:
+        """Probes of the loss times the Jacobian of the outputs, for the samples of this process, chunk by chunk.
+
+        The outer products of all rows add up to the generalised Gauss-Newton matrix `sum_i J_i^T H_i J_i`, exactly or
+        in expectation. By forward-mode differentiation where there are fewer parameters than probes, otherwise by
+        reverse mode.
+
+        Args:
+            draws: random probes for every sample, which depend on its content alone; all probes if `None`.
+            share: of the samples, chosen by their content.
+        """
+        with self.evaluation():
+            for batch in batches(loader, self.device):
+                keys = batch.keys() if draws or share < 1 else [""] * len(batch)
+                if share < 1:
+                    chosen = [i for i, key in enumerate(keys) if float(uniform(key, "subset")) < share]
+                    batch, keys = batch.select(chosen), [keys[i] for i in chosen]
+                if keys:
+                    yield from self._linearise(batch, keys, draws)
+
+    def _linearise(self, batch: Batch, keys: list[str], draws: int | None) -> Iterator[Linearised]:
+        parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        places, classes, kept = self._measure(batch)
+        probes = draws or places * classes
+        forward_mode = self.size < probes
+        # What a forward pass keeps, as much again for every vector on the way back, and rows in two precisions.
+        need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 4 * places * classes)
+        chunk = max(1, int(self.memory / need))
+
+        def one(sample: dict[str, torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            function = self._one(sample, batch.options)
+            present = (_targets(sample["labels"][None])[0] != IGNORED).to(torch.float32)
+
+            def probe(outputs: torch.Tensor) -> torch.Tensor:
+                if draws is None:
+                    return self.loss.exact_probes(outputs, present)
+                return self.loss.sampled_probes(outputs, present, u)
+
+            if forward_mode:
+                jacobian, outputs = jacfwd(lambda p: (function(p),) * 2, has_aux=True)(parameters)
+                flat = torch.cat([part.flatten(2) for part in jacobian.values()], -1)
+                return torch.einsum("mtc,tcp->mp", probe(outputs).double(), flat.double()), outputs
+            outputs, pull_back = vjp(function, parameters)  # type: ignore[misc]
+            (found,) = vmap(pull_back)(probe(outputs))
+            return torch.cat([part.flatten(1) for part in found.values()], 1).double(), outputs
+
+        for start in range(0, len(batch), chunk):
+            part = batch.select(slice(start, start + chunk))
+            shape = (draws or 1, places)
+            u = torch.stack([uniform(key, "labels", shape=shape) for key in keys[start : start + chunk]])
+            tensors = dict(part.tensors)
+            mask = tensors.get("attention_mask")
+            if mask is not None and part.tensors["labels"].dim() == 2 and (mask[:, 1:] <= mask[:, :-1]).all():
+                del tensors["attention_mask"]  # no token of a causal model sees the padding behind it
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know neither vmap nor forward mode
+                if "attention_mask" in tensors:
+                    # transformers looks at the values of a mask, which vmap does not allow.
+                    singles = [one({name: tensor[i] for name, tensor in tensors.items()}, u[i]) for i in range(len(u))]
+                    rows, outputs = (torch.stack(found) for found in zip(*singles))
+                else:
+                    rows, outputs = vmap(one)(tensors, u.to(self.device))
+            yield Linearised(rows, outputs, _targets(part.tensors["labels"]))
+
+    def _one(self, sample: dict[str, torch.Tensor], options: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
+        """The outputs `(places, c)` of one sample as a function of the parameters by name."""
+
+        def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+            arguments = {name: tensor[None] for name, tensor in sample.items() if name != "labels"}
+            found = functional_call(self.model, parameters, (), {**arguments, **options})
+            return outputs_and_targets(found, sample["labels"][None])[0][0]
+
+        return call
+
+    def outputs_of_a_sample(self, loader: Iterable[Mapping[str, Any]]) -> int:
+        """Places times outputs of the first sample: how many rows its whole Jacobian has."""
+        with self.evaluation():
+            for batch in batches(loader, self.device):
+                places, classes, _ = self._measure(batch)
+                return places * classes
+        return 0
+
+    def _measure(self, batch: Batch) -> tuple[int, int, int]:
+        """Of one sample: places, outputs at each, and bytes that a forward pass keeps for the way back."""
+        shapes = tuple(tensor.shape[1:] for tensor in batch.tensors.values())
+        if shapes not in self._measured:
+            kept = 0
+
+            def count(tensor: torch.Tensor) -> torch.Tensor:
+                nonlocal kept
+                kept += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                outputs, _ = self._call(batch.select(slice(0, 1)))
+            self._measured[shapes] = (outputs.shape[1], outputs.shape[2], kept)
+        return self._measured[shapes]
+
+    def curvature_product(
+        self, loader: Iterable[Mapping[str, Any]], weights: torch.Tensor, vector: torch.Tensor, share: float = 1.0
+    ) -> torch.Tensor:
+        """`sum_i J_i^T H_i J_i v`, exactly, over the samples of all processes: one forward-mode and one reverse pass.
+
+        Args:
+            weights: of the parameters, where the outputs are linearised: `(size,)`.
+            vector: `(size,)`.
+            share: of the samples, chosen by their content.
+        """
+        parameters = self._split(weights)
+        tangents = self._split(vector)
+        result = torch.zeros_like(vector)
+        with self.evaluation(), sdpa_kernel(SDPBackend.MATH):
+            for batch in batches(loader, self.device):
+                if share < 1:
+                    keys = batch.keys()
+                    batch = batch.select([i for i, key in enumerate(keys) if float(uniform(key, "subset")) < share])
+                if not len(batch):
+                    continue
+                arguments = {name: tensor for name, tensor in batch.tensors.items() if name != "labels"}
+                labels = batch.tensors["labels"]
+
+                def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+                    found = functional_call(self.model, parameters, (), {**arguments, **batch.options})  # noqa: B023
+                    return outputs_and_targets(found, labels)[0]  # noqa: B023
+
+                _, tangent = jvp(call, (parameters,), (tangents,))  # type: ignore[misc]
+                outputs, pull_back = vjp(call, parameters)  # type: ignore[misc]
+                present = (_targets(labels) != IGNORED)[..., None]
+                (found,) = pull_back(self.loss.hessian_product(outputs, tangent) * present)
+                result += torch.cat([found[name].double().flatten() for name in self.parameters])
+        return total(result)
+
+
+def _targets(labels: torch.Tensor) -> torch.Tensor:
+    """`(n, places)`; see `outputs_and_targets`."""
+    return labels[:, None] if labels.dim() == 1 else labels[:, 1:]

@@ -1,0 +1,128 @@
+"""Small models and data for the tests of unlearning."""
+
+from __future__ import annotations
+
+import tiny_models
+import torch
+import torch.nn.functional as F
+from peft import PromptTuningConfig, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from peft_ext import McncConfig, NolaConfig, PrancConfig
+
+PRANC = {"num_coefficients": 40, "init_weights": False}
+
+
+class Regression(nn.Module):
+    """A linear classifier with a name for the pixels that transformers use."""
+
+    def __init__(self, features: int = 4, classes: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, classes)
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.linear(pixel_values.flatten(1)))
+
+
+class Convolutions(nn.Module):
+    """A small CNN with batch-norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.linear(torch.relu(self.bn(self.conv(pixel_values))).mean((2, 3))))
+
+
+def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loader(rows: list[dict[str, torch.Tensor]], batch_size: int = 4) -> DataLoader:
+    return DataLoader(rows, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def images(n: int, seed: int = 0, shape: tuple[int, ...] = (3, 16, 16), dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [
+        {"pixel_values": torch.randn(shape, generator=g, dtype=dtype), "labels": torch.tensor(i % 3)} for i in range(n)
+    ]
+
+
+def texts(n: int, seed: int = 0, length: int = 6):
+    """Sentences with a prompt of two tokens; every second one is shorter and padded on the right."""
+    rows = []
+    for i, ids in enumerate(tiny_models.tokens(n, length, seed + 1) % 24):
+        mask = torch.ones_like(ids)
+        mask[length - 2 * (i % 2) :] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:2] = -100
+        rows.append({"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels})
+    return rows
+
+
+def classifier(config=None) -> nn.Module:
+    if config is None:
+        config = NolaConfig(r=2, num_basis=6, init_weights=False, modules_to_save=["classifier"])
+    return get_peft_model(tiny_models.vit(), config).double().eval()
+
+
+def language_model(config=None) -> nn.Module:
+    # GPT-2 computes in float64 throughout; Llama's norms are always in float32.
+    config = config or NolaConfig(r=2, num_basis=6, init_weights=False)
+    model = get_peft_model(tiny_models.gpt2(vocab_size=24), config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(0.1)  # with coefficients of 1 the loss is far from anything quadratic
+    return model
+
+
+def batch_norm() -> nn.Module:
+    model = Convolutions().double()
+    model.train()
+    for row in images(6, 5):
+        model(row["pixel_values"][None].repeat(2, 1, 1, 1) + torch.randn(2, 3, 16, 16))  # running statistics
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("bn", "linear")))
+    return model.eval()
+
+
+# name: (makes the model, makes its samples)
+PROBLEMS = {
+    "ViT, NOLA and head": (classifier, images),
+    "ViT, PRANC": (lambda: classifier(PrancConfig(**PRANC)), images),
+    "ViT, MCNC": (lambda: classifier(McncConfig(apply_to="weight", k=2, d=200, init_weights=False)), images),
+    "CNN, batch-norm": (batch_norm, images),
+    "GPT-2, NOLA": (language_model, texts),
+    "GPT-2, prompt": (
+        lambda: language_model(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+        texts,
+    ),
+}
+
+
+def trained(seed: int = 0, steps: int = 60, weight_decay: float = 0.01):
+    """A head and adapter that know their samples, the initial weights, retain and forget rows."""
+    model = classifier()
+    initial = trainable(model)
+    rows = images(24, 3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0)
+    fit(model, rows, optimizer, steps, initial, weight_decay)
+    return model, initial, [row for row in rows if row["labels"] != 2], [row for row in rows if row["labels"] == 2]
+
+
+def fit(model, rows, optimizer, steps, initial, weight_decay):
+    x, y = torch.stack([row["pixel_values"] for row in rows]), torch.stack([row["labels"] for row in rows])
+    for _ in range(steps):
+        away = sum((p - initial[name]).square().sum() for name, p in model.named_parameters() if name in initial)
+        loss = F.cross_entropy(model(pixel_values=x).logits, y) + 0.5 * weight_decay * away
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -1,0 +1,249 @@
+"""The ledger: deletion requests without retain data, in any order, and whatever breaks off."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import problems
+import pytest
+import torch
+from problems import PROBLEMS, images, loader, trained
+from torch import nn
+
+from peft_ext.unlearning import NTKUnlearner, UnlearningLedger
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(1)
+    return problems.Regression().double()
+
+
+@pytest.mark.parametrize("draws", [None, 256])
+def test_requests_are_exact_for_a_linear_model(tmp_path, draws):
+    """Trained to the optimum with a ridge, taking samples off gives the optimum without them."""
+    model, rows = linear(), images(12, 1, (4,))
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options = {"loss": "squared_error", "weight_decay": 0.2, "reference": initial, "draws": None}
+    gold = copy.deepcopy(model)
+    NTKUnlearner(model, damping=1e-12, **options).fit(loader(rows), loader(images(1, 9, (4,))))
+    NTKUnlearner(gold, damping=1e-12, **options).fit(loader(rows[:8]), loader(rows[8:]))
+    distance = float((weights(model) - weights(gold)).norm())
+    assert distance > 1e-3
+    ledger = UnlearningLedger.create(tmp_path, model, loader(rows), damping=1e-12, **{**options, "draws": draws})
+    assert len(ledger) == 12
+    deletion = ledger.forget(model, loader(rows[8:]))
+    assert len(ledger) == 8
+    assert deletion.samples == 4
+    assert deletion.shift == pytest.approx(distance, rel=1e-6 if draws is None else 0.2)
+    if draws is None:
+        assert torch.allclose(weights(model), weights(gold), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["ViT, NOLA and head", "CNN, batch-norm", "GPT-2, NOLA"])
+def test_the_order_of_requests_does_not_matter(name, tmp_path):
+    make, samples = PROBLEMS[name]
+    rows = samples(10, 1)
+    found = []
+    for i, requests in enumerate([[rows[:2], rows[2:3], rows[5:7]], [rows[5:7], rows[:3]], [rows[:3] + rows[5:7]]]):
+        model = make()
+        UnlearningLedger.create(tmp_path / str(i), model, loader(rows), damping=0.1)
+        for request in requests:
+            UnlearningLedger(tmp_path / str(i)).forget(model, loader(request))  # opened again every time
+        found.append(weights(model))
+        assert len(UnlearningLedger(tmp_path / str(i)).requests) == len(requests)
+    assert torch.allclose(found[0], found[1], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found[0], found[2], rtol=1e-9, atol=1e-9)
+    assert (found[0] - weights(make())).norm() > 1e-3
+
+
+def test_a_request_raises_the_loss_on_what_is_forgotten(tmp_path):
+    model, initial, retain, forget = trained()
+
+    def losses() -> list[float]:
+        function = NTKUnlearner(model).function
+        return [loss / n for loss, n, _ in map(function.loss_and_gradient, (loader(retain), loader(forget)))]
+
+    before = losses()
+    options = {"draws": None, "weight_decay": 0.01, "reference": initial}
+    ledger = UnlearningLedger.create(tmp_path, model, loader(retain + forget), **options)
+    ledger.forget(model, loader(forget))
+    after = losses()
+    assert after[1] > before[1] + 0.5
+    assert after[0] - before[0] < 0.25 * (after[1] - before[1])
+
+
+def made(folder: Path) -> tuple[nn.Module, list, UnlearningLedger]:
+    model, rows = linear(), images(9, 1, (4,))
+    return model, rows, UnlearningLedger.create(folder, model, loader(rows), damping=0.1)
+
+
+def test_samples_are_not_on_disk(tmp_path):
+    model, rows, ledger = made(tmp_path)
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert len(content) > 9 * 32
+    for row in rows:
+        for kind in (torch.float64, torch.float32):
+            assert row["pixel_values"].to(kind).numpy().tobytes() not in content
+
+
+def test_what_is_forgotten_leaves_no_hash(tmp_path):
+    model, rows, ledger = made(tmp_path)
+    gone = [bytes(row.numpy()) for row in ledger._state["samples"]]
+    ledger.forget(model, loader(rows[:8]))
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert sum(key in content for key in gone) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger.json", "state-000001.safetensors"]
+
+
+def test_unknown_samples_are_refused(tmp_path, snapshot):
+    model, rows, ledger = made(tmp_path)
+    ledger.forget(model, loader(rows[:2]))
+    state = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = weights(model)
+    for request, message in (
+        (rows[1:3], "1 of 2 samples were never learned, or are forgotten already"),
+        (images(2, 7, (4,)), "2 of 2 samples were never learned"),
+        ([rows[4], rows[4]], "1 of 2 samples"),
+        (rows[2:], "No sample would remain"),
+        ([], "The forget set is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ledger.forget(model, loader(request) if request else [])
+    assert torch.equal(weights(model), before)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == state
+
+
+def test_a_ledger_of_another_model_is_refused(tmp_path):
+    model = problems.classifier()
+    rows = images(6)
+    ledger = UnlearningLedger.create(tmp_path, model, loader(rows))
+    other = problems.classifier()
+    with torch.no_grad():
+        next(p for p in other.parameters() if not p.requires_grad).add_(1e-3)
+    own = ledger._record["fingerprint"]
+    with pytest.raises(
+        ValueError, match=f"belongs to another model: its fingerprint is {own}, that of the model is [0-9a-f]"
+    ):
+        ledger.forget(other, loader(rows[:2]))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        ledger.restore(other)
+
+
+def test_an_adapter_that_has_changed_is_refused_and_can_be_restored(tmp_path):
+    model, rows, ledger = made(tmp_path)
+    old = weights(model)
+    ledger.forget(model, loader(rows[:2]))
+    new = weights(model)
+    assert not torch.equal(old, new)
+    lost = linear()  # as if the adapter had not been saved after the request
+    with pytest.raises(ValueError, match="other weights than the ledger left it with.*`restore`"):
+        ledger.forget(lost, loader(rows[2:4]))
+    UnlearningLedger(tmp_path).restore(lost)
+    assert torch.equal(weights(lost), new)
+
+
+class Crash(BaseException):
+    pass
+
+
+def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
+    """Every call that changes the folder fails once, before it does anything and after."""
+    calls: list[str] = []
+    crash_at: tuple[int, bool] | None = None
+
+    def watched(name, function):
+        def call(*arguments, **options):
+            calls.append(name)
+            here = crash_at is not None and len(calls) - 1 == crash_at[0]
+            if here and not crash_at[1]:
+                raise Crash
+            result = function(*arguments, **options)
+            if here:
+                raise Crash
+            return result
+
+        return call
+
+    model, rows, ledger = made(tmp_path / "whole")
+    old = weights(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched("replace", os.replace))
+        patch.setattr(os, "fsync", watched("fsync", os.fsync))
+        patch.setattr(Path, "unlink", watched("unlink", Path.unlink))
+        ledger.forget(model, loader(rows[:2]))
+        new, number = weights(model), len(calls)
+        assert calls == ["fsync", "replace", "fsync", "replace", "unlink"]
+        outcomes = set()
+        for i in range(number):
+            for after in (False, True):
+                folder = tmp_path / f"{i}{after}"
+                model, rows, ledger = made(folder)
+                calls.clear()
+                crash_at = (i, after)
+                with pytest.raises(Crash):
+                    ledger.forget(model, loader(rows[:2]))
+                crash_at = None
+                found = UnlearningLedger(folder)
+                found.restore(model)
+                forgotten = len(found) == 7
+                assert torch.equal(weights(model), new if forgotten else old)
+                outcomes.add(forgotten)
+                if not forgotten:
+                    found.forget(model, loader(rows[:2]))
+                    assert torch.equal(weights(model), new)
+                found.forget(model, loader(rows[2:3]))  # and it goes on
+                assert len(list(folder.glob("state-*"))) == 1
+        assert outcomes == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "ledger.json").unlink(), "There is no ledger in"),
+        (lambda folder: (folder / "ledger.json").write_text("{"), "is damaged"),
+        (lambda folder: next(folder.glob("state-*")).unlink(), "is damaged"),
+        (lambda folder: edit(folder, version=2), "has version 2; this release of peft_ext reads 1"),
+        (lambda folder: edit(folder, state="../state"), "is no file name"),
+        (lambda folder: flip(next(folder.glob("state-*"))), "its SHA-256 is [0-9a-f]+, and [0-9a-f]+ was written"),
+    ],
+)
+def test_damage_is_seen(damage, message, tmp_path):
+    made(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        UnlearningLedger(tmp_path)
+
+
+def edit(folder: Path, **fields) -> None:
+    path = folder / "ledger.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_wrong_arguments(tmp_path):
+    model, rows = problems.classifier(), images(6)
+    size = NTKUnlearner(model).function.size
+    for arguments, message in (
+        ({"loss": "hinge"}, "`loss` must be one of"),
+        ({"damping": 0}, "`damping` must be above 0"),
+        ({"draws": 0}, "`draws` must be a positive integer"),
+        ({"memory": 1e4}, f"A ledger of {size} parameters needs .* GB, and `memory` allows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UnlearningLedger.create(tmp_path, model, loader(rows), **arguments)
+    assert not list(tmp_path.iterdir())
+    made(tmp_path)
+    with pytest.raises(ValueError, match="There is a ledger in .* already"):
+        made(tmp_path)

@@ -1,0 +1,357 @@
+"""Metrics: known answers, ranges, and `observe` against plain loops."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import observe_worker
+import pytest
+import tiny_models
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers.modeling_outputs import CausalLMOutput, ImageClassifierOutput
+
+from peft_ext.unlearning import metrics
+from peft_ext.unlearning.metrics import Outcome
+
+
+def of_confidence(values) -> Outcome:
+    values = np.asarray(values, np.float64)
+    return Outcome(np.logaddexp(0, -values), values > 0, None, values)
+
+
+class Fixed(nn.Module):
+    """Answers every batch with the logits in it."""
+
+    def __init__(self, output=ImageClassifierOutput):
+        super().__init__()
+        self.output, self.dropout, self.norm = output, nn.Dropout(0.5), nn.BatchNorm1d(2)
+        self.norm.eval()
+
+    def forward(self, logits, scale=1.0):
+        assert not self.dropout.training and not torch.is_grad_enabled()
+        return self.output(logits=logits * scale)
+
+
+# Distances
+
+
+def test_distances_of_two_samples_by_hand():
+    p, q = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.5, 0.5], [0.1, 0.9]])
+    # The second: the mean is (0.5, 0.5), both divergences from it are the same.
+    divergence = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert metrics.jensen_shannon(p, q) == pytest.approx(divergence / 2)
+    assert metrics.activation_distance(p, q) == pytest.approx(math.sqrt(2 * 0.8**2) / 2)
+    assert metrics.l1(p, q) == pytest.approx(1.6 / 2)
+
+
+def test_distances_of_certain_predictions_reach_their_bounds():
+    with np.errstate(divide="ignore"):
+        p, q = np.log([[1.0, 0.0]]), np.log([[0.0, 1.0]])
+    assert metrics.jensen_shannon(p, q) == pytest.approx(math.log(2))
+    assert metrics.activation_distance(p, q) == pytest.approx(math.sqrt(2))
+    assert metrics.l1(p, q) == pytest.approx(2)
+
+
+logits = arrays(np.float64, (2, 5, 3), elements=st.floats(-40, 40))
+
+
+@settings(max_examples=50, deadline=None)
+@given(logits)
+def test_distances_are_symmetric_and_bounded(z):
+    p, q = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+    for distance, bound in (
+        (metrics.jensen_shannon, math.log(2)),
+        (metrics.activation_distance, math.sqrt(2)),
+        (metrics.l1, 2),
+    ):
+        assert distance(p, q) == pytest.approx(distance(q, p), abs=1e-12)
+        assert -1e-12 <= distance(p, q) <= bound + 1e-12
+        assert distance(p, p) == pytest.approx(0, abs=1e-12)
+    assert metrics.activation_distance(p, q) <= metrics.l1(p, q) + 1e-12
+
+
+def test_what_are_no_log_probabilities_is_refused():
+    p = np.log([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="must be those of distributions"):
+        metrics.jensen_shannon(np.exp(p), p)
+    with pytest.raises(ValueError, match="must have one shape"):
+        metrics.l1(p, np.log([[0.5, 0.5], [0.5, 0.5]]))
+
+
+def test_tug_of_war():
+    assert metrics.tug_of_war([0.2, 0.9, 0.8], [0.0, 1.0, 0.9]) == pytest.approx(0.8 * 0.9 * 0.9)
+    assert metrics.tug_of_war([0.0, 1.0, 0.9], [0.0, 1.0, 0.9]) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4))
+def test_tug_of_war_is_symmetric_and_a_share(pairs):
+    one, other = zip(*pairs)
+    assert 0 <= metrics.tug_of_war(one, other) <= 1
+    assert metrics.tug_of_war(one, other) == metrics.tug_of_war(other, one)
+
+
+def test_truth_score_is_1_where_wrong_answers_are_as_likely():
+    assert metrics.truth_score(np.array([1.0, 1.0])) == 1
+    assert metrics.truth_score(np.array([0.5, 4.0, 0.0])) == pytest.approx((0.5 + 0.25 + 0) / 3)
+
+
+# Attacks
+
+
+def test_membership_attack_counts_who_looks_like_test_samples():
+    random = np.random.default_rng(0)
+    members, others = of_confidence(random.normal(8, 1, 500)), of_confidence(random.normal(-2, 1, 100))
+    assert metrics.membership_attack(members, others, of_confidence([8.0, 9.0, -2.0, 7.5])) == 0.25
+    assert metrics.membership_attack(members, others, others) > 0.98
+    assert metrics.membership_attack(members, others, members) < 0.02
+
+
+def test_membership_attack_does_not_depend_on_how_many_members_there_are():
+    """Classes are balanced: the threshold is in the middle though there are forty times as many members."""
+    random = np.random.default_rng(0)
+    members, others = of_confidence(random.normal(1, 1, 4000)), of_confidence(random.normal(-1, 1, 100))
+    target = of_confidence(random.normal(0, 1, 2000))
+    assert metrics.membership_attack(members, others, target) == pytest.approx(0.5, abs=0.1)
+
+
+def test_attacks_tell_separable_sets_and_not_equal_ones():
+    random = np.random.default_rng(0)
+    low, high = random.normal(-5, 1, 600), random.normal(5, 1, 600)
+    references = [(of_confidence(random.normal(0, 1, 600)), of_confidence(random.normal(0, 1, 600))) for _ in range(3)]
+    # One threshold learns its direction; the per-example attack says which way the forget set differs.
+    assert metrics.population_attack(of_confidence(high), of_confidence(low)) > 0.99
+    assert metrics.population_attack(of_confidence(low), of_confidence(high)) > 0.99
+    kept = metrics.per_example_attack(of_confidence(high), of_confidence(low), references)
+    assert kept.auc > 0.99 and kept.tpr > 0.99 and kept.auc_error < 0.005
+    over = metrics.per_example_attack(of_confidence(low), of_confidence(high), references)
+    assert over.auc < 0.01 and over.tpr == 0 and over.tpr_error > 0
+    same = [of_confidence(random.normal(0, 1, 600)) for _ in range(2)]
+    assert metrics.population_attack(*same) == pytest.approx(0.5, abs=0.06)
+    none = metrics.per_example_attack(*same, references)
+    assert none.auc == pytest.approx(0.5, abs=4 * none.auc_error)
+    assert none.auc_error == pytest.approx(math.sqrt(1201 / (12 * 600 * 600)), rel=0.01)  # of a rank sum without signal
+    assert none.tpr <= 0.01 + 4 * none.tpr_error and 0.002 < none.tpr_error < 0.03
+
+
+def test_a_per_example_attack_compares_samples_with_themselves():
+    """Members differ from others by less than samples differ among themselves: one threshold sees nothing."""
+    random = np.random.default_rng(0)
+    difficulty = random.normal(0, 10, (2, 400))
+
+    def seen(forget=0.0):
+        return [of_confidence(d + random.normal(0, 0.3, 400) + shift) for d, shift in zip(difficulty, (forget, 0))]
+
+    forget, heldout = seen(forget=2)
+    assert metrics.population_attack(forget, heldout) < 0.6
+    attack = metrics.per_example_attack(forget, heldout, [tuple(seen()) for _ in range(3)])
+    assert attack.auc > 0.99 and attack.tpr > 0.9
+
+
+def test_many_references_have_a_variance_for_every_sample():
+    """Half of the samples are noisy, and one of these is as far out as the members: it is no member."""
+    random = np.random.default_rng(0)
+    noise = np.repeat([0.1, 10.0], 100)
+    references = [tuple(of_confidence(random.normal(0, noise)) for _ in range(2)) for _ in range(64)]
+    forget = of_confidence(np.repeat([1.0, 0.0], 100))
+    heldout = of_confidence(np.repeat([0.0, 8.0], 100))
+    few = metrics.per_example_attack(forget, heldout, references[:63])
+    many = metrics.per_example_attack(forget, heldout, references)
+    assert few.auc < 0.5 and few.tpr == 0
+    assert many.auc > 0.6 and many.tpr == 0.5
+
+
+def test_one_percent_of_false_positives():
+    """Of 200 others two may be above: the third largest is the threshold, and what equals it is not above."""
+    others = np.arange(200.0)
+    reference = [(of_confidence(np.zeros(4)), of_confidence(np.zeros(200)))]
+    attack = metrics.per_example_attack(of_confidence([196.0, 197.0, 197.5, 300.0]), of_confidence(others), reference)
+    assert attack.tpr == 0.5
+
+
+def test_attacks_refuse_references_that_do_not_fit():
+    outcome = of_confidence(np.zeros(3))
+    with pytest.raises(ValueError, match="one reference model"):
+        metrics.per_example_attack(outcome, outcome, [])
+    with pytest.raises(ValueError, match="on the same 3 and 3 samples"):
+        metrics.per_example_attack(outcome, outcome, [(outcome, of_confidence(np.zeros(4)))])
+
+
+def test_a_diverged_model_has_no_attack():
+    random = np.random.default_rng(0)
+    fine, broken = of_confidence(random.normal(size=10)), Outcome(*[np.full(10, np.nan)] * 4)
+    assert math.isnan(metrics.membership_attack(fine, fine, broken))
+    assert math.isnan(metrics.population_attack(broken, fine))
+    assert math.isnan(metrics.per_example_attack(broken, fine, [(fine, fine)]).auc)
+
+
+# Observing
+
+
+def test_observe_a_classifier_as_a_plain_loop_does():
+    model = tiny_models.vit(labels=3).train()
+    images, labels = torch.randn(7, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    loader = DataLoader([{"pixel_values": x, "labels": y} for x, y in zip(images, labels)], batch_size=3)
+    outcome = metrics.observe(model, loader)
+    assert model.training and all(module.training for module in model.modules())
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=images).logits
+    probabilities = logits.double().softmax(1)
+    p = probabilities.gather(1, labels[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(outcome.losses, -np.log(p), rtol=1e-5)
+    np.testing.assert_allclose(outcome.confidence, np.log(p / (1 - p)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(outcome.correct, (logits.argmax(1) == labels).numpy())
+    assert outcome.log_probs is not None
+    np.testing.assert_allclose(outcome.log_probs, probabilities.log().numpy(), atol=1e-5)
+    kinds = [outcome.losses, outcome.correct, outcome.log_probs, outcome.confidence]
+    assert [array.dtype for array in kinds] == [np.float64, np.bool_, np.float32, np.float64]
+    assert outcome.extraction is None
+
+
+def test_observe_a_language_model_as_a_plain_loop_does():
+    model = tiny_models.llama()
+    rows = observe_worker.rows(5)
+    outcome = metrics.observe(model, DataLoader(rows, batch_size=2))
+    for index, row in enumerate(rows):
+        with torch.no_grad():
+            logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
+        labels = row["labels"][1:]
+        loss = F.cross_entropy(logits, labels, ignore_index=-100).item()
+        right = (logits.argmax(1) == labels)[labels != -100].tolist()
+        k = next((k for k in range(len(right)) if all(right[k:])), len(right))
+        assert outcome.losses[index] == pytest.approx(loss, rel=1e-5)
+        assert outcome.confidence[index] == pytest.approx(math.log(math.exp(-loss) / (1 - math.exp(-loss))), rel=1e-4)
+        assert outcome.correct[index] == all(right)
+        assert outcome.extraction is not None and outcome.extraction[index] == pytest.approx(1 - k / len(right))
+    assert outcome.log_probs is None
+
+
+def test_extraction_strength_counts_right_tokens_from_the_end():
+    """Targets are tokens 1 to 4 of 5, token 3 of the second row is no target; a 1 in `right` is a right guess."""
+    right = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
+    labels = torch.ones(4, 5, dtype=torch.long)
+    labels[1, 3] = -100
+    logits = torch.zeros(4, 5, 2)
+    logits[:, :4, 1] = 2.0 * right - 1
+    loader = [{"logits": logits[:2], "labels": labels[:2]}, {"logits": logits[2:], "labels": labels[2:]}]
+    outcome = metrics.observe(Fixed(CausalLMOutput), loader)
+    assert outcome.extraction == pytest.approx([2 / 4, 2 / 3, 1, 0])
+    assert outcome.correct.tolist() == [False, False, True, False]
+
+
+def test_confidence_is_right_where_probabilities_round_to_1():
+    outcome = metrics.observe(
+        Fixed(), [{"logits": torch.tensor([[60.0, 0.0], [60.0, 0.0], [0.0, 0.0]]), "labels": torch.tensor([0, 1, 0])}]
+    )
+    assert outcome.confidence == pytest.approx([60, -60, 0], abs=1e-5)
+    assert outcome.losses == pytest.approx([math.exp(-60), 60, math.log(2)])
+    # Of a language model, p is the geometric mean: the loss is that of both tokens, (0 + log 2) / 2.
+    logits = torch.tensor([[[60.0, 0.0], [0.0, 0.0], [9.0, 9.0]]])
+    outcome = metrics.observe(Fixed(CausalLMOutput), [{"logits": logits, "labels": torch.zeros(1, 3).long()}])
+    p = math.exp(-math.log(2) / 2)
+    assert outcome.confidence == pytest.approx([math.log(p / (1 - p))])
+
+
+def test_observe_passes_on_what_is_no_tensor_and_restores_every_mode():
+    model = Fixed().train()
+    model.norm.eval()
+    outcome = metrics.observe(
+        model, [{"logits": torch.tensor([[1.0, 0.0]]), "labels": torch.tensor([0]), "scale": 3.0}]
+    )
+    assert outcome.losses == pytest.approx([math.log1p(math.exp(-3))])
+    assert (model.training, model.dropout.training, model.norm.training) == (True, True, False)
+
+
+def test_modes_are_restored_after_a_failure():
+    model = Fixed().train()
+    with pytest.raises(ValueError, match='Batches must have "labels"'):
+        metrics.observe(model, [{"logits": torch.zeros(1, 2)}])
+    assert model.dropout.training
+
+
+def test_observe_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="must have samples"):
+        metrics.observe(Fixed(), [])
+    batch = {"logits": torch.zeros(2, 3, 2), "labels": torch.tensor([[0, -100, -100], [0, 1, 1]])}
+    with pytest.raises(ValueError, match="must have a target, got 1 "):
+        metrics.observe(Fixed(CausalLMOutput), [batch])
+    data = observe_worker.rows(4)
+    sharded = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
+    with pytest.raises(ValueError, match="Accelerator.prepare"):
+        metrics.observe(tiny_models.llama(), sharded)
+
+
+def test_outputs_that_are_not_finite_are_not_right():
+    batch = {"logits": torch.tensor([[math.nan, 0.0], [2.0, 0.0]]), "labels": torch.tensor([0, 0])}
+    outcome = metrics.observe(Fixed(), [batch])
+    assert np.isnan(outcome.losses).tolist() == np.isnan(outcome.confidence).tolist() == [True, False]
+    assert outcome.correct.tolist() == [False, True]
+
+
+def test_an_outcome_is_about_the_same_samples_throughout():
+    with pytest.raises(ValueError, match="must describe the same samples"):
+        Outcome(np.zeros(3), np.zeros(2, bool), None, np.zeros(3))
+
+
+def test_truth_ratio_is_the_mean_over_wrong_answers():
+    """Two samples with two wrong answers each; every answer is two tokens, of probabilities given here."""
+
+    def batch(probabilities):
+        p = torch.tensor(probabilities)
+        logits = torch.stack([p, 1 - p], dim=2).log()
+        logits = torch.cat([logits, torch.zeros(len(p), 1, 2)], dim=1)
+        return {"logits": logits, "labels": torch.zeros(len(p), 3, dtype=torch.long)}
+
+    right = [batch([[0.5, 0.5], [0.9, 0.4]])]
+    wrong = [batch([[0.25, 0.25], [0.1, 0.4]]), batch([[0.9, 0.9], [0.9, 0.9]])]
+    ratios = metrics.truth_ratio(Fixed(CausalLMOutput), right, wrong)
+    assert ratios == pytest.approx([(0.25 + 0.2) / 2 / 0.5, 0.9 / 0.6], rel=1e-5)
+    with pytest.raises(ValueError, match="got 2 wrong answers of 4 samples"):
+        metrics.truth_ratio(Fixed(CausalLMOutput), wrong, right)
+
+
+# Several processes
+
+
+def test_two_processes_get_the_whole_without_duplicates(tmp_path: Path):
+    """Eleven samples in batches of two: Accelerate repeats the first one to fill up the last round."""
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])}
+    processes = []
+    for rank in range(observe_worker.WORLD):
+        command = [sys.executable, observe_worker.__file__, str(rank), str(tmp_path)]
+        with open(tmp_path / f"log.{rank}", "w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], (tmp_path / "log.0").read_text()[-3000:] + (tmp_path / "log.1").read_text()[-3000:]
+    for name, (model, data) in observe_worker.tasks().items():
+        expected = metrics.observe(model, DataLoader(data, batch_size=4))
+        for rank in range(2):
+            for kind in ("prepared", "plain"):
+                found = np.load(tmp_path / f"{name}.{kind}.{rank}.npz")
+                assert len(found["losses"]) == 11
+                for key in found.files:
+                    np.testing.assert_allclose(found[key], getattr(expected, key), rtol=1e-4, atol=1e-6)
+
+
+def test_one_process_with_a_prepared_loader():
+    rows = observe_worker.rows(5)
+    loader = Accelerator(cpu=True).prepare(DataLoader(rows, batch_size=2))
+    expected = metrics.observe(tiny_models.llama(), DataLoader(rows, batch_size=2))
+    np.testing.assert_array_equal(metrics.observe(tiny_models.llama(), loader).losses, expected.losses)
