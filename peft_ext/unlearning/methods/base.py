@@ -68,9 +68,9 @@ class Request:
                 found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is not there"
                 raise ValueError(f"initial holds {name!r} of shape {tuple(value.shape)}; in the model it {found}")
 
-    def loader(self, dataset: Dataset) -> DataLoader:
-        """The rows of a set in order, in batches of the training's size."""
-        return DataLoader(dataset, batch_size=self.training.train_batch_size, collate_fn=self.collator)
+    def loader(self, dataset: Dataset, batch_size: int | None = None) -> DataLoader:
+        """The rows of a set in order, in batches of a size; by default the training's."""
+        return DataLoader(dataset, batch_size or self.training.train_batch_size, collate_fn=self.collator)
 
     def rng(self) -> np.random.Generator:
         """For what a method draws beside the training: the training's seed decides it."""
@@ -149,17 +149,19 @@ class UnlearningTrainer(Trainer):
 
 
 def fit(
-    request: Request,
-    dataset: Dataset,
+    model: nn.Module,
+    dataset: Any,
+    collator: Callable[[list[Any]], Mapping[str, Any]],
     training: TrainingArguments,
     trainer_class: Callable[..., Trainer] = UnlearningTrainer,
     **options: Any,
 ) -> Trainer:
-    """Train the request's model on some rows, without a word, a file or an evaluation.
+    """Train a model on some rows, without a word, a file or an evaluation.
 
     Args:
-        request: Whose model and collator.
+        model: Changed in place.
         dataset: What it is trained on.
+        collator: Makes a batch of rows.
         training: How. It is left as it is.
         trainer_class: What computes the loss.
         **options: What else the Trainer takes.
@@ -173,14 +175,12 @@ def fit(
     training.save_strategy = SaveStrategy.NO
     training.load_best_model_at_end = False
     training.disable_tqdm = True
-    trainer = trainer_class(
-        model=request.model, args=training, train_dataset=dataset, data_collator=request.collator, **options
-    )
+    trainer = trainer_class(model=model, args=training, train_dataset=dataset, data_collator=collator, **options)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     # Undo the autocast that Accelerate puts around the forward pass with bf16 or fp16: the model outlives this Trainer.
-    trainer.accelerator.unwrap_model(request.model, keep_fp32_wrapper=False)
-    request.model.eval()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.eval()
     return trainer
 
 
@@ -226,9 +226,9 @@ class Tuning(UnlearningMethod):
 
     def train(self, request: Request) -> Trainer:
         """Train; a method with another loss overrides this to name its Trainer."""
-        return fit(request, self.data(request), self.arguments(request))
+        return fit(request.model, self.data(request), request.collator, self.arguments(request))
 
     def unlearn(self, request: Request) -> list[str]:
         """Train and say for how long."""
         trainer = self.train(request)
-        return [f"{self.name}: {trainer.state.global_step} steps, learning rate {trainer.args.learning_rate:g}"]
+        return [f"{trainer.state.global_step} steps, learning rate {trainer.args.learning_rate:g}"]

@@ -74,7 +74,7 @@ class GradientAscent(Tuning):
         max_loss = math.log(count_classes(request)) if self.max_loss is None else self.max_loss
         training = self.arguments(request)
         training.learning_rate *= 1.0 if self.learning_rate is not None else 0.1
-        return fit(request, self.data(request), training, partial(AscentTrainer, max_loss))
+        return fit(request.model, self.data(request), request.collator, training, partial(AscentTrainer, max_loss))
 
     def unlearn(self, request: Request) -> list[str]:
         """Ascend, and say whether the bound ended it."""
@@ -82,6 +82,6 @@ class GradientAscent(Tuning):
         assert isinstance(trainer, AscentTrainer)
         ended = "the bound" if trainer.reached >= trainer.max_loss else "the last step"
         return [
-            f"{self.name}: {trainer.state.global_step} steps, learning rate {trainer.args.learning_rate:g}; ended by "
+            f"{trainer.state.global_step} steps, learning rate {trainer.args.learning_rate:g}; ended by "
             f"{ended}, batch loss {trainer.reached:.2f}"
         ]

@@ -23,5 +23,5 @@ class Retrain(UnlearningMethod):
         """Train anew."""
         request.restore_initial()
         trainer_class = UnlearningTrainer if request.eval_mode else Trainer
-        trainer = fit(request, request.retain, request.training, trainer_class)
-        return [f"{self.name}: {trainer.state.global_step} steps from the initial parameters"]
+        trainer = fit(request.model, request.retain, request.collator, request.training, trainer_class)
+        return [f"{trainer.state.global_step} steps from the initial parameters"]

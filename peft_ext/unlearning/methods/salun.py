@@ -87,7 +87,9 @@ class SalUn(RandomLabels):
         ]
         try:
             callbacks = [KeepMasked(parameters, masks)]
-            return fit(request, self.data(request), self.arguments(request), callbacks=callbacks)
+            return fit(
+                request.model, self.data(request), request.collator, self.arguments(request), callbacks=callbacks
+            )
         finally:
             for hook in hooks:
                 hook.remove()
