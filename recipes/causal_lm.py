@@ -153,14 +153,31 @@ def group_references(sources: Sequence[str], targets: Sequence[str]) -> dict[str
     return groups
 
 
-def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TextData:
-    """Load, check, sample and encode the data."""
+def check_arguments(args: DataArguments) -> None:
+    """What shows without the data."""
     if not args.text_column and "{source}" not in args.prompt_template:
         raise UserError(f"prompt_template: {args.prompt_template!r} does not contain {{source}}")
     for name in ("max_source_length", "max_target_length", "max_train_samples", "max_eval_samples", "max_eval_prompts"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+
+
+def encode_split(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> datasets.Dataset:
+    """The rows of a split as token ids and labels, and nothing else."""
+    return split.map(
+        encode,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "args": args},
+        remove_columns=split.column_names,
+        keep_in_memory=True,
+        desc="encoding",
+    )
+
+
+def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TextData:
+    """Load, check, sample and encode the data."""
+    check_arguments(args)
     train, validation = load_splits(args)
     prompts: list[str] = []
     references: list[list[str]] = []
@@ -171,20 +188,9 @@ def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
             chosen = random.Random(inputs.SUBSET_SEED).sample(chosen, args.max_eval_prompts)
         prompts = render_prompts(chosen, args)
         references = [groups[source] for source in chosen]
-
-    def prepare(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-        return inputs.random_subset(split, limit).map(
-            encode,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "args": args},
-            remove_columns=split.column_names,
-            keep_in_memory=True,
-            desc="encoding",
-        )
-
     return TextData(
-        train=prepare(train, args.max_train_samples),
-        validation=prepare(validation, args.max_eval_samples),
+        train=encode_split(inputs.random_subset(train, args.max_train_samples), tokenizer, args),
+        validation=encode_split(inputs.random_subset(validation, args.max_eval_samples), tokenizer, args),
         prompts=prompts,
         references=references,
     )

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def parse_arguments(recipe: str, types: Sequence[Any], argv: Sequence[str]) -> t
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}{_hint(unknown[0].lstrip('-'), known)}")
+        raise UserError(f"unknown argument {unknown[0]!r}{hint(unknown[0].lstrip('-'), known)}")
     return tuple(parsed)
 
 
@@ -226,7 +226,7 @@ def _flags_of_file(path: Path, known: set[str]) -> list[str]:
     flags: list[str] = []
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{_hint(str(key), known)}")
+            raise UserError(f"{path}: unknown key {key!r}{hint(str(key), known)}")
         if isinstance(value, list) and value:
             flags += [f"--{key}", *map(_as_text, value)]
         elif value is not None and value != []:
@@ -238,7 +238,8 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _hint(name: str, known: set[str]) -> str:
+def hint(name: str, known: Iterable[str]) -> str:
+    """What a message about an unknown name ends with."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists what there is"
 

@@ -1,0 +1,31 @@
+"""Unlearning methods with one interface: what a report compares."""
+
+from .base import Request, UnlearningMethod, UnlearningTrainer, fit, trainable_parameters, trainable_state
+from .finetune import Finetune
+from .gradient_ascent import GradientAscent
+from .ledger import Ledger
+from .ntk import FastNTK, GaussNewton
+from .random_labels import RandomLabels
+from .retrain import Retrain
+from .salun import SalUn
+
+_ALL = (Retrain, Finetune, GradientAscent, RandomLabels, SalUn, FastNTK, GaussNewton, Ledger)
+METHODS: dict[str, type[UnlearningMethod]] = {method.name: method for method in _ALL}
+
+__all__ = [
+    "METHODS",
+    "FastNTK",
+    "Finetune",
+    "GaussNewton",
+    "GradientAscent",
+    "Ledger",
+    "RandomLabels",
+    "Request",
+    "Retrain",
+    "SalUn",
+    "UnlearningMethod",
+    "UnlearningTrainer",
+    "fit",
+    "trainable_parameters",
+    "trainable_state",
+]

@@ -1,0 +1,95 @@
+"""SalUn: random labels on the salient parameters (Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-based
+Weight Saliency", ICLR 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from .base import Request, fit, trainable_parameters
+from .random_labels import IGNORED, RandomLabels
+
+
+class KeepMasked(TrainerCallback):
+    """Puts parameters outside a mask back after every step: weight decay and momentum must not move them either.
+
+    Args:
+        parameters: The trainable parameters, by name.
+        masks: True where a parameter may change.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], masks: dict[str, torch.Tensor]) -> None:
+        self.kept = [(parameter, masks[name], parameter.detach().clone()) for name, parameter in parameters.items()]
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put them back."""
+        for parameter, mask, value in self.kept:
+            parameter.copy_(torch.where(mask, parameter, value))
+
+
+def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
+    """The gradient of the mean loss of the forget set, by parameter; every process goes through the whole set."""
+    parameters = trainable_parameters(request.model)
+    request.model.eval()
+    device = next(iter(parameters.values())).device
+    gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for batch in request.loader(request.forget):
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        labels = batch["labels"]
+        # The loss is a mean over the batch's images, or over the tokens that are predicted from the one before.
+        count = (labels[:, 1:] if labels.dim() > 1 else labels).ne(IGNORED).sum()
+        loss = request.model(**batch).loss * count
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, part in zip(parameters, found):
+            if part is not None:
+                gradient[name] += part
+    return gradient
+
+
+def saliency_masks(gradient: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """True for the given share of all numbers: those with the largest absolute gradient (equation 4 of the paper)."""
+    size = torch.cat([part.abs().flatten() for part in gradient.values()])
+    chosen = torch.zeros_like(size, dtype=torch.bool)
+    chosen[size.argsort(descending=True, stable=True)[: round(share * len(size))]] = True
+    parts = chosen.split([part.numel() for part in gradient.values()])
+    return {name: part.view(gradient[name].shape) for name, part in zip(gradient, parts)}
+
+
+@dataclass
+class SalUn(RandomLabels):
+    """Random labels that change only the parameters on which the loss of the forget set depends most.
+
+    Attributes:
+        share: How many of the trainable numbers may change; the paper's threshold is the median.
+    """
+
+    name: ClassVar[str] = "salun"
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ValueError(f"{self.name}: share is {self.share}; it must be above 0 and at most 1")
+
+    def train(self, request: Request) -> Trainer:
+        """Train below the mask of the model as it is."""
+        request.model.to(request.training.device)  # type: ignore[arg-type]
+        masks = saliency_masks(forget_gradient(request), self.share)
+        parameters = trainable_parameters(request.model)
+        # Masked gradients too, for those outside would use up the bound on the gradient's norm.
+        hooks = [
+            parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask)
+            for name, parameter in parameters.items()
+        ]
+        try:
+            callbacks = [KeepMasked(parameters, masks)]
+            return fit(
+                request.model, self.data(request), request.collator, self.arguments(request), callbacks=callbacks
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,391 @@
+"""The unlearning recipe from end to end on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
+
+from peft_ext.unlearning.methods import METHODS, trainable_state
+from peft_ext.unlearning.report import UnlearningResult
+from recipes import digits, unlearn
+from recipes.common import CONFIGS, UserError, parse_arguments, parse_methods
+from recipes.forgetting import (
+    CaseArguments,
+    CaseSpec,
+    Samples,
+    choose,
+    memorisation_scores,
+    parse_cases,
+    with_copies,
+)
+from recipes.resnet import CifarResNet
+from recipes.unlearn import DataArguments, ModelArguments, UnlearnArguments, main, parse_unlearning_methods
+from recipes.usage import Usage
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPES = [ModelArguments, DataArguments, CaseArguments, UnlearnArguments, TrainingArguments]
+ADAPTER = ["--adapter", "{name: nola, r: 2, num_basis: 8}"]
+FLAGS = (
+    "--num_train_epochs 6 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --learning_rate 2e-2 "
+    "--relearn_limit 3 --use_cpu --disable_tqdm true"
+).split()
+
+
+@pytest.fixture
+def images(vit_folder: Path, image_folder: Path, tmp_path: Path) -> list[str]:
+    """A short run on images of three colours: 6 for training and 4 for testing of each."""
+    text = f"--model_name_or_path {vit_folder} --dataset_name {image_folder} --eval_split test"
+    return [
+        *text.split(),
+        "--adapter",
+        "{name: nola, r: 2, num_basis: 8}",
+        "--output_dir",
+        str(tmp_path / "out"),
+        *FLAGS,
+    ]
+
+
+@pytest.fixture
+def texts(model_folder: Path, data_folder: Path, tmp_path: Path) -> list[str]:
+    """A short run on 24 descriptions, two of each of 12 restaurants."""
+    text = (
+        f"--task text --model_name_or_path {model_folder} --dataset_name {data_folder} --source_column mr "
+        "--target_column ref --max_source_length 60 --max_target_length 30"
+    )
+    return [
+        *text.split(),
+        "--adapter",
+        "{name: nola, r: 2, num_basis: 8}",
+        "--output_dir",
+        str(tmp_path / "out"),
+        *FLAGS,
+    ]
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without their tables and figures, which one test looks at."""
+    monkeypatch.setattr(unlearn, "write_report", lambda *_: None)
+
+
+def result(folder: Path, name: str) -> UnlearningResult:
+    return UnlearningResult.load(folder / f"{name}-seed42")
+
+
+def accuracy(found: UnlearningResult, split: str) -> float:
+    return float(found.outcomes[split].correct.mean())
+
+
+def loss(found: UnlearningResult, split: str) -> float:
+    return float(found.outcomes[split].losses.mean())
+
+
+def test_cases_methods_and_seeds_in_one_report(
+    images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    methods = ["--methods", "{name: salun, label: SalUn, max_steps: 2, share: 0.3}"]
+    main([*images, "--cases", "class:red", "random:0.3", *methods, "--seeds", "3", "4"])
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    labels = ["original", "retrain", "SalUn"]
+    assert [(row["case"], row["method"]) for row in rows] == [
+        (name, label) for name in ("class red", "random 30 %") for label in labels
+    ]
+    assert all(row["seeds"] == [3, 4] for row in rows)
+    assert rows[0]["samples"] == {"forget": 6, "retain": 12, "test": 8, "heldout": 4}
+    assert rows[3]["samples"] == {"forget": 5, "retain": 13, "test": 12}
+    # A head of 3 x 32 and 3; the query and value projections of two layers, 2 x 8 coefficients each.
+    assert {row["parameters"] for row in rows} == {99 + 64}
+    original, gold = rows[:2]
+    assert original["accuracy_forget"]["mean"] == 1 and gold["accuracy_forget"]["mean"] == 0
+    assert gold["seconds"]["mean"] > 0 and "relearn_steps" in gold and "relearn_steps" not in original
+    golds = [UnlearningResult.load(out / "random-30" / f"retrain-seed{seed}") for seed in (3, 4)]
+    assert loss(golds[0], "test") != loss(golds[1], "test")
+    assert "2 steps, learning rate 0.02" in (out / "report.md").read_text()
+    printed = capsys.readouterr().out
+    assert printed.count("SalUn, seed 4: forget") == 2 and "report.md, report.json" in printed
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_takes_what_is_there(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None
+) -> None:
+    arguments = [*images, "--cases", "class:red", "memorised:0.2", "--methods", "salun", "--memorised_pairs", "1"]
+    main(arguments)
+    folder = tmp_path / "out" / "class-red"
+    before = result(folder, "salun")
+    assert len(result(tmp_path / "out" / "memorised-20", "salun").outcomes["forget"]) == 4
+    (folder / "salun-seed42" / "unlearning.json").unlink()
+    trained = []
+    fit = unlearn.fit
+
+    def counted(model: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        trained.append(len(data))
+        return fit(model, data, *args, **kwargs)
+
+    monkeypatch.setattr(unlearn, "fit", counted)
+    main([*arguments, "--resume_from_checkpoint", "true"])
+    assert trained in ([6], []), "more was trained than the relearning of one result"
+    again = result(folder, "salun")
+    for split, outcome in before.outcomes.items():
+        np.testing.assert_array_equal(outcome.losses, again.outcomes[split].losses)
+    assert (before.relearn_steps, before.notes) == (again.relearn_steps, again.notes)
+
+
+def test_another_run_in_the_same_folder_starts_anew(images: list[str], tmp_path: Path, no_report: None) -> None:
+    flags = [*images, "--cases", "class:red", "--methods", "{name: finetune, max_steps: 1}", "--relearn_limit", "0"]
+    main(flags)
+    before = result(tmp_path / "out" / "class-red", "retrain")
+    main([*flags, "--overwrite_output_dir", "true", "--learning_rate", "3e-2"])
+    after = result(tmp_path / "out" / "class-red", "retrain")
+    assert loss(before, "retain") != loss(after, "retain")
+    assert before.relearn_steps is before.relearn_limit is None
+
+
+def test_texts(texts: list[str], tmp_path: Path, no_report: None) -> None:
+    cases = ["--cases", "groups:0.25", "filter", "--group_pattern", r"name\[(.*?)\]", "--forget_filter", r"name\[N1\]"]
+    methods = ["--methods", "{name: random_labels, max_steps: 2}", "{name: gradient_ascent, max_steps: 2}"]
+    main([*texts, *cases, *methods, "--num_train_epochs", "12"])
+    labels = ["original", "retrain", "random_labels-max_steps=2", "gradient_ascent-max_steps=2"]
+    for case, size in (("groups-25", 6), ("filter", 2)):
+        found = {label: result(tmp_path / "out" / case, label) for label in labels}
+        for each in found.values():
+            assert len(each.outcomes["forget"]) == size and each.parameters == 32
+            ratios = each.outcomes["forget"].truth_ratio
+            assert ratios is not None and (ratios > 0).all() and len(ratios) == size
+        before = loss(found["original"], "forget")
+        assert loss(found["retrain"], "forget") > before and loss(found[labels[3]], "forget") > before
+    assert len(found["original"].outcomes["heldout"]) == 2
+
+
+@pytest.fixture
+def resnet(tmp_path: Path) -> tuple[CifarResNet, list[str]]:
+    """A saved ResNet-20 with statistics of its own, and flags to use it on the digits."""
+    torch.manual_seed(1)
+    network = CifarResNet()
+    for name, value in network.named_buffers():
+        if "running" in name:
+            value.uniform_(0.01, 0.1)
+    save_file(network.state_dict(), tmp_path / "resnet.safetensors")
+    text = f"--network resnet20 --network_weights {tmp_path / 'resnet.safetensors'} --image_size 8 --max_steps 3"
+    return network, [*FLAGS, *text.split(), "--output_dir", str(tmp_path / "out")]
+
+
+def test_parameters_by_name_in_a_network_with_batch_norm(
+    resnet: tuple[CifarResNet, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None
+) -> None:
+    network, flags = resnet
+    flags += ["--dataset_name", digits.prepare_data(tmp_path), "--trainable_parameters", "bn|linear"]
+    flags += ["--max_train_samples", "40", "--max_eval_samples", "20", "--cases", "random:0.2"]
+    models = []
+    run = unlearn.train_by_name
+
+    def remembered(*args: Any) -> Any:
+        model = run(*args)
+        models.append((model, trainable_state(model)))
+        return model
+
+    monkeypatch.setattr(unlearn, "train_by_name", remembered)
+    main([*flags, "--methods", "{name: random_labels, max_steps: 2}"])
+    pretrained = network.state_dict()
+    assert len(models) == 5  # a check, the original, three that start from it
+    for model, initial in models:
+        assert set(initial) == {name for name in pretrained if ("bn" in name or "linear" in name) and name in initial}
+        assert len(initial) == 2 * 19 + 2
+        assert all((value == float("weight" in name)).all() for name, value in initial.items() if "bn" in name)
+        assert not torch.equal(initial["linear.weight"], pretrained["linear.weight"])
+        for name, value in model.state_dict().items():
+            if name not in initial:
+                assert torch.equal(value, pretrained[name]), name
+    saved = load_file(tmp_path / "out" / "original-seed42.safetensors")
+    assert saved.keys() == models[0][1].keys()
+    for name in ("linear.weight", "linear.bias", "bn1.weight"):
+        assert not torch.equal(saved[name], models[0][1][name])
+
+
+def test_two_processes(images: list[str], tmp_path: Path, no_report: None) -> None:
+    methods = [
+        "--cases",
+        "class:red",
+        "--methods",
+        "{name: random_labels, epochs: 4}",
+        "{name: gauss_newton, draws: null}",
+    ]
+    main([*images, *methods, "--output_dir", str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(CONFIGS / "accelerate_cpu_x2.yaml"), "-m", "recipes.unlearn"]
+    # Half the images in each process: the same steps as in one.
+    command = [*launch, *images, *methods, "--per_device_train_batch_size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("random_labels epochs=4, seed 42: forget") == 1
+    for label in ("original", "retrain", "random_labels-epochs=4", "gauss_newton-draws=None"):
+        one, two = (result(tmp_path / name / "class-red", label) for name in ("one", "out"))
+        for split, outcome in one.outcomes.items():
+            assert len(outcome) == len(two.outcomes[split])
+            assert accuracy(one, split) == pytest.approx(accuracy(two, split), abs=0.2), label
+        assert loss(two, "test") == pytest.approx(loss(one, "test"), abs=0.1)
+
+
+def test_memorisation_is_what_a_sample_adds_to_its_own_probability() -> None:
+    seen: list[tuple[list[int], int]] = []
+
+    def probabilities(places: list[int], seed: int) -> np.ndarray:
+        seen.append((places, seed))
+        found = np.full(9, 0.9)  # known whether it is trained on or not
+        found[4] = 0.8 if 4 in places else 0.1
+        return found
+
+    scores = memorisation_scores(9, 3, 0, probabilities)
+    np.testing.assert_allclose(scores, [0.7 if i == 4 else 0 for i in range(9)], atol=1e-12)
+    assert len(seen) == 6 and len({seed for _, seed in seen}) == 6
+    for (first, _), (second, _) in zip(seen[::2], seen[1::2]):
+        assert sorted(first + second) == list(range(9))
+    assert seen[0][0] != seen[2][0]
+
+
+def samples(kinds: list[str]) -> Samples:
+    return Samples([{"x": torch.tensor(i), "labels": 0} for i in range(len(kinds))], kinds)  # type: ignore[arg-type]
+
+
+def test_the_forget_set_is_drawn_by_its_own_seed() -> None:
+    train = samples([""] * 50)
+
+    def drawn(seed: int) -> list[int]:
+        args = CaseArguments(forget_seed=seed)
+        return choose(CaseSpec("random", 0.2), args, train, train, lambda: np.zeros(0)).forget
+
+    assert len(drawn(0)) == 10 and drawn(0) == drawn(0) != drawn(1)
+
+
+def test_memorised_are_the_highest_scores() -> None:
+    train = samples([""] * 5)
+    scores = np.array([0.1, 0.9, -0.5, 0.3, 0.2])
+    case = choose(CaseSpec("memorised", 0.4), CaseArguments(), train, train, lambda: scores)
+    assert case.forget == [1, 3] and case.test == list(range(5)) and case.heldout == []
+
+
+def test_groups_are_forgotten_whole() -> None:
+    kinds = [f"name[{name}], food[{i}]" for i, name in enumerate("aabbccddee")] + ["food[1]"]
+    args = CaseArguments(group_pattern=r"name\[(.*?)\]")
+    case = choose(CaseSpec("groups", 0.4), args, samples(kinds), samples(kinds[:6]), lambda: np.zeros(0))
+    assert len(case.forget) == 4 and all(place ^ 1 in case.forget for place in case.forget)
+    names = {kinds[place][5] for place in case.forget}
+    assert case.heldout == [place for place in range(6) if kinds[place][5] in names]
+    assert sorted(case.heldout + case.test) == list(range(6))
+
+
+def test_copies_are_forgotten_too() -> None:
+    rows = [{"x": torch.tensor([float(i % 4)]), "labels": [i % 4 + i // 8]} for i in range(10)]
+    assert with_copies(rows, 10, [1]) == [1, 5]
+
+
+def test_memory_of_a_block_is_measured() -> None:
+    before = torch.ones(30_000_000)  # not counted
+    with Usage(torch.device("cpu")) as usage:
+        taken = torch.ones(10_000_000)
+        time.sleep(0.1)  # for several samples
+        del taken
+    del before
+    assert usage.seconds >= 0.1
+    assert usage.peak_memory is None or 35e6 < usage.peak_memory < 100e6
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("unlearn_*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_parses(path: Path) -> None:
+    model, data, cases, args, training = parse_arguments("unlearn", TYPES, [str(path)])
+    unlearn.check_arguments(model, data, args, training)
+    parse_cases(cases, args.task == "text")
+    assert parse_unlearning_methods(args.methods)
+    if args.adapter:
+        parse_methods([args.adapter])[0].config(None, 0)
+
+
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
+    monkeypatch.setattr(digits, "_STEPS", 20)
+    threads = torch.get_num_threads()
+    try:
+        short = ["--seeds", "0", "--max_steps", "8", "--relearn_limit", "1", "--max_train_samples", "120"]
+        short += ["--max_eval_samples", "60", "--disable_tqdm", "true", "--methods", *METHODS]
+        short.remove("retrain")
+        main(["--preset", "quickstart", "--output_dir", str(tmp_path / "out"), *short])
+    finally:
+        torch.set_num_threads(threads)
+    names = {path.parent.name for path in tmp_path.glob("out/class-7/*/unlearning.json")}
+    assert names == {f"{name}-seed0" for name in ("original", *METHODS)}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--cases", "class:pink"], ["no class 'pink'", "red, green, blue"]),
+        (["--cases", "clas:red"], ["'clas'", "did you mean 'class'?"]),
+        (["--cases", "filter"], ["'filter'", "random, memorised, class"]),
+        (["--cases", "random:1.5"], ["'random:1.5'", "random:0.1"]),
+        (["--cases", "random:0.1", "random:0.1"], ["twice"]),
+        (["--cases", "random:0.99"], ["takes all of the 18 training samples"]),
+        (["--methods", "salum"], ["'salum'", "did you mean 'salun'?"]),
+        (["--methods", "retrain"], ["always runs"]),
+        (["--methods", "{name: salun, shar: 0.3}"], ["'shar'", "share"]),
+        (["--methods", "{name: salun, share: 3}"], ["'salun share=3'", "share is 3"]),
+        (["--methods", "salun", "salun"], ["two are called 'salun'"]),
+        (["--trainable_parameters", "bn"], ["either --adapter", "--trainable_parameters"]),
+        (["--adapter", "nolo"], ["'nolo'", "nola"]),
+        (["--adapter", "{name: nola, target_modules: [nowhere]}"], ["nowhere", "q_proj"]),
+        (["--seeds", "1", "1"], ["seeds", "twice"]),
+        (["--network", "resnet20"], ["--network_weights"]),
+        (["--data_seeds", "1", "2"], ["data_seeds"]),
+        (["--relearn_limit", "-1"], ["relearn_limit is -1"]),
+        (["--forget_filter", "red"], ["'filter'", "--forget_filter", "both"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_bad_input(
+    images: list[str], refused: Callable[..., str], tmp_path: Path, flags: list[str], said: list[str]
+) -> None:
+    message = refused([*images, *flags], main=main)
+    assert all(part in message for part in said), message
+    assert not (tmp_path / "out").exists(), "a refused run must not stand in the way of the next"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--cases", "filter", "--forget_filter", "Alimentum"], ["'Alimentum'", "takes none of the 24"]),
+        (["--cases", "filter", "--forget_filter", "name"], ["'name'", "takes all of the 24"]),
+        (["--cases", "filter", "--forget_filter", "na[me"], ["'na[me'", "no regular expression"]),
+        (["--cases", "groups:0.2"], ["--group_pattern"]),
+        (["--cases", "groups:0.2", "--group_pattern", "name"], ["parentheses"]),
+        (["--cases", "groups:0.2", "--group_pattern", r"near\[(.*?)\]"], ["finds 0 groups"]),
+        (["--cases", "class:red"], ["'class'", "random, memorised, filter, groups"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_bad_input_for_texts(
+    texts: list[str], refused: Callable[..., str], tmp_path: Path, flags: list[str], said: list[str]
+) -> None:
+    message = refused([*texts, *flags], main=main)
+    assert all(part in message for part in said), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_in_no_parameter(resnet: tuple[CifarResNet, list[str]], tmp_path: Path) -> None:
+    _, flags = resnet
+    flags += ["--dataset_name", digits.prepare_data(tmp_path), "--max_train_samples", "20"]
+    with pytest.raises(UserError, match="'norm' is in no name; there are conv1.weight, bn1.weight"):
+        main([*flags, "--trainable_parameters", "norm"])
+    with pytest.raises(UserError, match="resnet20 takes no adapter"):
+        main([*flags, "--adapter", "nola"])
