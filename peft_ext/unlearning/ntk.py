@@ -91,7 +91,8 @@ class NTKUnlearner:
             O(n (n + p)) for n rows of the Jacobian), `"matrix_free"` (memory O(p); conjugate gradients to a relative
             residual of 1e-4; Gauss-Newton only), or `"auto"`: the smaller one of the first two that fits `memory`, or
             the third.
-        damping: first value of what is added to the diagonal, in units of its mean; for `fast_ntk` the ridge.
+        damping: first value of what is added to the diagonal, in units of its mean, 1 by default; for `fast_ntk` the
+            ridge, 0.01 by default.
         max_steps: keep at most as many Gauss-Newton steps.
         tolerance: stop when a step lowers the objective by less than this, relative to its value.
         retain_tolerance: the retain loss may end at most this far above its start, in nats per target.
@@ -101,9 +102,12 @@ class NTKUnlearner:
             them. Default: the weights that the model has when `fit` is called.
         weight_decay: of training: the objective is the retain loss plus half of this times the squared distance from
             `reference`.
-        draws: estimate the curvature from as many labels a sample, drawn from the model: one backward pass each,
-            instead of one a class. They depend on the sample alone. `None` for the exact curvature, which is out of
-            reach for large vocabularies. Not for `fast_ntk`.
+        draws: estimate the curvature from as many random vectors a sample: one backward pass each, instead of one a
+            class. They depend on the sample alone. `None` for the exact curvature, which is out of reach for large
+            vocabularies. Not for `fast_ntk`.
+        estimator: `"signs"`: the vectors `sqrt(p_y) (e_y - p)` of all labels y added up with random signs; or
+            `"labels"`: `e_y - p` of a label drawn from the model, as in the usual estimate of the Fisher matrix. Both
+            are right on average; the second one sees little of a model that is sure of its labels.
         curvature_samples: estimate the curvature from about as many samples of the retain set, chosen by their hash.
             Default: all. Not for `fast_ntk`.
         memory: bytes for matrices, and for the derivatives of a chunk of samples.
@@ -118,7 +122,7 @@ class NTKUnlearner:
         loss: str = "cross_entropy",
         method: Literal["gauss_newton", "fast_ntk"] = "gauss_newton",
         form: Literal["auto", "parameter", "kernel", "matrix_free"] = "auto",
-        damping: float = 0.1,
+        damping: float | None = None,
         max_steps: int = 10,
         tolerance: float = 1e-3,
         retain_tolerance: float = 0.05,
@@ -126,6 +130,7 @@ class NTKUnlearner:
         reference: Mapping[str, torch.Tensor] | None = None,
         weight_decay: float = 0.0,
         draws: int | None = 1,
+        estimator: Literal["signs", "labels"] = "signs",
         curvature_samples: int | None = None,
         memory: float = 4e9,
     ) -> None:
@@ -133,6 +138,8 @@ class NTKUnlearner:
         check_choice("method", method, ("gauss_newton", "fast_ntk"))
         self._forms = ("parameter", "kernel", "matrix_free")[: 3 if method == "gauss_newton" else 2]
         check_choice("form", form, ("auto", *self._forms))
+        if damping is None:
+            damping = 1.0 if method == "gauss_newton" else 0.01
         for name, value in (("damping", damping), ("memory", memory)):
             check_number(name, value)
             if value <= 0:
@@ -148,12 +155,13 @@ class NTKUnlearner:
         for name, count in (("max_steps", max_steps), ("draws", draws), ("curvature_samples", curvature_samples)):
             if count is not None or name == "max_steps":
                 check_positive_integer(name, count)
+        check_choice("estimator", estimator, ("signs", "labels"))
         self.method, self.form, self.damping, self.memory = method, form, damping, memory
         self.max_steps, self.tolerance, self.retain_tolerance = max_steps, tolerance, retain_tolerance
         self.weight_decay, self.draws, self.curvature_samples = weight_decay, draws, curvature_samples
         if method == "fast_ntk":
             loss, self.draws, self.curvature_samples = "squared_error", None, None
-        self.function = AdapterFunction(model, LOSSES[loss](), parameters, memory / 4)
+        self.function = AdapterFunction(model, LOSSES[loss](), parameters, memory / 4, estimator)
         self.reference = None if reference is None else self.function.flatten(reference)
 
     def fit(self, retain: Loader, forget: Loader) -> UnlearningReport:
@@ -376,16 +384,16 @@ class NTKUnlearner:
         if not math.isfinite(curvature.mean):
             raise ValueError("The curvature is not finite: the adapter or the retain set leads to NaN or infinity.")
         if share < 1 or self.draws is not None:
-            labels = "all labels" if self.draws is None else f"{self.draws} sampled label{'s' * (self.draws > 1)} each"
+            each = "all labels" if self.draws is None else f"{self.draws} x random {self.function.estimator} each"
             error = float(along_all.std() / along_all.mean()) / len(along_all) ** 0.5
             report.curvature = (
-                f"{len(along_all):,} of {retained:,} retain samples, {labels}: relative standard error of the "
+                f"{len(along_all):,} of {retained:,} retain samples, {each}: relative standard error of the "
                 f"curvature along the gradient {error:.2g}"
             )
         return curvature
 
     def _matrix_free(self, retain: Loader, share: float, report: UnlearningReport) -> Curvature:
-        """Exact products. The mean of the diagonal, which only scales the damping, is estimated from single labels."""
+        """Exact products. The mean of the diagonal, which only scales the damping, is estimated from single draws."""
         function = self.function
         sums = torch.zeros(3, dtype=torch.float64)
         for found in function.linearise(retain, 1, share):

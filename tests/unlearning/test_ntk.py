@@ -66,12 +66,13 @@ def test_rows_make_the_gauss_newton_matrix(name, loss):
     assert torch.allclose(product, expected @ v, atol=1e-9 * float(product.abs().max()))
 
 
+@pytest.mark.parametrize("estimator", ["signs", "labels"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["CNN, batch-norm", "GPT-2, prompt"])
-def test_sampled_rows_have_that_mean(name, loss):
+def test_sampled_rows_have_that_mean(name, loss, estimator):
     make, samples = PROBLEMS[name]
     model, rows = make(), samples(2)
-    function = AdapterFunction(model, LOSSES[loss]())
+    function = AdapterFunction(model, LOSSES[loss](), estimator=estimator)
     expected = dense_curvature(model, rows, loss)
     errors = [float((gram(function, rows, draws) - expected).norm() / expected.norm()) for draws in (16, 1024)]
     assert errors[1] < 0.2
@@ -282,7 +283,7 @@ def test_estimates_state_their_error():
     exact = NTKUnlearner(copy.deepcopy(model), draws=None, max_steps=1).fit(loader(retain), loader(forget))
     assert exact.curvature == "exact"
     sampled = NTKUnlearner(model, draws=2, curvature_samples=8, max_steps=1).fit(loader(retain), loader(forget))
-    assert "of 16 retain samples, 2 sampled labels each: relative standard error" in sampled.curvature
+    assert "of 16 retain samples, 2 x random signs each: relative standard error" in sampled.curvature
 
 
 def test_training_mode_and_gradients_are_left_as_they_were():
