@@ -9,6 +9,7 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
+import unlearning_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import PROBLEMS, fit, images, loader, trainable, trained
@@ -384,3 +385,15 @@ def test_the_smaller_form_is_chosen():
         unlearner = NTKUnlearner(model, max_steps=1)
         assert unlearner._form(n) == form
     assert NTKUnlearner(model, max_steps=1).fit(loader(images(6, 1)), loader(forget)).form == "kernel"
+
+
+def test_two_processes_do_what_one_does(two_processes, tmp_path):
+    """Eleven and five samples in batches of two, so that Accelerate repeats some to fill up the last round."""
+    expected = unlearning_worker.forgotten(lambda x: x, tmp_path)
+    start = torch.cat([value.flatten() for value in trainable(problems.batch_norm()).values()])
+    for rank in range(unlearning_worker.WORLD):
+        found = torch.load(two_processes / f"forgotten.{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (value - start).norm() > 1e-4, name
+            assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-6 * float((value - start).abs().max())), name
