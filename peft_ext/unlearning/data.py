@@ -119,5 +119,5 @@ def uniform(key: str, *purpose: str | int, shape: tuple[int, ...] = ()) -> torch
     from .. import randomness
 
     seed = int.from_bytes(hashlib.sha256(f"{key} {purpose}".encode()).digest()[:8], "big")
-    numbers = randomness.uniform(seed, ("unlearning",), max(1, torch.Size(shape).numel()))
+    numbers = randomness.uniform(seed, ("unlearning",), torch.Size(shape).numel())
     return ((numbers.double() + 1) / 2).view(shape)

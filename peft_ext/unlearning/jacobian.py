@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,11 +27,13 @@ class Linearised:
         rows: probes of the loss times the Jacobian, `(n, probes, size)` in float64.
         outputs: `(n, places, c)`.
         targets: `(n, places)`.
+        keys: hashes of the samples.
     """
 
     rows: torch.Tensor
     outputs: torch.Tensor
     targets: torch.Tensor
+    keys: list[str]
 
     @property
     def num_targets(self) -> int:
@@ -46,6 +49,7 @@ class AdapterFunction:
     Args:
         model: any, also one that Accelerate has prepared.
         loss: of its outputs.
+        estimator: how random probes are made, `"signs"` or `"labels"`; see `Loss`.
         parameters: a regular expression that the names of the parameters contain; by default those that require
             gradients.
         memory: bytes that the derivatives of a chunk of samples may take.
@@ -54,10 +58,18 @@ class AdapterFunction:
         ValueError: there is no such parameter, or dropout is on.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, parameters: str | None = None, memory: float = 2e9) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        parameters: str | None = None,
+        memory: float = 2e9,
+        estimator: str = "signs",
+    ) -> None:
         self.model: nn.Module = extract_model_from_parallel(model)
         self.loss = loss
         self.memory = memory
+        self.estimator = estimator
         found = {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -139,8 +151,14 @@ class AdapterFunction:
         arguments = {name: tensor for name, tensor in batch.tensors.items() if name != "labels"}
         return outputs_and_targets(self.model(**arguments, **batch.options), batch.tensors["labels"])
 
-    def loss_and_gradient(self, loader: Iterable[Mapping[str, Any]]) -> tuple[float, int, torch.Tensor]:
+    def loss_and_gradient(
+        self, loader: Iterable[Mapping[str, Any]], limit: float = math.inf
+    ) -> tuple[float, int, torch.Tensor]:
         """Of all samples of a loader: the sum of the losses, the number of targets, the gradient of the sum.
+
+        Args:
+            limit: once the losses, which are never negative, add up to more, the rest is not computed. The sum is then
+                above the limit and the gradient is of no use.
 
         Raises:
             ValueError: there is no target.
@@ -148,6 +166,8 @@ class AdapterFunction:
         sums = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
         with self.evaluation():
             for batch in batches(loader, self.device):
+                if not sums[0] <= limit:
+                    continue  # to the end of the loader: Accelerate's would be left in the middle of an epoch
                 outputs, targets = self._call(batch)
                 loss = self.loss.values(outputs, targets).sum()
                 gradient = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
@@ -157,7 +177,7 @@ class AdapterFunction:
                 sums[1] += (targets != IGNORED).sum()
                 sums[2:] += torch.cat([part.double().flatten() for part in parts])
         sums = total(sums)
-        if not sums[1]:
+        if not sums[1] and sums[0] <= limit:
             raise ValueError("The loader gives no sample with a target.")
         return float(sums[0]), int(sums[1]), sums[2:]
 
@@ -176,7 +196,7 @@ class AdapterFunction:
         """
         with self.evaluation():
             for batch in batches(loader, self.device):
-                keys = batch.keys() if draws or share < 1 else [""] * len(batch)
+                keys = batch.keys()
                 if share < 1:
                     chosen = [i for i, key in enumerate(keys) if float(uniform(key, "subset")) < share]
                     batch, keys = batch.select(chosen), [keys[i] for i in chosen]
@@ -189,7 +209,7 @@ class AdapterFunction:
         probes = draws or places * classes
         forward_mode = self.size < probes
         # What a forward pass keeps, as much again for every vector on the way back, and rows in two precisions.
-        need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 4 * places * classes)
+        need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 16 * places * classes)
         chunk = max(1, int(self.memory / need))
 
         def one(sample: dict[str, torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +219,9 @@ class AdapterFunction:
             def probe(outputs: torch.Tensor) -> torch.Tensor:
                 if draws is None:
                     return self.loss.exact_probes(outputs, present)
-                return self.loss.sampled_probes(outputs, present, u)
+                if self.estimator == "signs":
+                    return self.loss.sign_probes(outputs, present, u)
+                return self.loss.label_probes(outputs, present, u)
 
             if forward_mode:
                 jacobian, outputs = jacfwd(lambda p: (function(p),) * 2, has_aux=True)(parameters)
@@ -211,8 +233,9 @@ class AdapterFunction:
 
         for start in range(0, len(batch), chunk):
             part = batch.select(slice(start, start + chunk))
-            shape = (draws or 1, places)
-            u = torch.stack([uniform(key, "labels", shape=shape) for key in keys[start : start + chunk]])
+            part_keys = keys[start : start + chunk]
+            shape = (draws or 0, places, classes if self.estimator == "signs" else 1)
+            u = torch.stack([uniform(key, self.estimator, shape=shape) for key in part_keys])
             tensors = dict(part.tensors)
             mask = tensors.get("attention_mask")
             if mask is not None and part.tensors["labels"].dim() == 2 and (mask[:, 1:] <= mask[:, :-1]).all():
@@ -224,7 +247,7 @@ class AdapterFunction:
                     rows, outputs = (torch.stack(found) for found in zip(*singles))
                 else:
                     rows, outputs = vmap(one)(tensors, u.to(self.device))
-            yield Linearised(rows, outputs, _targets(part.tensors["labels"]))
+            yield Linearised(rows, outputs, _targets(part.tensors["labels"]), part_keys)
 
     def _one(self, sample: dict[str, torch.Tensor], options: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
         """The outputs `(places, c)` of one sample as a function of the parameters by name."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from ..tuners.config import check_choice, check_number, check_positive_integer
-from .curvature import ParameterForm
-from .data import sample_keys, total
+from .curvature import Curvature, KernelForm, ParameterForm
+from .data import gathered, sample_keys, total
 from .jacobian import AdapterFunction
 from .losses import LOSSES
 
@@ -59,6 +60,9 @@ class UnlearningLedger:
     the difference between the damped Newton steps with and without the samples: an influence function with the softmax
     curvature. It is always taken from the trained weights, so the order of requests does not matter. It is one step of
     `NTKUnlearner`, linearised once; retain data is what it takes to do better.
+
+    The curvature is kept as its rows, one for every drawn label of a sample, or as their sum of outer products `p x p`,
+    whichever is smaller. Rows of forgotten samples are deleted, their outer products are subtracted.
 
     The folder holds `ledger.json` (settings, checksum, log of requests) and one `state-*.safetensors` (tensors and the
     hashes of the remaining samples; never samples, but the trained weights are those before any request: keep it as
@@ -140,28 +144,43 @@ class UnlearningLedger:
         if (folder / _FILE).exists():
             raise ValueError(f"There is a ledger in {str(folder)!r} already: open it, or choose another folder.")
         function = AdapterFunction(model, LOSSES[loss](), parameters, memory / 4)
-        need = ParameterForm.bytes_needed(function.size)
-        if need > memory:
-            raise ValueError(
-                f"A ledger of {function.size:,} parameters needs {need / 1e9:.3g} GB, and `memory` allows "
-                f"{memory / 1e9:.3g} GB. Raise it, or name fewer parameters with `parameters`."
-            )
         keys = sample_keys(data)
+        if not keys:
+            raise ValueError("The training set is empty.")
+        rows = len(keys) * (draws or function.outputs_of_a_sample(data))
+        needs = {
+            "rows": KernelForm.bytes_needed(rows, function.size),
+            "gram": ParameterForm.bytes_needed(function.size),
+        }
+        form = min(needs, key=lambda name: needs[name])
+        if needs[form] > memory:
+            raise ValueError(
+                f"A ledger of {function.size:,} parameters and {len(keys):,} samples needs {needs[form] / 1e9:.3g} GB, "
+                f"and `memory` allows {memory / 1e9:.3g} GB. Raise it, or lower `draws`, or name fewer parameters with "
+                "`parameters`."
+            )
         weights = function.vector
         centre = weights if reference is None else function.flatten(reference)
-        gram, gradient, targets = _sums(function, data, draws)
-        if not torch.isfinite(gram).all() or not torch.isfinite(gradient).all():
+        if form == "rows":
+            found = [(key, row) for part in _linearised(function, data, draws) for key, row in zip(*part)]
+            found = sorted(gathered([(key, row.cpu()) for key, row in found]), key=lambda item: item[0])
+            curvature = torch.stack([row for _, row in found])
+        else:
+            curvature = _gram(function, data, draws).cpu()
+        _, targets, gradient = function.loss_and_gradient(data)
+        if not torch.isfinite(curvature).all() or not torch.isfinite(gradient).all():
             raise ValueError("The curvature or the gradient is not finite: the adapter or the data lead to NaN.")
         ledger = cls.__new__(cls)
         ledger.folder, ledger.memory = folder, memory
         ledger._state = {
-            "gram": gram.cpu(),
+            form: curvature,
             "gradient": gradient.cpu(),
             "trained": weights.cpu(),
             "reference": centre.cpu(),
             "weights": weights.cpu(),
             "samples": _packed(keys),
         }
+        trace = curvature.square().sum() if form == "rows" else curvature.trace()
         ledger._record = {
             "version": _VERSION,
             "fingerprint": _fingerprint(function),
@@ -169,7 +188,7 @@ class UnlearningLedger:
             "draws": draws,
             "parameters": parameters,
             "weight_decay": weight_decay,
-            "ridge": damping * float(gram.diagonal().mean()) / targets,
+            "ridge": damping * float(trace) / function.size / targets,
             "targets": targets,
             "created": _now(),
             "seconds": 0.0,
@@ -225,17 +244,26 @@ class UnlearningLedger:
         before = function.vector
         function.vector = state["trained"].to(function.device)
         try:
-            gram, gradient, targets = _sums(function, data, self._record["draws"])
+            _, targets, gradient = function.loss_and_gradient(data)
+            gram = _gram(function, data, self._record["draws"]).cpu() if "gram" in state else None
         finally:
             function.vector = before
         new = UnlearningLedger.__new__(UnlearningLedger)
         new.folder = self.folder
         new._state = {
             **state,
-            "gram": state["gram"] - gram.cpu(),
             "gradient": state["gradient"] - gradient.cpu(),
             "samples": _packed(remaining.elements()),
         }
+        if gram is None:
+            gone, stays = Counter(keys), []
+            for i, key in enumerate(_unpacked(state["samples"])):
+                gone[key] -= 1
+                if gone[key] < 0:
+                    stays.append(i)
+            new._state["rows"] = state["rows"][stays]
+        else:
+            new._state["gram"] = state["gram"] - gram
         new._record = {**self._record, "targets": self._record["targets"] - targets}
         weights = state["trained"] + new._newton_step() - state["full_step"]
         new._state["weights"] = weights
@@ -278,7 +306,12 @@ class UnlearningLedger:
         state, record = self._state, self._record
         decay, count = record["weight_decay"], record["targets"]
         gradient = state["gradient"] / count + decay * (state["trained"] - state["reference"])
-        return -ParameterForm(state["gram"] / count).solve(gradient, decay + record["ridge"])
+        form: Curvature
+        if "gram" in state:
+            form = ParameterForm(state["gram"] / count)
+        else:
+            form = KernelForm(state["rows"].double().flatten(0, 1) / math.sqrt(count))
+        return -form.solve(gradient, decay + record["ridge"])
 
     def _commit(self, number: int) -> None:
         """Makes the state on disk this one: `ledger.json` is replaced last, in one step."""
@@ -296,14 +329,18 @@ class UnlearningLedger:
         process.wait_for_everyone()
 
 
-def _sums(function: AdapterFunction, data: Loader, draws: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Curvature, gradient and number of targets of all samples."""
+def _linearised(function: AdapterFunction, data: Loader, draws: int | None) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Hashes of samples, and their rows in float32, chunk by chunk."""
+    for found in function.linearise(data, draws):
+        yield found.keys, found.rows.float()
+
+
+def _gram(function: AdapterFunction, data: Loader, draws: int | None) -> torch.Tensor:
     gram = torch.zeros(function.size, function.size, dtype=torch.float64, device=function.device)
     for found in function.linearise(data, draws):
         rows = found.rows.flatten(0, 1)
         gram.addmm_(rows.T, rows)
-    _, targets, gradient = function.loss_and_gradient(data)
-    return total(gram), gradient, targets
+    return total(gram)
 
 
 def _fingerprint(function: AdapterFunction) -> str:

@@ -62,13 +62,26 @@ class Loss(ABC):
         """
 
     @abstractmethod
-    def sampled_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Random vectors whose mean outer product is that second derivative in expectation.
+    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Sums of all those vectors with random signs: their outer product is that derivative in expectation.
 
         Args:
             outputs: `(places, c)`.
             present: `(places,)`.
-            u: uniform random numbers `(draws, places)`.
+            u: uniform random numbers in [0, 1), `(draws, places, c)`.
+
+        Returns:
+            Shape `(draws, places, c)`, divided by the square root of the number of draws.
+        """
+
+    @abstractmethod
+    def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """One of those vectors a place, drawn by its weight: likewise.
+
+        Args:
+            outputs: `(places, c)`.
+            present: `(places,)`.
+            u: uniform random numbers in [0, 1), `(draws, places, 1)`.
 
         Returns:
             Shape `(draws, places, c)`, divided by the square root of the number of draws.
@@ -96,9 +109,14 @@ class CrossEntropy(Loss):
         one_place = p.sqrt()[..., None] * (torch.eye(c).to(p) - p[:, None])  # (places, label, c)
         return _spread(one_place * present[:, None, None])
 
-    def sampled_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         p = outputs.softmax(-1)
-        labels = (p.cumsum(-1) < u[..., None].to(p)).sum(-1).clamp(max=p.shape[-1] - 1)
+        signed = torch.where(u < 0.5, p.sqrt(), -p.sqrt())
+        return (signed - p * signed.sum(-1, keepdim=True)) * (present[:, None] / len(u) ** 0.5)
+
+    def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        p = outputs.softmax(-1)
+        labels = (p.cumsum(-1) < u.to(p)).sum(-1).clamp(max=p.shape[-1] - 1)
         return (F.one_hot(labels, p.shape[-1]).to(p) - p) * (present[:, None] / len(u) ** 0.5)
 
 
@@ -117,12 +135,15 @@ class SquaredError(Loss):
         places, c = outputs.shape
         return _spread(torch.eye(c).to(outputs) * present[:, None, None])
 
-    def sampled_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        # One class a draw, at every place: its unit vector, with a sign of its own.
+    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return torch.where(u < 0.5, 1.0, -1.0).to(outputs) * (present[:, None] / len(u) ** 0.5)
+
+    def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        # One class a place, with a random sign.
         c = outputs.shape[-1]
-        place = (u * 2 * c).long().clamp(max=2 * c - 1).to(outputs.device)
-        sign = 1 - 2 * (place >= c).to(outputs)
-        return F.one_hot(place % c, c).to(outputs) * (sign * present * (c / len(u)) ** 0.5)[..., None]
+        drawn = (u[..., 0] * 2 * c).long().clamp(max=2 * c - 1)
+        sign = 1 - 2 * (drawn >= c).to(outputs)
+        return F.one_hot(drawn % c, c).to(outputs) * (sign * present * (c / len(u)) ** 0.5)[..., None]
 
 
 def _spread(one_place: torch.Tensor) -> torch.Tensor:

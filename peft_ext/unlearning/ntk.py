@@ -19,7 +19,7 @@ from .losses import IGNORED, LOSSES
 
 Loader = Iterable[Mapping[str, Any]]
 
-_REJECTIONS = 6  # in a row, each with four times the damping
+_REJECTIONS = 6  # in a row, each with eight times the damping
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Step:
     """One solution that was tried.
 
     Attributes:
-        objective: after it.
-        retain_loss: after it, mean over targets, in nats.
+        objective: after it; where it was undone, perhaps of a part of the retain set alone, which was enough.
+        retain_loss: likewise, mean over targets, in nats.
         damping: in units of the mean curvature.
         accepted: whether it was kept.
         predicted: decrease of the objective that the quadratic model promised.
@@ -91,8 +91,9 @@ class NTKUnlearner:
             O(n (n + p)) for n rows of the Jacobian), `"matrix_free"` (memory O(p); conjugate gradients to a relative
             residual of 1e-4; Gauss-Newton only), or `"auto"`: the smaller one of the first two that fits `memory`, or
             the third.
-        damping: first value of what is added to the diagonal, in units of its mean; for `fast_ntk` the ridge.
-        max_steps: at most as many Gauss-Newton steps, undone ones counted.
+        damping: first value of what is added to the diagonal, in units of its mean, 1 by default; for `fast_ntk` the
+            ridge, 0.01 by default.
+        max_steps: keep at most as many Gauss-Newton steps.
         tolerance: stop when a step lowers the objective by less than this, relative to its value.
         retain_tolerance: the retain loss may end at most this far above its start, in nats per target.
         parameters: a regular expression that the names of the parameters to change contain. Default: those that
@@ -101,9 +102,12 @@ class NTKUnlearner:
             them. Default: the weights that the model has when `fit` is called.
         weight_decay: of training: the objective is the retain loss plus half of this times the squared distance from
             `reference`.
-        draws: estimate the curvature from as many labels a sample, drawn from the model: one backward pass each,
-            instead of one a class. They depend on the sample alone. `None` for the exact curvature, which is out of
-            reach for large vocabularies. Not for `fast_ntk`.
+        draws: estimate the curvature from as many random vectors a sample: one backward pass each, instead of one a
+            class. They depend on the sample alone. `None` for the exact curvature, which is out of reach for large
+            vocabularies. Not for `fast_ntk`.
+        estimator: `"signs"`: the vectors `sqrt(p_y) (e_y - p)` of all labels y added up with random signs; or
+            `"labels"`: `e_y - p` of a label drawn from the model, as in the usual estimate of the Fisher matrix. Both
+            are right on average; the second one sees little of a model that is sure of its labels.
         curvature_samples: estimate the curvature from about as many samples of the retain set, chosen by their hash.
             Default: all. Not for `fast_ntk`.
         memory: bytes for matrices, and for the derivatives of a chunk of samples.
@@ -118,14 +122,15 @@ class NTKUnlearner:
         loss: str = "cross_entropy",
         method: Literal["gauss_newton", "fast_ntk"] = "gauss_newton",
         form: Literal["auto", "parameter", "kernel", "matrix_free"] = "auto",
-        damping: float = 0.01,
+        damping: float | None = None,
         max_steps: int = 10,
         tolerance: float = 1e-3,
-        retain_tolerance: float = 0.01,
+        retain_tolerance: float = 0.05,
         parameters: str | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
         weight_decay: float = 0.0,
         draws: int | None = 1,
+        estimator: Literal["signs", "labels"] = "signs",
         curvature_samples: int | None = None,
         memory: float = 4e9,
     ) -> None:
@@ -133,6 +138,8 @@ class NTKUnlearner:
         check_choice("method", method, ("gauss_newton", "fast_ntk"))
         self._forms = ("parameter", "kernel", "matrix_free")[: 3 if method == "gauss_newton" else 2]
         check_choice("form", form, ("auto", *self._forms))
+        if damping is None:
+            damping = 1.0 if method == "gauss_newton" else 0.01
         for name, value in (("damping", damping), ("memory", memory)):
             check_number(name, value)
             if value <= 0:
@@ -148,12 +155,13 @@ class NTKUnlearner:
         for name, count in (("max_steps", max_steps), ("draws", draws), ("curvature_samples", curvature_samples)):
             if count is not None or name == "max_steps":
                 check_positive_integer(name, count)
+        check_choice("estimator", estimator, ("signs", "labels"))
         self.method, self.form, self.damping, self.memory = method, form, damping, memory
         self.max_steps, self.tolerance, self.retain_tolerance = max_steps, tolerance, retain_tolerance
         self.weight_decay, self.draws, self.curvature_samples = weight_decay, draws, curvature_samples
         if method == "fast_ntk":
             loss, self.draws, self.curvature_samples = "squared_error", None, None
-        self.function = AdapterFunction(model, LOSSES[loss](), parameters, memory / 4)
+        self.function = AdapterFunction(model, LOSSES[loss](), parameters, memory / 4, estimator)
         self.reference = None if reference is None else self.function.flatten(reference)
 
     def fit(self, retain: Loader, forget: Loader) -> UnlearningReport:
@@ -294,27 +302,29 @@ class NTKUnlearner:
         weights = function.vector
         centre = weights if self.reference is None else self.reference
 
-        def evaluate(weights: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-            """Objective, retain loss, and the gradient of the objective."""
+        def evaluate(weights: torch.Tensor, targets: int = 1, highest: float = math.inf) -> Any:
+            """Objective, retain loss, gradient of the objective, targets; no further than the highest objective."""
             function.vector = weights
-            loss, targets, gradient = function.loss_and_gradient(retain)
             away = weights - centre
-            objective = loss / targets + 0.5 * self.weight_decay * float(away.square().sum())
-            return objective, loss / targets, gradient / targets + self.weight_decay * away
+            penalty = 0.5 * self.weight_decay * float(away.square().sum())
+            loss, found, gradient = function.loss_and_gradient(retain, (highest - penalty) * targets)
+            targets = max(found, targets)
+            loss /= targets
+            return loss + penalty, loss, gradient / targets + self.weight_decay * away, targets
 
         (forget_before,) = self._losses(forget)
-        objective, first_loss, gradient = evaluate(weights)
+        objective, first_loss, gradient, targets = evaluate(weights)
         if not (math.isfinite(objective) and torch.isfinite(gradient).all()):
             raise ValueError("The retain loss or its gradient is not finite: the adapter or the data hold NaN.")
         limit = first_loss + self.retain_tolerance
         retain_loss = first_loss
         curvature = self._curvature(retain, retained, gradient, report)
-        moved, damping, rejections = False, self.damping, 0
-        while len(report.steps) < self.max_steps and rejections < _REJECTIONS:
+        moved, damping, kept, rejections = False, self.damping, 0, 0
+        while kept < self.max_steps and rejections < _REJECTIONS:
             step = -curvature.solve(gradient, damping * curvature.mean + self.weight_decay)
             image = curvature.product(step) + self.weight_decay * step
             predicted = -float(step @ gradient) - 0.5 * float(step @ image)
-            found, found_loss, found_gradient = evaluate(weights + step)
+            found, found_loss, found_gradient, _ = evaluate(weights + step, targets, objective)
             gain = objective - found
             accepted = gain > 0 and found_loss <= limit
             report.steps.append(Step(found, found_loss, damping, accepted, predicted))
@@ -323,13 +333,13 @@ class NTKUnlearner:
             if accepted:
                 done = gain <= self.tolerance * objective
                 weights, objective, retain_loss, gradient = weights + step, found, found_loss, found_gradient
-                moved = True
+                moved, kept = True, kept + 1
                 if done:
                     break
-            if moved and ratio < 0.25 and len(report.steps) < self.max_steps:
+            if moved and ratio < 0.25 and kept < self.max_steps:
                 function.vector = weights
                 curvature, moved = self._curvature(retain, retained, gradient, report), False
-            damping *= 0.3 if ratio > 0.75 else 1 if ratio > 0.25 else 2 if accepted else 4
+            damping *= 8 if not accepted else 0.3 if ratio > 0.75 else 1 if ratio > 0.25 else 2
         function.vector = weights
         undone = sum(not step.accepted for step in report.steps)
         if undone:
@@ -339,8 +349,8 @@ class NTKUnlearner:
             )
         if undone == len(report.steps):
             report.notes.append("No step was kept: the model is unchanged.")
-        elif len(report.steps) == self.max_steps and report.steps[-1].accepted:
-            report.notes.append(f"Stopped after {self.max_steps} steps, when the objective was still falling.")
+        elif kept == self.max_steps:
+            report.notes.append(f"Stopped after {self.max_steps} steps, with the objective still falling.")
         report.retain_loss = (first_loss, retain_loss)
         report.forget_loss = (forget_before, self._losses(forget)[0])
 
@@ -374,16 +384,16 @@ class NTKUnlearner:
         if not math.isfinite(curvature.mean):
             raise ValueError("The curvature is not finite: the adapter or the retain set leads to NaN or infinity.")
         if share < 1 or self.draws is not None:
-            labels = "all labels" if self.draws is None else f"{self.draws} sampled label{'s' * (self.draws > 1)} each"
+            each = "all labels" if self.draws is None else f"{self.draws} x random {self.function.estimator} each"
             error = float(along_all.std() / along_all.mean()) / len(along_all) ** 0.5
             report.curvature = (
-                f"{len(along_all):,} of {retained:,} retain samples, {labels}: relative standard error of the "
+                f"{len(along_all):,} of {retained:,} retain samples, {each}: relative standard error of the "
                 f"curvature along the gradient {error:.2g}"
             )
         return curvature
 
     def _matrix_free(self, retain: Loader, share: float, report: UnlearningReport) -> Curvature:
-        """Exact products. The mean of the diagonal, which only scales the damping, is estimated from single labels."""
+        """Exact products. The mean of the diagonal, which only scales the damping, is estimated from single draws."""
         function = self.function
         sums = torch.zeros(3, dtype=torch.float64)
         for found in function.linearise(retain, 1, share):

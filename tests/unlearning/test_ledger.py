@@ -239,7 +239,7 @@ def test_wrong_arguments(tmp_path):
         ({"loss": "hinge"}, "`loss` must be one of"),
         ({"damping": 0}, "`damping` must be above 0"),
         ({"draws": 0}, "`draws` must be a positive integer"),
-        ({"memory": 1e4}, f"A ledger of {size} parameters needs .* GB, and `memory` allows"),
+        ({"memory": 1e4}, f"A ledger of {size} parameters and 6 samples needs .* GB, and `memory` allows"),
     ):
         with pytest.raises(ValueError, match=message):
             UnlearningLedger.create(tmp_path, model, loader(rows), **arguments)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import observe_worker
 import pytest
 import tiny_models
 import torch
+import unlearning_worker
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,7 +219,7 @@ def test_observe_a_classifier_as_a_plain_loop_does():
 
 def test_observe_a_language_model_as_a_plain_loop_does():
     model = tiny_models.llama()
-    rows = observe_worker.rows(5)
+    rows = unlearning_worker.rows(5)
     outcome = metrics.observe(model, DataLoader(rows, batch_size=2))
     for index, row in enumerate(rows):
         with torch.no_grad():
@@ -287,7 +284,7 @@ def test_observe_refuses_what_it_cannot_measure():
     batch = {"logits": torch.zeros(2, 3, 2), "labels": torch.tensor([[0, -100, -100], [0, 1, 1]])}
     with pytest.raises(ValueError, match="must have a target, got 1 "):
         metrics.observe(Fixed(CausalLMOutput), [batch])
-    data = observe_worker.rows(4)
+    data = unlearning_worker.rows(4)
     sharded = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
     with pytest.raises(ValueError, match="Accelerator.prepare"):
         metrics.observe(tiny_models.llama(), sharded)
@@ -325,33 +322,20 @@ def test_truth_ratio_is_the_mean_over_wrong_answers():
 # Several processes
 
 
-def test_two_processes_get_the_whole_without_duplicates(tmp_path: Path):
+def test_two_processes_get_the_whole_without_duplicates(two_processes: Path):
     """Eleven samples in batches of two: Accelerate repeats the first one to fill up the last round."""
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])}
-    processes = []
-    for rank in range(observe_worker.WORLD):
-        command = [sys.executable, observe_worker.__file__, str(rank), str(tmp_path)]
-        with open(tmp_path / f"log.{rank}", "w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (tmp_path / "log.0").read_text()[-3000:] + (tmp_path / "log.1").read_text()[-3000:]
-    for name, (model, data) in observe_worker.tasks().items():
+    for name, (model, data) in unlearning_worker.tasks().items():
         expected = metrics.observe(model, DataLoader(data, batch_size=4))
         for rank in range(2):
             for kind in ("prepared", "plain"):
-                found = np.load(tmp_path / f"{name}.{kind}.{rank}.npz")
+                found = np.load(two_processes / f"{name}.{kind}.{rank}.npz")
                 assert len(found["losses"]) == 11
                 for key in found.files:
                     np.testing.assert_allclose(found[key], getattr(expected, key), rtol=1e-4, atol=1e-6)
 
 
 def test_one_process_with_a_prepared_loader():
-    rows = observe_worker.rows(5)
+    rows = unlearning_worker.rows(5)
     loader = Accelerator(cpu=True).prepare(DataLoader(rows, batch_size=2))
     expected = metrics.observe(tiny_models.llama(), DataLoader(rows, batch_size=2))
     np.testing.assert_array_equal(metrics.observe(tiny_models.llama(), loader).losses, expected.losses)

@@ -9,6 +9,7 @@ import problems
 import pytest
 import torch
 import torch.nn.functional as F
+import unlearning_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import PROBLEMS, fit, images, loader, trainable, trained
@@ -66,12 +67,13 @@ def test_rows_make_the_gauss_newton_matrix(name, loss):
     assert torch.allclose(product, expected @ v, atol=1e-9 * float(product.abs().max()))
 
 
+@pytest.mark.parametrize("estimator", ["signs", "labels"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["CNN, batch-norm", "GPT-2, prompt"])
-def test_sampled_rows_have_that_mean(name, loss):
+def test_sampled_rows_have_that_mean(name, loss, estimator):
     make, samples = PROBLEMS[name]
     model, rows = make(), samples(2)
-    function = AdapterFunction(model, LOSSES[loss]())
+    function = AdapterFunction(model, LOSSES[loss](), estimator=estimator)
     expected = dense_curvature(model, rows, loss)
     errors = [float((gram(function, rows, draws) - expected).norm() / expected.norm()) for draws in (16, 1024)]
     assert errors[1] < 0.2
@@ -257,7 +259,7 @@ def test_a_class_is_forgotten_as_if_it_had_never_been_learned():
     assert distance() < 0.2 * before
     assert accuracy(model, forget) <= accuracy(gold, forget) + 0.125
     assert accuracy(model, retain) == 1
-    assert report.retain_loss[1] <= report.retain_loss[0] + 0.01
+    assert report.retain_loss[1] <= report.retain_loss[0] + 0.05
     assert report.forget_loss[1] > 1 > report.forget_loss[0]
     objectives = [step.objective for step in report.steps if step.accepted]
     assert objectives == sorted(objectives, reverse=True)
@@ -282,7 +284,7 @@ def test_estimates_state_their_error():
     exact = NTKUnlearner(copy.deepcopy(model), draws=None, max_steps=1).fit(loader(retain), loader(forget))
     assert exact.curvature == "exact"
     sampled = NTKUnlearner(model, draws=2, curvature_samples=8, max_steps=1).fit(loader(retain), loader(forget))
-    assert "of 16 retain samples, 2 sampled labels each: relative standard error" in sampled.curvature
+    assert "of 16 retain samples, 2 x random signs each: relative standard error" in sampled.curvature
 
 
 def test_training_mode_and_gradients_are_left_as_they_were():
@@ -383,3 +385,15 @@ def test_the_smaller_form_is_chosen():
         unlearner = NTKUnlearner(model, max_steps=1)
         assert unlearner._form(n) == form
     assert NTKUnlearner(model, max_steps=1).fit(loader(images(6, 1)), loader(forget)).form == "kernel"
+
+
+def test_two_processes_do_what_one_does(two_processes, tmp_path):
+    """Eleven and five samples in batches of two, so that Accelerate repeats some to fill up the last round."""
+    expected = unlearning_worker.forgotten(lambda x: x, tmp_path)
+    start = torch.cat([value.flatten() for value in trainable(problems.batch_norm()).values()])
+    for rank in range(unlearning_worker.WORLD):
+        found = torch.load(two_processes / f"forgotten.{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (value - start).norm() > 1e-4, name
+            assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-6 * float((value - start).abs().max())), name

@@ -55,7 +55,7 @@ class GaussNewton(FastNTK):
     """Damped Gauss-Newton steps on the retain set from the trained parameters.
 
     Attributes:
-        damping: Its first value.
+        damping: Its first value, in units of the mean curvature.
         max_steps: At most as many steps.
         tolerance: Stops when a step lowers the objective by less, relative to its value.
         retain_tolerance: How far above its start the retain loss may end, in nats.
@@ -65,9 +65,10 @@ class GaussNewton(FastNTK):
     """
 
     name: ClassVar[str] = "gauss_newton"
+    damping: float = 1.0
     max_steps: int = 10
     tolerance: float = 1e-3
-    retain_tolerance: float = 0.01
+    retain_tolerance: float = 0.05
     weight_decay: float = 0.0
     draws: int | None = 1
     curvature_samples: int | None = None

@@ -1,13 +1,15 @@
-"""One of the two processes of test_metrics.py: observes tiny models with loaders of both kinds."""
+"""One of two processes that observe tiny models and make them forget, with loaders that Accelerate has prepared."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import problems
 import tiny_models
 import torch
 import torch.distributed as dist
@@ -39,6 +41,45 @@ def tasks() -> dict[str, tuple[nn.Module, list[dict[str, Any]]]]:
     return {"vit": (tiny_models.vit(), pictures), "llama": (tiny_models.llama(), rows(11))}
 
 
+SOLVERS: dict[str, dict[str, Any]] = {
+    "parameter": {"form": "parameter", "draws": None, "max_steps": 2},
+    "kernel": {"form": "kernel", "draws": 2, "curvature_samples": 6, "max_steps": 2},
+    "matrix_free": {"form": "matrix_free", "max_steps": 1},
+    "fast_ntk": {"method": "fast_ntk", "form": "parameter"},
+    "fast_ntk, kernel": {"method": "fast_ntk", "form": "kernel"},
+}
+
+
+def forgotten(prepare: Callable[..., Any], folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters after every solver and after two requests to a ledger of either form.
+
+    Args:
+        prepare: what is done to a model and to loaders.
+        folder: for the ledgers.
+    """
+    from peft_ext.unlearning import NTKUnlearner, UnlearningLedger
+
+    found = {}
+
+    def loader(rows: list[Any]) -> Any:
+        return prepare(DataLoader(rows, batch_size=2))  # type: ignore[arg-type]
+
+    rows = problems.images(16, 4)
+    for name, options in SOLVERS.items():
+        model = problems.batch_norm()
+        NTKUnlearner(prepare(model), **options).fit(loader(rows[:11]), loader(rows[11:]))
+        found[name] = torch.cat(list(map(torch.flatten, problems.trainable(model).values())))
+    for name, draws in (("rows", 1), ("gram", None)):
+        model = problems.batch_norm()
+        ledger = UnlearningLedger.create(folder / name, model, loader(rows), draws=draws)
+        assert name in ledger._state
+        for request in (rows[:3], rows[7:8]):
+            ledger.forget(model, loader(request))
+        UnlearningLedger(folder / name).restore(model)
+        found[f"ledger, {name}"] = torch.cat(list(map(torch.flatten, problems.trainable(model).values())))
+    return found
+
+
 def main(rank: int, folder: Path) -> None:
     from accelerate import Accelerator
 
@@ -56,6 +97,7 @@ def main(rank: int, folder: Path) -> None:
         for kind, loader in {"prepared": accelerator.prepare(plain), "plain": plain}.items():
             arrays = {key: value for key, value in vars(observe(model, loader)).items() if value is not None}
             np.savez(folder / f"{name}.{kind}.{rank}.npz", **arrays)
+    torch.save(forgotten(accelerator.prepare, folder), folder / f"forgotten.{rank}.pt")
     dist.destroy_process_group()
 
 
