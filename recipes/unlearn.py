@@ -592,8 +592,9 @@ def main(argv: Sequence[str]) -> None:
     if is_main:
         claim_output_dir(training, record)
         if not training.resume_from_checkpoint:
-            for stale in [*output_dir.glob("*/*/unlearning.json"), *output_dir.glob("*.safetensors")]:
-                stale.unlink()
+            for pattern in ("*/*/unlearning.json", "*.safetensors", "*.npy"):
+                for stale in output_dir.glob(pattern):
+                    stale.unlink()
     PartialState().wait_for_everyone()
 
     experiment = Experiment(setting, training, args, data_args.max_retain_eval_samples)

@@ -109,7 +109,8 @@ def test_cases_methods_and_seeds_in_one_report(
     # A head of 3 x 32 and 3; the query and value projections of two layers, 2 x 8 coefficients each.
     assert {row["parameters"] for row in rows} == {99 + 64}
     original, gold = rows[:2]
-    assert original["accuracy_forget"]["mean"] == 1 and gold["accuracy_forget"]["mean"] == 0
+    assert original["accuracy_forget"]["mean"] == original["accuracy_retain"]["mean"] == 1
+    assert gold["accuracy_forget"]["mean"] == 0 and gold["accuracy_retain"]["mean"] == 1
     assert gold["seconds"]["mean"] > 0 and "relearn_steps" in gold and "relearn_steps" not in original
     golds = [UnlearningResult.load(out / "random-30" / f"retrain-seed{seed}") for seed in (3, 4)]
     assert loss(golds[0], "test") != loss(golds[1], "test")
@@ -144,14 +145,35 @@ def test_a_resumed_run_takes_what_is_there(
     assert (before.relearn_steps, before.notes) == (again.relearn_steps, again.notes)
 
 
-def test_another_run_in_the_same_folder_starts_anew(images: list[str], tmp_path: Path, no_report: None) -> None:
+class Interrupted(Exception):
+    """As a kill would be."""
+
+
+def test_an_overwritten_run_leaves_nothing_to_resume_from(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None
+) -> None:
     flags = [*images, "--cases", "class:red", "--methods", "{name: finetune, max_steps: 1}", "--relearn_limit", "0"]
-    main(flags)
-    before = result(tmp_path / "out" / "class-red", "retrain")
-    main([*flags, "--overwrite_output_dir", "true", "--learning_rate", "3e-2"])
-    after = result(tmp_path / "out" / "class-red", "retrain")
-    assert loss(before, "retain") != loss(after, "retain")
-    assert before.relearn_steps is before.relearn_limit is None
+    seeds = []
+    fit = unlearn.fit
+
+    def spied(model: Any, data: Any, collator: Any, training: TrainingArguments, **options: Any) -> Any:
+        seeds.append(training.seed)
+        return fit(model, data, collator, training, **options)
+
+    monkeypatch.setattr(unlearn, "fit", spied)
+    main([*flags, "--seeds", "9"])
+    assert seeds == [9]
+    found = UnlearningResult.load(tmp_path / "out" / "class-red" / "retrain-seed9")
+    assert found.relearn_steps is found.relearn_limit is None
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(unlearn.Experiment, "original", interrupt)
+    with pytest.raises(Interrupted):
+        main([*flags, "--seeds", "9", "--overwrite_output_dir", "true"])
+    assert not list((tmp_path / "out").rglob("*.json"))[1:], "more than arguments.json is left"
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_texts(texts: list[str], tmp_path: Path, no_report: None) -> None:
@@ -175,6 +197,10 @@ def resnet(tmp_path: Path) -> tuple[CifarResNet, list[str]]:
     """A saved ResNet-20 with statistics of its own, and flags to use it on the digits."""
     torch.manual_seed(1)
     network = CifarResNet()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias)
     for name, value in network.named_buffers():
         if "running" in name:
             value.uniform_(0.01, 0.1)
@@ -291,6 +317,9 @@ def test_groups_are_forgotten_whole() -> None:
 def test_copies_are_forgotten_too() -> None:
     rows = [{"x": torch.tensor([float(i % 4)]), "labels": [i % 4 + i // 8]} for i in range(10)]
     assert with_copies(rows, 10, [1]) == [1, 5]
+    twice = Samples([*rows[:8], *rows[:8]], ["?"] * 16)  # type: ignore[arg-type]
+    case = choose(CaseSpec("random", 0.1), CaseArguments(), twice, twice, lambda: np.zeros(0))
+    assert len(case.forget) >= 4 and all((place + 8) % 16 in case.forget for place in case.forget)
 
 
 def test_memory_of_a_block_is_measured() -> None:
