@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType
 
-from peft_ext.unlearning.methods import METHODS, Request, Retrain, UnlearningMethod, fit, trainable_state
+from peft_ext.unlearning.methods import METHODS, Request, Retrain, Ridge, UnlearningMethod, fit, trainable_state
 from peft_ext.unlearning.methods.random_labels import OthersTargets
 from peft_ext.unlearning.metrics import Outcome, observe, truth_ratio
 from peft_ext.unlearning.report import GOLD, ORIGINAL, UnlearningResult, write_report
@@ -121,6 +121,13 @@ class UnlearnArguments:
     )
     seeds: list[int] = field(
         default_factory=list, metadata={"help": "Train and unlearn once with each of these seeds. Default: --seed."}
+    )
+    ridge: float = field(
+        default=0.0,
+        metadata={
+            "help": "Half of this times the squared distance from the initial parameters is part of what every "
+            "training minimises."
+        },
     )
     relearn_limit: int = field(
         default=50,
@@ -370,6 +377,7 @@ class Experiment:
             self.setting.collator,
             self.arguments(seed),
             trainable_state(model),
+            self.args.ridge,
         )
 
     def original(self, seed: int) -> tuple[dict[str, torch.Tensor], float]:
@@ -384,7 +392,8 @@ class Experiment:
             return self.states[seed]
         model = self.setting.fresh(seed)
         with Usage(self.training.device) as usage:
-            fit(model, self.setting.train.rows, self.setting.collator, self.arguments(seed))
+            ridge = Ridge(model, trainable_state(model), self.args.ridge)
+            fit(model, self.setting.train.rows, self.setting.collator, self.arguments(seed), ridge=ridge)
         state = {name: value.cpu() for name, value in trainable_state(model).items()}
         PartialState().wait_for_everyone()  # no process may find the file before all have looked for it
         if PartialState().is_main_process:
@@ -432,7 +441,7 @@ class Experiment:
         training.warmup_steps = 0
         training.lr_scheduler_type = SchedulerType.CONSTANT
         stop = _StopWhen(lambda: is_back(observe(request.model, self.loader(request.forget))))
-        fit(request.model, request.forget, request.collator, training, callbacks=[stop])
+        request.fit(request.forget, training, callbacks=[stop])
         return stop.step
 
     def run(self, case: Case, label: str, method: UnlearningMethod | None, seed: int) -> UnlearningResult:
@@ -489,7 +498,8 @@ class Experiment:
         def probabilities(places: list[int], training_seed: int) -> np.ndarray:
             model = self.setting.fresh(training_seed)
             rows = Subset(self.setting.train.rows, places)
-            fit(model, rows, self.setting.collator, self.arguments(training_seed))
+            ridge = Ridge(model, trainable_state(model), self.args.ridge)
+            fit(model, rows, self.setting.collator, self.arguments(training_seed), ridge=ridge)
             return np.exp(-observe(model, self.loader(self.setting.train.rows)).losses)
 
         scores = memorisation_scores(len(self.setting.train), pairs, seed, probabilities)
@@ -549,6 +559,8 @@ def check_arguments(
         raise UserError("digits is a task of images")
     if len(data_args.data_seeds) > 1:
         raise UserError(f"data_seeds: one run has one training set, give one seed, not {data_args.data_seeds}")
+    if not args.ridge >= 0:
+        raise UserError(f"ridge is {args.ridge}; it must be at least 0")
     if args.relearn_limit < 0:
         raise UserError(f"relearn_limit is {args.relearn_limit}; it must be at least 0")
     for name in ("max_retain_eval_samples", "max_train_samples"):

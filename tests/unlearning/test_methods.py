@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import problems
 import pytest
 import torch
 from peft import get_peft_model
@@ -30,7 +31,7 @@ from peft_ext.unlearning.methods import (
     SalUn,
     trainable_state,
 )
-from peft_ext.unlearning.methods.base import fit
+from peft_ext.unlearning.methods.base import Ridge, UnlearningTrainer, fit
 from peft_ext.unlearning.methods.random_labels import OthersTargets, WrongLabels
 from peft_ext.unlearning.methods.salun import forget_gradient, saliency_masks
 
@@ -200,9 +201,10 @@ def test_a_part_of_the_retain_set(request_: Request) -> None:
 @pytest.mark.parametrize("method", ["gauss_newton", "fast_ntk"])
 def test_the_solver_gets_the_options(method: Any, request_: Request) -> None:
     settings: dict[str, Any] = {"damping": 0.3, "form": "kernel"}
-    settings |= {"max_steps": 1, "draws": None, "weight_decay": 0.01} if method == "gauss_newton" else {}
+    settings |= {"max_steps": 1, "draws": None} if method == "gauss_newton" else {}
+    request_.ridge = 0.01
     direct = copy.deepcopy(request_.model)
-    solver = NTKUnlearner(direct, method=method, reference=request_.initial, **settings)
+    solver = NTKUnlearner(direct, method=method, reference=request_.initial, weight_decay=0.01, **settings)
     solver.fit(request_.loader(request_.retain, 5), request_.loader(request_.forget, 5))
     (note,) = [note for note in METHODS[method](**settings).unlearn(request_) if "kernel form" in note]
     for name, value in trainable_state(direct).items():
@@ -301,3 +303,23 @@ def test_what_cannot_be_is_refused(request_: Request) -> None:
         SalUn(share=0)
     with pytest.raises(ValueError, match="gradient_ascent: learning_rate is -1"):
         GradientAscent(learning_rate=-1)
+
+
+def test_a_ridge_pulls_to_the_initial_parameters():
+    """With plain SGD a step of the ridge alone is known: with no loss left, the distance shrinks by a fixed factor."""
+    model = problems.Regression()
+    reference = {name: value + 1 for name, value in trainable_state(model).items()}
+    rows = [{"pixel_values": torch.zeros(4), "labels": torch.tensor(-100)}] * 4
+
+    class NoLoss(UnlearningTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return 0.0 * sum(p.sum() for p in model.parameters())
+
+    training = TrainingArguments(
+        output_dir="unused", optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True, max_grad_norm=1e-3,
+    )  # fmt: skip
+    before = trainable_state(model)
+    fit(model, rows, default_data_collator, training, NoLoss, ridge=Ridge(model, reference, 0.5))
+    for name, value in trainable_state(model).items():
+        assert torch.allclose(value, reference[name] + (before[name] - reference[name]) * 0.95**3, atol=1e-5)

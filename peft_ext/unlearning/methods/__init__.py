@@ -1,6 +1,6 @@
 """Unlearning methods with one interface: what a report compares."""
 
-from .base import Request, UnlearningMethod, UnlearningTrainer, fit, trainable_parameters, trainable_state
+from .base import Request, Ridge, UnlearningMethod, UnlearningTrainer, fit, trainable_parameters, trainable_state
 from .finetune import Finetune
 from .gradient_ascent import GradientAscent
 from .ledger import Ledger
@@ -22,6 +22,7 @@ __all__ = [
     "RandomLabels",
     "Request",
     "Retrain",
+    "Ridge",
     "SalUn",
     "UnlearningMethod",
     "UnlearningTrainer",

@@ -12,8 +12,84 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+
+class Ridge(TrainerCallback):
+    """Adds the gradient of `strength / 2 * |parameters - reference|^2` to that of the loss, before every step.
+
+    Unlike AdamW's weight decay it is part of what is minimised, and pulls to where the training began.
+
+    Args:
+        model: Its trainable parameters are pulled.
+        reference: To where, by name.
+        strength: How much.
+    """
+
+    def __init__(self, model: nn.Module, reference: Mapping[str, torch.Tensor], strength: float) -> None:
+        self.strength = strength
+        parameters = trainable_parameters(model) if strength else {}
+        self.pairs = [(parameter, reference[name].clone()) for name, parameter in parameters.items()]
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add it."""
+        for parameter, reference in self.pairs:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - reference.to(parameter.device), alpha=self.strength)
+
+
+class UnlearningTrainer(Trainer):
+    """A Trainer that keeps the model in evaluation mode: no dropout, batch-norm statistics as they are.
+
+    Gradient checkpointing rests in that mode, as transformers has it.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss; a method that descends another one overrides this."""
+        model.eval()  # the Trainer has just put it in training mode
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def fit(
+    model: nn.Module,
+    dataset: Any,
+    collator: Callable[[list[Any]], Mapping[str, Any]],
+    training: TrainingArguments,
+    trainer_class: Callable[..., Trainer] = UnlearningTrainer,
+    ridge: Ridge | None = None,
+    **options: Any,
+) -> Trainer:
+    """Train a model on some rows, without a word, a file or an evaluation.
+
+    Args:
+        model: Changed in place.
+        dataset: What it is trained on.
+        collator: Makes a batch of rows.
+        training: How. It is left as it is.
+        trainer_class: What computes the loss.
+        ridge: What pulls the parameters back.
+        **options: What else the Trainer takes.
+
+    Returns:
+        The Trainer; its state says how many steps it took.
+    """
+    training = copy.copy(training)
+    training.remove_unused_columns = False  # rows are as the collator takes them
+    training.eval_strategy = training.logging_strategy = IntervalStrategy.NO
+    training.save_strategy = SaveStrategy.NO
+    training.load_best_model_at_end = False
+    training.disable_tqdm = True
+    trainer = trainer_class(model=model, args=training, train_dataset=dataset, data_collator=collator, **options)
+    trainer.remove_callback(PrinterCallback)
+    if ridge is not None and ridge.strength:
+        trainer.add_callback(ridge)
+    trainer.train()
+    # Undo the autocast that Accelerate puts around the forward pass with bf16 or fp16: the model outlives this Trainer.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.eval()
+    return trainer
 
 
 @dataclass
@@ -28,6 +104,8 @@ class Request:
         training: As the model was trained: learning rate, batch size, epochs, seed...
         initial: The trainable parameters before that training, by name; `trainable_state` copies them. If the training
             moved buffers (batch-norm statistics), those too.
+        ridge: Half of this times the squared distance from the initial parameters was added to the loss. Methods that
+            go on training add it too.
         eval_mode: Whether that training ran in evaluation mode, without dropout and with batch-norm statistics kept, as
             `fit` does. Only `Retrain` asks: what the other methods do always runs in evaluation mode.
 
@@ -41,6 +119,7 @@ class Request:
     collator: Callable[[list[Any]], Mapping[str, Any]]
     training: TrainingArguments
     initial: dict[str, torch.Tensor]
+    ridge: float = 0.0
     eval_mode: bool = True
 
     def __post_init__(self) -> None:
@@ -67,6 +146,17 @@ class Request:
             if name not in tensors or tensors[name].shape != value.shape:
                 found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is not there"
                 raise ValueError(f"initial holds {name!r} of shape {tuple(value.shape)}; in the model it {found}")
+
+    def fit(
+        self,
+        dataset: Dataset,
+        training: TrainingArguments,
+        trainer_class: Callable[..., Trainer] = UnlearningTrainer,
+        **options: Any,
+    ) -> Trainer:
+        """Train the model on some rows, pulled to its initial parameters; see `fit`."""
+        ridge = Ridge(self.model, self.initial, self.ridge)
+        return fit(self.model, dataset, self.collator, training, trainer_class, ridge, **options)
 
     def loader(self, dataset: Dataset, batch_size: int | None = None) -> DataLoader:
         """The rows of a set in order, in batches of a size; by default the training's."""
@@ -136,54 +226,6 @@ def _shared_rows(first: Any, second: Any) -> int:
     return len(first) if first is second else 0
 
 
-class UnlearningTrainer(Trainer):
-    """A Trainer that keeps the model in evaluation mode: no dropout, batch-norm statistics as they are.
-
-    Gradient checkpointing rests in that mode, as transformers has it.
-    """
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; a method that descends another one overrides this."""
-        model.eval()  # the Trainer has just put it in training mode
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-def fit(
-    model: nn.Module,
-    dataset: Any,
-    collator: Callable[[list[Any]], Mapping[str, Any]],
-    training: TrainingArguments,
-    trainer_class: Callable[..., Trainer] = UnlearningTrainer,
-    **options: Any,
-) -> Trainer:
-    """Train a model on some rows, without a word, a file or an evaluation.
-
-    Args:
-        model: Changed in place.
-        dataset: What it is trained on.
-        collator: Makes a batch of rows.
-        training: How. It is left as it is.
-        trainer_class: What computes the loss.
-        **options: What else the Trainer takes.
-
-    Returns:
-        The Trainer; its state says how many steps it took.
-    """
-    training = copy.copy(training)
-    training.remove_unused_columns = False  # rows are as the collator takes them
-    training.eval_strategy = training.logging_strategy = IntervalStrategy.NO
-    training.save_strategy = SaveStrategy.NO
-    training.load_best_model_at_end = False
-    training.disable_tqdm = True
-    trainer = trainer_class(model=model, args=training, train_dataset=dataset, data_collator=collator, **options)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    # Undo the autocast that Accelerate puts around the forward pass with bf16 or fp16: the model outlives this Trainer.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model.eval()
-    return trainer
-
-
 @dataclass
 class Tuning(UnlearningMethod):
     """A method that goes on training the model, with other data or another loss.
@@ -226,7 +268,7 @@ class Tuning(UnlearningMethod):
 
     def train(self, request: Request) -> Trainer:
         """Train; a method with another loss overrides this to name its Trainer."""
-        return fit(request.model, self.data(request), request.collator, self.arguments(request))
+        return request.fit(self.data(request), self.arguments(request))
 
     def unlearn(self, request: Request) -> list[str]:
         """Train and say for how long."""

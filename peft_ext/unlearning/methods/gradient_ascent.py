@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from .base import Request, Tuning, UnlearningTrainer, fit
+from .base import Request, Tuning, UnlearningTrainer
 from .random_labels import count_classes
 
 
@@ -74,7 +74,7 @@ class GradientAscent(Tuning):
         max_loss = math.log(count_classes(request)) if self.max_loss is None else self.max_loss
         training = self.arguments(request)
         training.learning_rate *= 1.0 if self.learning_rate is not None else 0.1
-        return fit(request.model, self.data(request), request.collator, training, partial(AscentTrainer, max_loss))
+        return request.fit(self.data(request), training, partial(AscentTrainer, max_loss))
 
     def unlearn(self, request: Request) -> list[str]:
         """Ascend, and say whether the bound ended it."""

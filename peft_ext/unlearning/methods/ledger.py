@@ -21,7 +21,6 @@ class Ledger(UnlearningMethod):
 
     Attributes:
         damping: Ridge on the curvature, in units of its mean.
-        weight_decay: Pull towards the initial parameters.
         draws: Labels a sample that estimate the curvature; None for the exact one.
         memory: Bytes for matrices.
         batch_size: Rows per device in a batch; that of the model's training if None.
@@ -29,7 +28,6 @@ class Ledger(UnlearningMethod):
 
     name: ClassVar[str] = "ledger"
     damping: float = 0.01
-    weight_decay: float = 0.0
     draws: int | None = 1
     memory: float = 4e9
     batch_size: int | None = None
@@ -47,7 +45,7 @@ class Ledger(UnlearningMethod):
             request.model,
             prepared_loader(request, everything, self.batch_size),
             damping=self.damping,
-            weight_decay=self.weight_decay,
+            weight_decay=request.ridge,
             reference=request.initial,
             draws=self.draws,
             memory=self.memory,

@@ -40,6 +40,8 @@ class FastNTK(UnlearningMethod):
         request.model.to(request.training.device)  # type: ignore[arg-type]
         options: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del options["batch_size"]
+        if isinstance(self, GaussNewton):
+            options["weight_decay"] = request.ridge
         method: Literal["fast_ntk", "gauss_newton"] = "gauss_newton" if isinstance(self, GaussNewton) else "fast_ntk"
         unlearner = NTKUnlearner(request.model, method=method, reference=request.initial, **options)
         loaders = [prepared_loader(request, part, self.batch_size) for part in (request.retain, request.forget)]
@@ -59,7 +61,6 @@ class GaussNewton(FastNTK):
         max_steps: At most as many steps.
         tolerance: Stops when a step lowers the objective by less, relative to its value.
         retain_tolerance: How far above its start the retain loss may end, in nats.
-        weight_decay: Pull towards the initial parameters.
         draws: Labels a sample that estimate the curvature; None for the exact one.
         curvature_samples: Retain samples that estimate it; None for all.
     """
@@ -69,6 +70,5 @@ class GaussNewton(FastNTK):
     max_steps: int = 10
     tolerance: float = 1e-3
     retain_tolerance: float = 0.05
-    weight_decay: float = 0.0
     draws: int | None = 1
     curvature_samples: int | None = None

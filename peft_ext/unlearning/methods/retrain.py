@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from transformers import Trainer
 
-from .base import Request, UnlearningMethod, UnlearningTrainer, fit
+from .base import Request, UnlearningMethod, UnlearningTrainer
 
 
 @dataclass
@@ -23,5 +23,5 @@ class Retrain(UnlearningMethod):
         """Train anew."""
         request.restore_initial()
         trainer_class = UnlearningTrainer if request.eval_mode else Trainer
-        trainer = fit(request.model, request.retain, request.collator, request.training, trainer_class)
+        trainer = request.fit(request.retain, request.training, trainer_class)
         return [f"{trainer.state.global_step} steps from the initial parameters"]

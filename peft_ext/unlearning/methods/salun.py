@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import Trainer, TrainerCallback
 
-from .base import Request, fit, trainable_parameters
+from .base import Request, trainable_parameters
 from .random_labels import IGNORED, RandomLabels
 
 
@@ -87,9 +87,7 @@ class SalUn(RandomLabels):
         ]
         try:
             callbacks = [KeepMasked(parameters, masks)]
-            return fit(
-                request.model, self.data(request), request.collator, self.arguments(request), callbacks=callbacks
-            )
+            return request.fit(self.data(request), self.arguments(request), callbacks=callbacks)
         finally:
             for hook in hooks:
                 hook.remove()
