@@ -200,7 +200,8 @@ def test_a_part_of_the_retain_set(request_: Request) -> None:
 @pytest.mark.parametrize("method", ["gauss_newton", "fast_ntk"])
 def test_the_solver_gets_the_options(method: Any, request_: Request) -> None:
     settings: dict[str, Any] = {"damping": 0.3, "form": "kernel"}
-    settings |= {"max_steps": 1, "draws": None, "weight_decay": 0.01} if method == "gauss_newton" else {}
+    if method == "gauss_newton":
+        settings |= {"max_steps": 1, "draws": 2, "weight_decay": 0.01, "estimator": "labels"}
     direct = copy.deepcopy(request_.model)
     solver = NTKUnlearner(direct, method=method, reference=request_.initial, **settings)
     solver.fit(request_.loader(request_.retain, 5), request_.loader(request_.forget, 5))

@@ -56,11 +56,12 @@ class GaussNewton(FastNTK):
 
     Attributes:
         damping: Its first value, in units of the mean curvature.
-        max_steps: At most as many steps.
+        max_steps: Keeps at most as many steps.
         tolerance: Stops when a step lowers the objective by less, relative to its value.
         retain_tolerance: How far above its start the retain loss may end, in nats.
         weight_decay: Pull towards the initial parameters.
-        draws: Labels a sample that estimate the curvature; None for the exact one.
+        draws: Random vectors a sample that estimate the curvature; None for the exact one.
+        estimator: Of what kind: "signs" or "labels".
         curvature_samples: Retain samples that estimate it; None for all.
     """
 
@@ -71,4 +72,5 @@ class GaussNewton(FastNTK):
     retain_tolerance: float = 0.05
     weight_decay: float = 0.0
     draws: int | None = 1
+    estimator: str = "signs"
     curvature_samples: int | None = None
