@@ -107,8 +107,8 @@ class UnlearnArguments:
         default=None,
         metadata={
             "help": "Train, in place of an adapter, the parameters whose names contain this regular expression, such "
-            "as 'bn|linear'. Batch-norm scales and shifts start at 1 and 0, a new head is drawn; the rest, and "
-            "batch-norm statistics, are the pretrained ones."
+            "as 'bn|linear'. A new head is drawn; the others start as they were pretrained. Batch-norm "
+            "statistics stay."
         },
     )
     methods: list[str] = field(
@@ -249,7 +249,7 @@ def train_by_name(base: Callable[[], nn.Module], pattern: str, head: Sequence[st
 
     Args:
         base: Gives the pretrained model.
-        pattern: Found in the names of those to train. Batch-norm scales and shifts among them start at 1 and 0.
+        pattern: Found in the names of those to train.
         head: Modules to draw anew.
         seed: Of that.
     """
@@ -261,10 +261,6 @@ def train_by_name(base: Callable[[], nn.Module], pattern: str, head: Sequence[st
         names = [name for name, _ in model.named_parameters()]
         raise UserError(f"trainable_parameters: {pattern!r} is in no name; there are {', '.join(names[:20])}...")
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-            for parameter, start in ((module.weight, 1.0), (module.bias, 0.0)):
-                if parameter.requires_grad:
-                    nn.init.constant_(parameter, start)
         if any(name == top or name.startswith(f"{top}.") for top in head) and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
     return model

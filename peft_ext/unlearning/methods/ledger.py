@@ -21,7 +21,7 @@ class Ledger(UnlearningMethod):
 
     Attributes:
         damping: Ridge on the curvature, in units of its mean.
-        draws: Labels a sample that estimate the curvature; None for the exact one.
+        draws: Random vectors a sample that estimate the curvature; None for the exact one.
         memory: Bytes for matrices.
         batch_size: Rows per device in a batch; that of the model's training if None.
     """

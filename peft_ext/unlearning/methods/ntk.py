@@ -61,7 +61,8 @@ class GaussNewton(FastNTK):
         max_steps: At most as many steps.
         tolerance: Stops when a step lowers the objective by less, relative to its value.
         retain_tolerance: How far above its start the retain loss may end, in nats.
-        draws: Labels a sample that estimate the curvature; None for the exact one.
+        draws: Random vectors a sample that estimate the curvature; None for the exact one.
+        estimator: How they are drawn.
         curvature_samples: Retain samples that estimate it; None for all.
     """
 
@@ -71,4 +72,5 @@ class GaussNewton(FastNTK):
     tolerance: float = 1e-3
     retain_tolerance: float = 0.05
     draws: int | None = 1
+    estimator: str = "signs"
     curvature_samples: int | None = None
