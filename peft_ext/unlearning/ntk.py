@@ -72,11 +72,13 @@ class UnlearningReport:
 class NTKUnlearner:
     """Changes an adapter, or other chosen parameters, to what training on the retain set alone would have given.
 
-    `method="gauss_newton"`, the default, minimises the loss on the retain set from the trained weights by damped
-    generalised Gauss-Newton steps: the curvature is `J^T H J` with the Jacobian J of the outputs in the parameters and
-    the second derivative H of the loss in the outputs, and Levenberg and Marquardt's damping is steered by the loss on
-    the retain set. A step that raises the objective, or takes the retain loss more than `retain_tolerance` above where
-    it was at the start, is undone.
+    `method="gauss_newton"`, the default, takes damped generalised Gauss-Newton steps from the trained weights: the
+    curvature is `J^T H J` with the Jacobian J of the outputs in the parameters and the second derivative H of the loss
+    in the outputs. They minimise the retain loss less a linear term, the gradient of the loss on all data at the
+    trained weights: what training left unfinished on all data stays unfinished on the retain set. Levenberg and
+    Marquardt's damping is steered by the retain loss. A step that takes it more than `retain_tolerance` above where it
+    was at the start is undone, and so is one after the first that raises the objective. (The first is an influence
+    function, and may cost what the others repair.)
 
     `method="fast_ntk"` is the published closed form (Golatkar et al. 2020, "Forgetting outside the box", equation 9,
     restricted to the adapter by Li et al. 2023, "Fast-NTK"): outputs are linearised at `reference`, trained by least
@@ -94,7 +96,7 @@ class NTKUnlearner:
         damping: first value of what is added to the diagonal, in units of its mean, 1 by default; for `fast_ntk` the
             ridge, 0.01 by default.
         max_steps: keep at most as many Gauss-Newton steps.
-        tolerance: stop when a step lowers the objective by less than this, relative to its value.
+        tolerance: stop when a step lowers the objective by less than this, relative to the retain loss.
         retain_tolerance: the retain loss may end at most this far above its start, in nats per target.
         parameters: a regular expression that the names of the parameters to change contain. Default: those that
             require gradients.
@@ -302,36 +304,50 @@ class NTKUnlearner:
         weights = function.vector
         centre = weights if self.reference is None else self.reference
 
-        def evaluate(weights: torch.Tensor, targets: int = 1, highest: float = math.inf) -> Any:
-            """Objective, retain loss, gradient of the objective, targets; no further than the highest objective."""
-            function.vector = weights
-            away = weights - centre
-            penalty = 0.5 * self.weight_decay * float(away.square().sum())
-            loss, found, gradient = function.loss_and_gradient(retain, (highest - penalty) * targets)
-            targets = max(found, targets)
-            loss /= targets
-            return loss + penalty, loss, gradient / targets + self.weight_decay * away, targets
+        def penalty(weights: torch.Tensor) -> float:
+            return 0.5 * self.weight_decay * float((weights - centre).square().sum())
 
-        (forget_before,) = self._losses(forget)
-        objective, first_loss, gradient, targets = evaluate(weights)
-        if not (math.isfinite(objective) and torch.isfinite(gradient).all()):
-            raise ValueError("The retain loss or its gradient is not finite: the adapter or the data hold NaN.")
+        forget_loss, forget_targets, forget_gradient = function.loss_and_gradient(forget)
+        retain_loss, targets, gradient = function.loss_and_gradient(retain)
+        first_loss = retain_loss / targets
+        if not math.isfinite(retain_loss + forget_loss) or not torch.isfinite(gradient + forget_gradient).all():
+            raise ValueError("The loss or its gradient is not finite: the adapter or the data hold NaN or infinity.")
         limit = first_loss + self.retain_tolerance
-        retain_loss = first_loss
+        # What training on all data left of its gradient, training on the retain set would have left too: the solution
+        # is where the gradient of the retain set is this, not zero.
+        start, left = weights, (gradient + forget_gradient) / (targets + forget_targets)
+        left = left + self.weight_decay * (weights - centre)
+
+        def beside(weights: torch.Tensor) -> float:
+            """The objective without the retain loss."""
+            return penalty(weights) - float(left @ (weights - start))
+
+        def evaluate(weights: torch.Tensor, most: float) -> tuple[float, float, torch.Tensor]:
+            """Objective, retain loss and gradient of the objective; no further than to a mean retain loss."""
+            function.vector = weights
+            loss, _, gradient = function.loss_and_gradient(retain, most * targets)
+            gradient = gradient / targets + self.weight_decay * (weights - centre) - left
+            return loss / targets + beside(weights), loss / targets, gradient
+
+        objective, retain_loss = first_loss + beside(weights), first_loss
+        gradient = gradient / targets + self.weight_decay * (weights - centre) - left
         curvature = self._curvature(retain, retained, gradient, report)
         moved, damping, kept, rejections = False, self.damping, 0, 0
         while kept < self.max_steps and rejections < _REJECTIONS:
             step = -curvature.solve(gradient, damping * curvature.mean + self.weight_decay)
             image = curvature.product(step) + self.weight_decay * step
             predicted = -float(step @ gradient) - 0.5 * float(step @ image)
-            found, found_loss, found_gradient, _ = evaluate(weights + step, targets, objective)
+            # The first step leaves the neighbourhood of the trained weights, where no quadratic model is right; what it
+            # costs the retain set within the bound, the others repair.
+            most = limit if kept == 0 else min(limit, objective - beside(weights + step))
+            found, found_loss, found_gradient = evaluate(weights + step, most)
             gain = objective - found
-            accepted = gain > 0 and found_loss <= limit
+            accepted = found_loss <= most
             report.steps.append(Step(found, found_loss, damping, accepted, predicted))
             ratio = gain / predicted if math.isfinite(gain) and predicted > 0 else -math.inf
             rejections = 0 if accepted else rejections + 1
             if accepted:
-                done = gain <= self.tolerance * objective
+                done = kept > 0 and gain <= self.tolerance * retain_loss
                 weights, objective, retain_loss, gradient = weights + step, found, found_loss, found_gradient
                 moved, kept = True, kept + 1
                 if done:
@@ -344,15 +360,15 @@ class NTKUnlearner:
         undone = sum(not step.accepted for step in report.steps)
         if undone:
             report.notes.append(
-                f"{undone} of {len(report.steps)} steps were undone: they raised the objective, or took the retain "
-                f"loss above {limit:.4g} ({self.retain_tolerance:g} above its start)."
+                f"{undone} of {len(report.steps)} steps were undone: they took the retain loss above {limit:.4g} "
+                f"({self.retain_tolerance:g} above its start), or raised the objective."
             )
-        if undone == len(report.steps):
+        if not kept:
             report.notes.append("No step was kept: the model is unchanged.")
         elif kept == self.max_steps:
             report.notes.append(f"Stopped after {self.max_steps} steps, with the objective still falling.")
         report.retain_loss = (first_loss, retain_loss)
-        report.forget_loss = (forget_before, self._losses(forget)[0])
+        report.forget_loss = (forget_loss / forget_targets, self._losses(forget)[0])
 
     def _curvature(self, retain: Loader, retained: int, along: torch.Tensor, report: UnlearningReport) -> Curvature:
         """The mean over targets of the retain set, or of a part of it; its error is taken along a direction."""
