@@ -93,8 +93,15 @@ class SharedExpansion:
             ready = self._expand_all(parameter.device)
             if layer not in ready.values:
                 return self._expand_alone(parameter)
+        if not needs_graph:
+            ready.served.add(layer)
+            return ready.values[layer]
+        if len(ready.parameters) == 1:
+            # Served for this pass, which keeps what it needs: a whole update may be needed for its sum with the weight
+            # alone.
+            self._ready.pop(parameter.device, None)
         ready.served.add(layer)
-        return ready.graph[layer] if needs_graph else ready.values[layer]
+        return ready.graph[layer]
 
     def _check_whole(self, parameter: torch.Tensor) -> None:
         if _is_shard(parameter) or parameter.numel() != self.generator.num_coefficients:
