@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -151,17 +152,21 @@ class SharedExpansion:
                 if not self._verified:
                     check_finite(coefficients.detach())
                     self._verified = True
-                weights = self.generator.expand(coefficients).view(-1, *self.shape)
+                weights = self.generator.expand(coefficients)
                 expanded.stacked = coefficients.detach()
                 expanded.coefficients = dict(zip(parameters, expanded.stacked.unbind()))
-                expanded.values = dict(zip(parameters, weights.detach().unbind()))
+                expanded.values = dict(zip(parameters, self._split(weights.detach())))
                 if weights.requires_grad:
-                    expanded.graph = dict(zip(parameters, weights.unbind()))
+                    expanded.graph = dict(zip(parameters, self._split(weights)))
         self._ready[device] = expanded
         return expanded
 
     def _stack(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> torch.Tensor:
         return torch.stack([parameter[self.span] for parameter in parameters.values()])
+
+    def _split(self, weights: torch.Tensor) -> Iterable[torch.Tensor]:
+        """The weights of each layer. The gradients of several are stacked again; of one there is nothing to copy."""
+        return [weights.view(self.shape)] if len(weights) == 1 else weights.view(-1, *self.shape).unbind()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": {}}  # copies and pickles of a model expand for themselves

@@ -76,8 +76,10 @@ class PrancLayer(SeededLayer):
 
     def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
         weights = self.fan_out * self.fan_in
-        flat = self._flat_update(adapter)
-        return flat[:weights].view(self.fan_out, self.fan_in), flat[weights:] if len(flat) > weights else None
+        flat, bias = self._flat_update(adapter), None
+        if len(flat) > weights:
+            flat, bias = flat[:weights], flat[weights:]
+        return flat.view(self.fan_out, self.fan_in), bias
 
 
 class PrancLinear(PrancLayer, SeededLinear):
