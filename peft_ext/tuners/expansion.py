@@ -19,7 +19,7 @@ class SharedExpansion:
     single product over all of them; the others find theirs ready:
 
     - with gradients, the product serves one forward pass: a layer that asks a second time starts a new one, so every
-      pass has a graph of its own;
+      pass has a graph of its own. That of a single layer is not kept: the pass holds what it needs;
     - without gradients, it is kept until a coefficient changes. Version counters show most changes; writes through
       `.data` leave no trace there, so the coefficients are compared with those that were expanded: a layer's own at
       every read on a CPU, all of them once a pass on other devices, where a comparison waits for the device.
@@ -98,8 +98,7 @@ class SharedExpansion:
             ready.served.add(layer)
             return ready.values[layer]
         if len(ready.parameters) == 1:
-            # Served for this pass, which keeps what it needs: a whole update may be needed for its sum with the weight
-            # alone.
+            # A whole update that was added to the weight is not needed again: kept, it would be one more copy.
             self._ready.pop(parameter.device, None)
         ready.served.add(layer)
         return ready.graph[layer]

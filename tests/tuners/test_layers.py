@@ -428,6 +428,23 @@ def test_small_updates_are_not_rounded_away(how: str, method: str, products: Cal
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(("of_base", "of_adapter"), [(torch.float32, DOUBLE), (DOUBLE, torch.float32)])
+@pytest.mark.parametrize("method", WHOLE)
+def test_an_adapter_in_another_precision_than_the_base(
+    method: str, of_base: torch.dtype, of_adapter: torch.dtype, products: Callable[..., int]
+) -> None:
+    base, x, _ = layer_case("linear without bias, 3-d input")
+    model, config = adapt_layer(base, method)
+    expected = run_dense(base, config, coefficients_of(model), lambda m: m(x))
+    model.to(of_base)
+    for parameter in coefficients_of(model).values():
+        parameter.data = parameter.data.to(of_adapter)
+    x = x.to(of_base)
+    assert products(lambda: model(x)) == 1
+    assert model(x).dtype == of_base
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dropout", "training", "of_base_layer"), [(0.5, True, 1), (0.5, False, 0), (0.0, True, 0)])
 @pytest.mark.parametrize("method", WHOLE)
 def test_dropout_is_of_the_input_of_the_update_alone(
