@@ -176,19 +176,17 @@ class SparseBasis(LinearGenerator):
         # Coefficient c with sign +1 is entry c of the table of 2 * num_coefficients, with sign -1 entry c + that many.
         if x.shape[:-1].numel() == 1 and x.dim() > 1:  # one vector: torch is ten times as fast without the dimension
             return self._product(x.flatten(), adjoint).view(*x.shape[:-1], -1)
-        k = self.num_coefficients
+        k, scale = self.num_coefficients, self.scale / math.sqrt(self.nnz)
         parts = []
         for read, factors in zip(self._reads, self._factors):
             index, factor = read.like(x), factors.like(x)
             if adjoint:
                 table = x.new_zeros(*x.shape[:-1], 2 * k).index_add(-1, index, x)
-                parts.append((table[..., :k] - table[..., k:]) * factor)
+                parts.append((table[..., :k] - table[..., k:]) * factor * scale)
             else:
-                scaled = x * factor
+                scaled = x * factor * scale
                 parts.append(torch.cat((scaled, -scaled), -1).index_select(-1, index))
-        total = sum(parts[1:], parts[0])
-        scale = self.scale / math.sqrt(self.nnz)
-        return total if scale == 1 else total * scale
+        return sum(parts[1:], parts[0])
 
     def __repr__(self) -> str:
         stream = ", ".join(map(str, self.stream))

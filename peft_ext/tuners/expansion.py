@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class SharedExpansion:
     single product over all of them; the others find theirs ready:
 
     - with gradients, the product serves one forward pass: a layer that asks a second time starts a new one, so every
-      pass has a graph of its own;
+      pass has a graph of its own. That of a single layer is not kept: the pass holds what it needs;
     - without gradients, it is kept until a coefficient changes. Version counters show most changes; writes through
       `.data` leave no trace there, so the coefficients are compared with those that were expanded: a layer's own at
       every read on a CPU, all of them once a pass on other devices, where a comparison waits for the device.
@@ -93,8 +94,14 @@ class SharedExpansion:
             ready = self._expand_all(parameter.device)
             if layer not in ready.values:
                 return self._expand_alone(parameter)
+        if not needs_graph:
+            ready.served.add(layer)
+            return ready.values[layer]
+        if len(ready.parameters) == 1:
+            # A whole update that was added to the weight is not needed again: kept, it would be one more copy.
+            self._ready.pop(parameter.device, None)
         ready.served.add(layer)
-        return ready.graph[layer] if needs_graph else ready.values[layer]
+        return ready.graph[layer]
 
     def _check_whole(self, parameter: torch.Tensor) -> None:
         if _is_shard(parameter) or parameter.numel() != self.generator.num_coefficients:
@@ -144,17 +151,21 @@ class SharedExpansion:
                 if not self._verified:
                     check_finite(coefficients.detach())
                     self._verified = True
-                weights = self.generator.expand(coefficients).view(-1, *self.shape)
+                weights = self.generator.expand(coefficients)
                 expanded.stacked = coefficients.detach()
                 expanded.coefficients = dict(zip(parameters, expanded.stacked.unbind()))
-                expanded.values = dict(zip(parameters, weights.detach().unbind()))
+                expanded.values = dict(zip(parameters, self._split(weights.detach())))
                 if weights.requires_grad:
-                    expanded.graph = dict(zip(parameters, weights.unbind()))
+                    expanded.graph = dict(zip(parameters, self._split(weights)))
         self._ready[device] = expanded
         return expanded
 
     def _stack(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> torch.Tensor:
         return torch.stack([parameter[self.span] for parameter in parameters.values()])
+
+    def _split(self, weights: torch.Tensor) -> Iterable[torch.Tensor]:
+        """The weights of each layer. The gradients of several are stacked again; of one there is nothing to copy."""
+        return [weights.view(self.shape)] if len(weights) == 1 else weights.view(-1, *self.shape).unbind()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": {}}  # copies and pickles of a model expand for themselves

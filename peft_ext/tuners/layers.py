@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..generators import Generator
@@ -19,6 +20,9 @@ from .expansion import SharedExpansion
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 """Of a weight: a matrix of shape `(fan_out, fan_in)`, or its factors A `(r, fan_in)` and B `(fan_out, r)`."""
+
+
+_FEWEST_ROWS = 16  # inputs from which on one product with a sum of weights is faster than two products
 
 
 def layer_kind(base_layer: nn.Module) -> str | None:
@@ -61,6 +65,18 @@ def fans(base_layer: nn.Module) -> tuple[int, int]:
     if isinstance(base_layer, nn.Conv2d):
         fan_in = base_layer.weight[0].numel()  # inputs of one group, times the kernel's size
     return fan_out, fan_in
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call does more than the `forward` of the module's class (accelerate replaces that of an object)."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
 
 
 class SeededLayer(nn.Module, BaseTunerLayer):
@@ -151,18 +167,8 @@ class SeededLayer(nn.Module, BaseTunerLayer):
         """Brings `(fan_out, fan_in)` into the shape of the base weight."""
 
     @abstractmethod
-    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the output of the base layer."""
-
-    def _update_at(self, adapter: str, device: torch.device) -> tuple[Update, torch.Tensor | None]:
-        """`update` on the device of the input: coefficients that many layers share can be on another one."""
-        update, bias = self.update(adapter)
-        if isinstance(update, tuple) or update.device == device:
-            return update, bias
-        return update.to(device), bias if bias is None else bias.to(device)
-
-    def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout[adapter](x) if self.training else x
+    def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output of the layer with the updates of some adapters, at least one."""
 
     def _dtype(self, adapter: str) -> torch.dtype:
         container = self.container(adapter)
@@ -174,20 +180,12 @@ class SeededLayer(nn.Module, BaseTunerLayer):
         return update if scaling == 1 else update * scaling
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [adapter for adapter in self.active_adapters if self.container(adapter) is not None]
+        if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter in self.active_adapters:
-            if self.container(adapter) is not None:
-                result = result + self._update(adapter, x)
-        return result if result.dtype == dtype else result.to(dtype)
+        return self._adapted(active, x, *args, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -245,23 +243,100 @@ class SeededLayer(nn.Module, BaseTunerLayer):
         return f"{self.method}.{super().__repr__()}"
 
 
-class SeededLinear(SeededLayer):
+class SeededWeightLayer(SeededLayer):
+    """A layer of one weight, in which its output is linear: an update adds to the output, or to the weight before."""
+
+    joined_types: tuple[type[nn.Module], ...] = ()  # base layers of exactly these classes do what `_product` does
+
+    def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        updates = {adapter: self._update_at(adapter, x.device) for adapter in adapters}
+        joined = self._joined(updates, x) if not args and not kwargs else []
+        if joined:
+            base_layer = cast(Any, self.base_layer)
+            weight, bias = base_layer.weight, base_layer.bias
+            for adapter in joined:
+                update, bias_update = updates.pop(adapter)
+                weight = weight + self._delta_weight(adapter, update)
+                bias = bias if bias_update is None else bias + bias_update
+            result = self._product(x, weight, bias)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter, update_and_bias in updates.items():
+            result = result + self._output(adapter, x, *update_and_bias)
+        return result if result.dtype == dtype else result.to(dtype)
+
+    @abstractmethod
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        """What an update adds to the output of the base layer."""
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The output of the base layer with another weight and bias."""
+        raise NotImplementedError
+
+    def _joined(self, updates: dict[str, tuple[Update, torch.Tensor | None]], x: torch.Tensor) -> list[str]:
+        """The adapters whose updates are added to the weight, for one product in place of two or more.
+
+        In training that saves two of the three products of an update of the whole weight. It has to be what the base
+        layer does (no hooks, other classes, quantized or sharded weights), and in single precision at least: rounded
+        to half precision, the sum of a weight and a small update is often the weight. For a few inputs the addition
+        takes longer than the products.
+        """
+        base_layer = self.base_layer
+        if (
+            type(base_layer) not in self.joined_types
+            or x.numel() < _FEWEST_ROWS * self.in_features
+            or _is_hooked(base_layer)
+            or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        ):
+            return []
+        weight = base_layer.weight
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype not in (torch.float32, torch.float64):
+            return []
+        return [
+            adapter
+            for adapter, (update, _) in updates.items()
+            if isinstance(update, torch.Tensor)
+            and update.dtype == weight.dtype
+            and not (self.training and isinstance(self.dropout[adapter], nn.Dropout))
+        ]
+
+    def _update_at(self, adapter: str, device: torch.device) -> tuple[Update, torch.Tensor | None]:
+        """`update` on the device of the input: coefficients that many layers share can be on another one."""
+        update, bias = self.update(adapter)
+        if isinstance(update, tuple) or update.device == device:
+            return update, bias
+        return update.to(device), bias if bias is None else bias.to(device)
+
+    def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout[adapter](x) if self.training else x
+
+
+class SeededLinear(SeededWeightLayer):
     """`nn.Linear`, transformers' `Conv1D` and the quantized linears that PEFT knows."""
+
+    joined_types = (nn.Linear, Conv1D)
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta
 
-    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
         x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
-        update, bias = self._update_at(adapter, x.device)
         if isinstance(update, tuple):
             A, B = update
             return self._scaled(adapter, F.linear(F.linear(x, A), B))
         return F.linear(x, self._scaled(adapter, update), bias)
 
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, bias)
 
-class SeededConv2d(SeededLayer):
+
+class SeededConv2d(SeededWeightLayer):
     """`nn.Conv2d` with any stride, padding, dilation and groups: A is a convolution, B mixes its channels."""
+
+    joined_types = (nn.Conv2d,)
 
     @property
     def _conv(self) -> nn.Conv2d:
@@ -270,10 +345,9 @@ class SeededConv2d(SeededLayer):
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.view(self._conv.weight.shape)
 
-    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
         conv = self._conv
         x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
-        update, bias = self._update_at(adapter, x.device)
         if isinstance(update, tuple) and conv.groups == 1:
             A, B = update
             hidden = conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None)
@@ -281,16 +355,18 @@ class SeededConv2d(SeededLayer):
         # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
         return conv._conv_forward(x, self._delta_weight(adapter, update), bias)
 
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._conv._conv_forward(x, weight, bias)
 
-class SeededEmbedding(SeededLayer):
+
+class SeededEmbedding(SeededWeightLayer):
     """`nn.Embedding`: A has a column per token, B maps to the embedding dimension."""
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T
 
-    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
         table = cast(nn.Embedding, self.get_base_layer())
-        update, _ = self._update_at(adapter, x.device)
         rows = (update[0] if isinstance(update, tuple) else update).T
         embedded = F.embedding(x, rows, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
         result = self._drop_out(adapter, embedded)

@@ -20,6 +20,7 @@ from tiny_models import One
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_ext.tuners import layers
 from peft_ext.tuners.layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear
 from peft_ext.tuners.pranc import PrancVector
 
@@ -27,12 +28,12 @@ DOUBLE = torch.float64
 
 Case = tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], type]
 
-# name: (layer, its input, the class that adapts it)
+# name: (layer, its input, the class that adapts it). From 16 inputs on, updates of whole weights are added to them.
 LAYERS: dict[str, Case] = {
     "linear": (lambda: nn.Linear(6, 9), lambda: torch.randn(4, 6), SeededLinear),
-    "linear without bias, 3-d input": (lambda: nn.Linear(6, 9, bias=False), lambda: torch.randn(2, 4, 6), SeededLinear),
+    "linear without bias, 3-d input": (lambda: nn.Linear(6, 9, bias=False), lambda: torch.randn(2, 9, 6), SeededLinear),
     "linear, empty batch": (lambda: nn.Linear(6, 9), lambda: torch.randn(0, 6), SeededLinear),
-    "Conv1D": (lambda: Conv1D(9, 6), lambda: torch.randn(2, 4, 6), SeededLinear),
+    "Conv1D": (lambda: Conv1D(9, 6), lambda: torch.randn(2, 9, 6), SeededLinear),
     "conv": (lambda: nn.Conv2d(3, 5, 3), lambda: torch.randn(2, 3, 7, 8), SeededConv2d),
     "conv, unbatched": (lambda: nn.Conv2d(3, 5, 3), lambda: torch.randn(3, 7, 8), SeededConv2d),
     "conv, 1x1": (lambda: nn.Conv2d(3, 5, 1, bias=False), lambda: torch.randn(2, 3, 7, 8), SeededConv2d),
@@ -280,6 +281,204 @@ def test_dropout_in_training_only(method: str) -> None:
     torch.testing.assert_close(model(x).mean(0), expected[0], rtol=0.1, atol=0.1)  # right on average
 
 
+# Updates of whole weights, added to the weight before the one product, or multiplied alone
+
+WHOLE = ["PRANC, two a weight, biases", "MCNC, weight"]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`products(call)`: how often a call runs the forward method of a base layer."""
+    count = 0
+
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return forward(*args, **kwargs)
+
+        return counted
+
+    for layer in (nn.Linear, Conv1D, nn.Conv2d):
+        monkeypatch.setattr(layer, "forward", counting(layer.forward))
+
+    def counted_in(call: Callable[[], Any]) -> int:
+        before = count
+        call()
+        return count - before
+
+    return counted_in
+
+
+@pairs([name for name, (_, _, kind) in LAYERS.items() if kind is not SeededEmbedding and "empty" not in name], WHOLE)
+def test_one_product_equals_two(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch, products: Callable[..., int]
+) -> None:
+    base, x, _ = layer_case(name)
+    model, _ = adapt_layer(base, method)
+    model.base_model.model.layer.get_base_layer().requires_grad_(True)  # as with `bias="all"`, or trained alongside
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    x = (torch.cat([x] * 5) if "unbatched" not in name else x).requires_grad_()
+    found = []
+    for fewest, of_base_layer in ((layers._FEWEST_ROWS, 0), (10**6, 1)):
+        monkeypatch.setattr(layers, "_FEWEST_ROWS", fewest)
+        assert products(lambda: model(x)) == of_base_layer
+        output = model(x)
+        gradients = torch.autograd.grad(output.square().sum(), [x, *parameters], create_graph=True)
+        second = torch.autograd.grad(gradients[0].square().sum(), parameters, allow_unused=True)
+        found.append([output, *gradients, *(g for g in second if g is not None)])
+    assert len(found[0]) == len(found[1]) >= 5
+    for one, two in zip(*found):
+        close(one, two, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_few_inputs_are_multiplied_twice(method: str, products: Callable[..., int]) -> None:
+    """A generated token at a time, an addition to the whole weight takes longer than a product with the update."""
+    model, _ = adapt_layer(One(nn.Linear(6, 9)), method)
+    assert products(lambda: model(torch.randn(15, 6))) == 1
+    assert products(lambda: model(torch.randn(16, 6))) == 0
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+class OtherTensor(torch.Tensor):
+    """Stands for sharded and quantized weights."""
+
+
+def replace_forward(layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+
+
+def change_class(layer: nn.Module) -> None:
+    layer.__class__ = Doubling
+
+
+def change_weight(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OtherTensor))  # type: ignore[arg-type]
+
+
+SPECIAL: dict[str, Callable[[nn.Module], Any]] = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda module, args, output: 2 * output),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],)),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda module, grads: (2 * grads[0],)),
+    "hook on all modules": lambda layer: nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 2 * output if module is layer else None
+    ),
+    "forward of the object": replace_forward,
+    "subclass": change_class,
+    "parametrized": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
+    "weight of another class": change_weight,
+}
+
+
+@pytest.mark.parametrize("change", SPECIAL)
+@pytest.mark.parametrize("method", WHOLE)
+def test_base_layers_that_do_something_else_are_called(method: str, change: str, products: Callable[..., int]) -> None:
+    base, x, _ = layer_case("linear")
+    x = torch.cat([x] * 5).requires_grad_()
+    model, config = adapt_layer(base, method)
+    layer = model.base_model.model.layer
+    plain = layer.get_base_layer()
+    update = updates(config, base, coefficients_of(model))
+    handle = SPECIAL[change](plain)
+    try:
+        assert products(lambda: model(x)) == 1
+        output = model(x)
+        close(output, plain(x) + F.linear(x, update["layer.weight"], update.get("layer.bias")))
+        (found,) = torch.autograd.grad(output.sum(), x)
+        (of_base,) = torch.autograd.grad(plain(x).sum(), x)
+        close(found, of_base + update["layer.weight"].sum(0))
+    finally:
+        if change == "hook on all modules":
+            handle.remove()
+
+
+@pytest.mark.parametrize("method", WHOLE)
+@pytest.mark.parametrize("how", ["autocast", "half precision adapter"])
+def test_small_updates_are_not_rounded_away(how: str, method: str, products: Callable[..., int]) -> None:
+    """Ones plus small updates are ones in half precision."""
+    base = One(nn.Linear(6, 9, bias=False))
+    nn.init.ones_(base.layer.weight)
+    model, config = adapt(base, method, target_modules=["layer"])
+    (parameter,) = coefficients_of(model).values()
+    with torch.no_grad():
+        (parameter if lower(method) == "pranc" else parameter.view(-1, 3)[:, 2]).mul_(1e-3)  # of chunks, the factors
+    x = torch.tensor([1.0, 1, 1, -1, -1, -1])[torch.stack([torch.randperm(6) for _ in range(20)])]
+    expected = run_dense(base.double(), config, coefficients_of(model), lambda m: m(x.double()))
+    assert 0 < expected.abs().max() < 1e-2
+    if how == "autocast":
+        context: Any = torch.autocast("cpu", dtype=torch.bfloat16)
+    else:
+        model, x, context = model.to(torch.bfloat16), x.to(torch.bfloat16), contextlib.nullcontext()
+    with context:
+        assert products(lambda: model(x)) == 1
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("of_base", "of_adapter"), [(torch.float32, DOUBLE), (DOUBLE, torch.float32)])
+@pytest.mark.parametrize("method", WHOLE)
+def test_an_adapter_in_another_precision_than_the_base(
+    method: str, of_base: torch.dtype, of_adapter: torch.dtype, products: Callable[..., int]
+) -> None:
+    base, x, _ = layer_case("linear without bias, 3-d input")
+    model, config = adapt_layer(base, method)
+    expected = run_dense(base, config, coefficients_of(model), lambda m: m(x))
+    model.to(of_base)
+    for parameter in coefficients_of(model).values():
+        parameter.data = parameter.data.to(of_adapter)
+    x = x.to(of_base)
+    assert products(lambda: model(x)) == 1
+    assert model(x).dtype == of_base
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dropout", "training", "of_base_layer"), [(0.5, True, 1), (0.5, False, 0), (0.0, True, 0)])
+@pytest.mark.parametrize("method", WHOLE)
+def test_dropout_is_of_the_input_of_the_update_alone(
+    method: str, dropout: float, training: bool, of_base_layer: int, products: Callable[..., int]
+) -> None:
+    base, x, _ = layer_case("linear without bias, 3-d input")
+    model, _ = adapt_layer(base, method, **{f"{lower(method)}_dropout": dropout})
+    assert products(lambda: model.train(training)(x)) == of_base_layer
+
+
+def test_some_adapters_in_the_weight_and_some_beside_it(products: Callable[..., int]) -> None:
+    """Updates of whole weights, of two adapters here, join the weight; factors and those with dropout do not."""
+    configs = {
+        "whole": config_of("MCNC, weight", target_modules=["layer"]),
+        "factors": config_of("MCNC", target_modules=["layer"]),
+        "whole too": config_of("MCNC, weight", target_modules=["layer"], seed=1),
+        "dropped": config_of("MCNC, weight", target_modules=["layer"], seed=2, mcnc_dropout=0.5),
+    }
+    base, x, _ = layer_case("Conv1D")
+    model = get_peft_model(copy.deepcopy(base), configs["whole"], "whole")
+    for name in list(configs)[1:]:
+        model.add_adapter(name, configs[name])
+    model.to(DOUBLE).base_model.set_adapter(list(configs))
+    assert products(lambda: model.eval()(x)) == 0
+    close(model(x), add(base, model, configs, list(configs))(x))
+
+    torch.manual_seed(1)
+    found = model.train()(x)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    (update,) = updates(configs["dropped"], base, coefficients_of(model, "dropped")).values()
+    close(found, add(base, model, configs, list(configs)[:3])(x) + dropped @ update)
+
+
 # Merging
 
 
@@ -401,7 +600,7 @@ several = pytest.mark.parametrize("method", ONE_OF_EACH)
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_adapters_in_any_order(order: tuple[str, ...], method: str) -> None:
     model, base, configs = three_adapters(method, order)
-    x = torch.randint(0, 11, (2, 5))
+    x = torch.randint(0, 11, (2, 9))
     for name in (*order, *reversed(order)):
         model.set_adapter(name)
         close(model(x, PATH), expected_of(model, base, configs, [name], x))
@@ -424,7 +623,7 @@ def test_a_further_adapter_is_frozen_until_it_is_activated(method: str) -> None:
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_several_active_adapters(order: tuple[str, ...], method: str) -> None:
     model, base, configs = three_adapters(method, order)
-    x = torch.randint(0, 11, (2, 5))
+    x = torch.randint(0, 11, (2, 9))
     for active in (list(order), list(order[1:]), list(order[:2])):
         model.base_model.set_adapter(active)
         expected = expected_of(model, base, configs, active, x)
@@ -439,7 +638,7 @@ def test_several_active_adapters(order: tuple[str, ...], method: str) -> None:
 def test_gradients_with_several_active_adapters(method: str) -> None:
     model, base, configs = three_adapters(method, ORDERS[0])
     model.base_model.set_adapter(list(ORDERS[0]))
-    x = torch.randint(0, 11, (2, 5))
+    x = torch.randint(0, 11, (2, 9))
     model(x, PATH).square().sum().backward()
     for name in ORDERS[0]:
         others = add(base, model, configs, set(ORDERS[0]) - {name})
@@ -454,7 +653,7 @@ def test_gradients_with_several_active_adapters(method: str) -> None:
 @several
 def test_switching_in_the_middle_of_training(method: str) -> None:
     model, base, configs = three_adapters(method, ORDERS[0])
-    x = torch.randint(0, 11, (2, 5))
+    x = torch.randint(0, 11, (2, 9))
     for step in range(6):
         name = ORDERS[0][step % 3]
         model.set_adapter(name)
@@ -469,7 +668,7 @@ def test_switching_in_the_middle_of_training(method: str) -> None:
 def test_disabling(method: str) -> None:
     model, base, configs = three_adapters(method, ORDERS[0])
     model.base_model.set_adapter(list(ORDERS[0]))
-    x = torch.randint(0, 11, (2, 5))
+    x = torch.randint(0, 11, (2, 9))
     enabled = model(x, PATH)
     with model.disable_adapter():
         assert torch.equal(model(x, PATH), base(x, PATH))
@@ -485,7 +684,7 @@ def test_disabling(method: str) -> None:
 @pytest.mark.parametrize("gone", ["one", "two", "three"])
 def test_deleting_and_adding_again(gone: str, method: str) -> None:
     model, base, configs = three_adapters(method, ORDERS[0])
-    x = torch.randint(0, 11, (2, 5))
+    x = torch.randint(0, 11, (2, 9))
     left = [name for name in ORDERS[0] if name != gone]
     model.set_adapter(left[0])
     model(x, PATH)
@@ -520,7 +719,7 @@ def test_another_adapter_does_not_change_the_first(method: str) -> None:
     alone, _, _ = three_adapters(method, ("one",))
     model, _, _ = three_adapters(method, ORDERS[1])
     model.set_adapter("one")
-    x = torch.randint(0, 11, (2, 5))
+    x = torch.randint(0, 11, (2, 9))
     assert torch.equal(model(x, PATH), alone(x, PATH))
 
 

@@ -34,7 +34,7 @@ watching = True
 thread = threading.Thread(target=watch)
 thread.start()
 for _ in range(3):
-    model(torch.randn(4, WIDTH)).sum().backward()
+    model(torch.randn(64, WIDTH)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
 watching = False

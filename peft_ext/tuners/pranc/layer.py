@@ -76,8 +76,10 @@ class PrancLayer(SeededLayer):
 
     def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
         weights = self.fan_out * self.fan_in
-        flat = self._flat_update(adapter)
-        return flat[:weights].view(self.fan_out, self.fan_in), flat[weights:] if len(flat) > weights else None
+        flat, bias = self._flat_update(adapter), None
+        if len(flat) > weights:
+            flat, bias = flat[:weights], flat[weights:]
+        return flat.view(self.fan_out, self.fan_in), bias
 
 
 class PrancLinear(PrancLayer, SeededLinear):
@@ -99,14 +101,9 @@ class PrancVector(PrancLayer):
     def _sizes(self) -> tuple[int, int]:
         return self.fan_out, 0
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [adapter for adapter in self.active_adapters if self.container(adapter) is not None]
-        if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+    def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         updated: dict[str, torch.Tensor] = dict(self.base_layer.named_parameters())
-        for adapter in active:
+        for adapter in adapters:
             for name, update in self._parts(adapter):
                 updated[name] = (updated[name] + update.to(updated[name].device)).to(updated[name].dtype)
         return torch.func.functional_call(self.base_layer, updated, (x, *args), kwargs)
@@ -129,9 +126,6 @@ class PrancVector(PrancLayer):
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.flatten()  # the updates of all parameters of the module, one after the other
-
-    def _update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("`forward` applies the update to the parameters.")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
