@@ -112,7 +112,7 @@ class UnlearningLedger:
         model: nn.Module,
         data: Loader,
         loss: str = "cross_entropy",
-        damping: float = 0.01,
+        damping: float = 1.0,
         weight_decay: float = 0.0,
         reference: Mapping[str, torch.Tensor] | None = None,
         draws: int | None = 1,
@@ -125,7 +125,8 @@ class UnlearningLedger:
             folder: where to; must not hold a ledger.
             model: fine-tuned on the data.
             data: batches of all training samples; see `NTKUnlearner.fit`.
-            damping: ridge on the curvature, in units of the mean of its diagonal.
+            damping: ridge on the curvature, in units of the mean of its diagonal. No retain data will be there to
+                steer it by: try a few values on requests that can be checked.
             loss, weight_decay, reference, draws, parameters, memory: as for `NTKUnlearner`.
 
         Raises:

@@ -73,7 +73,7 @@ def test_a_request_raises_the_loss_on_what_is_forgotten(tmp_path):
 
     before = losses()
     options = {"draws": None, "weight_decay": 0.01, "reference": initial}
-    ledger = UnlearningLedger.create(tmp_path, model, loader(retain + forget), **options)
+    ledger = UnlearningLedger.create(tmp_path, model, loader(retain + forget), damping=0.01, **options)
     ledger.forget(model, loader(forget))
     after = losses()
     assert after[1] > before[1] + 0.5

@@ -27,7 +27,7 @@ class Ledger(UnlearningMethod):
     """
 
     name: ClassVar[str] = "ledger"
-    damping: float = 0.01
+    damping: float = 1.0
     draws: int | None = 1
     memory: float = 4e9
     batch_size: int | None = None
