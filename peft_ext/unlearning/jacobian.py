@@ -152,11 +152,12 @@ class AdapterFunction:
         return outputs_and_targets(self.model(**arguments, **batch.options), batch.tensors["labels"])
 
     def loss_and_gradient(
-        self, loader: Iterable[Mapping[str, Any]], limit: float = math.inf
+        self, loader: Iterable[Mapping[str, Any]], limit: float = math.inf, gradient: bool = True
     ) -> tuple[float, int, torch.Tensor]:
         """Of all samples of a loader: the sum of the losses, the number of targets, the gradient of the sum.
 
         Args:
+            gradient: False to leave the gradient at zero and save the backward passes.
             limit: once the losses, which are never negative, add up to more, the rest is not computed. The sum is then
                 above the limit and the gradient is of no use.
 
@@ -164,22 +165,25 @@ class AdapterFunction:
             ValueError: there is no target.
         """
         sums = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
-        with self.evaluation():
+        with self.evaluation(), torch.set_grad_enabled(gradient):
             for batch in batches(loader, self.device):
                 if not sums[0] <= limit:
                     continue  # to the end of the loader: Accelerate's would be left in the middle of an epoch
                 outputs, targets = self._call(batch)
                 loss = self.loss.values(outputs, targets).sum()
-                gradient = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-                zeros = (torch.zeros_like(parameter) for parameter in self.parameters.values())
-                parts = (zero if part is None else part for part, zero in zip(gradient, zeros))
                 sums[0] += loss.detach()
                 sums[1] += (targets != IGNORED).sum()
-                sums[2:] += torch.cat([part.double().flatten() for part in parts])
+                if gradient:
+                    sums[2:] += self._flat_gradient(loss)
         sums = total(sums)
         if not sums[1] and sums[0] <= limit:
             raise ValueError("The loader gives no sample with a target.")
         return float(sums[0]), int(sums[1]), sums[2:]
+
+    def _flat_gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        pairs = zip(found, self.parameters.values())
+        return torch.cat([(torch.zeros_like(p) if part is None else part).double().flatten() for part, p in pairs])
 
     def linearise(
         self, loader: Iterable[Mapping[str, Any]], draws: int | None, share: float = 1.0

@@ -251,7 +251,7 @@ class NTKUnlearner:
         report.retain_loss, report.forget_loss = zip(before, after)
 
     def _losses(self, *loaders: Loader) -> list[float]:
-        found = [self.function.loss_and_gradient(loader) for loader in loaders]
+        found = [self.function.loss_and_gradient(loader, gradient=False) for loader in loaders]
         return [loss / targets for loss, targets, _ in found]
 
     def _shift_by_parameters(self, retain: Loader, forget: Loader) -> torch.Tensor:
@@ -322,10 +322,10 @@ class NTKUnlearner:
             """The objective without the retain loss."""
             return penalty(weights) - float(left @ (weights - start))
 
-        def evaluate(weights: torch.Tensor, most: float) -> tuple[float, float, torch.Tensor]:
-            """Objective, retain loss and gradient of the objective; no further than to a mean retain loss."""
+        def evaluate(weights: torch.Tensor, most: float, last: bool) -> tuple[float, float, torch.Tensor]:
+            """Objective, retain loss, gradient of the objective unless it is the last; no further than to a loss."""
             function.vector = weights
-            loss, _, gradient = function.loss_and_gradient(retain, most * targets)
+            loss, _, gradient = function.loss_and_gradient(retain, most * targets, gradient=not last)
             gradient = gradient / targets + self.weight_decay * (weights - centre) - left
             return loss / targets + beside(weights), loss / targets, gradient
 
@@ -340,7 +340,7 @@ class NTKUnlearner:
             # The first step leaves the neighbourhood of the trained weights, where no quadratic model is right; what it
             # costs the retain set within the bound, the others repair.
             most = limit if kept == 0 else min(limit, objective - beside(weights + step))
-            found, found_loss, found_gradient = evaluate(weights + step, most)
+            found, found_loss, found_gradient = evaluate(weights + step, most, kept + 1 == self.max_steps)
             gain = objective - found
             accepted = found_loss <= most
             report.steps.append(Step(found, found_loss, damping, accepted, predicted))
