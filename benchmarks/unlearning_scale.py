@@ -4,18 +4,16 @@
 
 ResNet-20 with its batch-norm scales and shifts and its head, p = 2,026 parameters, of which a class is to be forgotten.
 A step with one random probe an image reads all images three times, and once for derivatives of single images. Every
-size runs in a process of its own; a form ends with the first size that does not fit `--memory`. Random weights and,
-without `--dataset_name`, random images do as well: neither changes what is computed. Prints a table, and writes it as
-JSON with a plot.
+size runs in a process of its own; memory is what it takes beside the images; a form ends with the first size that does
+not fit `--memory`. Random weights and, without `--dataset_name`, random images do as well: neither changes what is
+computed. Prints a table, and writes it as JSON with a plot.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from transformers import HfArgumentParser
 
 from peft_ext.unlearning import NTKUnlearner
 from recipes.resnet import CifarResNet
+from recipes.usage import Usage
 
 CLASSES = 10
 
@@ -66,7 +65,6 @@ def measure(arguments: Arguments, form: Any, size: int) -> None:
     x, y = images(arguments.dataset_name, size)
     torch.manual_seed(0)
     model = CifarResNet(num_labels=CLASSES).eval()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def loader(chosen: torch.Tensor) -> DataLoader:
         def collate(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -77,15 +75,13 @@ def measure(arguments: Arguments, form: Any, size: int) -> None:
 
     options: dict[str, Any] = {"form": form, "parameters": "bn|linear", "memory": arguments.memory}
     unlearner = NTKUnlearner(model, max_steps=1, retain_tolerance=1e9, **options)
-    start = time.perf_counter()
     try:
-        unlearner.fit(loader(y != 0), loader(y == 0))
+        with Usage(torch.device("cpu")) as usage:
+            unlearner.fit(loader(y != 0), loader(y == 0))
     except ValueError as error:
         print(json.dumps({"form": form, "images": size, "error": str(error)}))
         return
-    seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(json.dumps({"form": form, "images": size, "seconds": seconds, "bytes": peak}))
+    print(json.dumps({"form": form, "images": size, "seconds": usage.seconds, "bytes": usage.peak_memory}))
 
 
 def plot(results: list[dict], path: Path) -> None:
