@@ -5,8 +5,8 @@
 ResNet-20 with its batch-norm scales and shifts and its head, p = 2,026 parameters, of which a class is to be forgotten.
 A step with one random probe an image reads all images three times, and once for derivatives of single images. Every
 size runs in a process of its own; memory is what it takes, with one copy of the images (12 KB each); a form ends with
-the first size that does not fit `--memory`. Random weights and, without `--dataset_name`, random images do as well: neither changes what is
-computed. Prints a table, and writes it as JSON with a plot.
+the first size that does not fit `--memory`. Random weights and, without `--dataset_name`, random images do as well:
+neither changes what is computed. Prints a table, and writes it as JSON with a plot.
 """
 
 from __future__ import annotations
