@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .data import Batch, batches, total, uniform
 from .losses import IGNORED, Loss, outputs_and_targets
+from .prefix import FEATURES, FrozenPrefix
 
 
 @dataclass
@@ -52,7 +53,11 @@ class AdapterFunction:
         estimator: how random probes are made, `"signs"` or `"labels"`; see `Loss`.
         parameters: a regular expression that the names of the parameters contain; by default those that require
             gradients.
-        memory: bytes that the derivatives of a chunk of samples may take.
+        memory: bytes that the derivatives of a chunk of samples may take, and as many again for what `prefix` keeps.
+
+    Attributes:
+        prefix: the part of the model below the first of the parameters. Whoever passes over the same samples more than
+            once does so within `prefix.remembering()`, which keeps the outputs of that part.
 
     Raises:
         ValueError: there is no such parameter, or dropout is on.
@@ -98,6 +103,7 @@ class AdapterFunction:
         self.parameters: dict[str, nn.Parameter] = found
         self.device = next(iter(found.values())).device
         self.size = sum(parameter.numel() for parameter in found.values())
+        self.prefix = FrozenPrefix(self.model, lambda batch: self._call(batch)[0], memory)
         self._measured: dict[Any, tuple[int, int, int]] = {}
 
     @property
@@ -147,9 +153,18 @@ class AdapterFunction:
             for parameter, value in required.items():
                 parameter.requires_grad_(value)
 
-    def _call(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments = {name: tensor for name, tensor in batch.tensors.items() if name != "labels"}
-        return outputs_and_targets(self.model(**arguments, **batch.options), batch.tensors["labels"])
+    def _call(
+        self, batch: Batch, parameters: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs and targets, with other values of the parameters if there are any."""
+        arguments = {**batch.tensors, **batch.options}
+        labels = arguments.pop("labels")
+        with self.prefix.passed_over(arguments.pop(FEATURES, None)):
+            if parameters is None:
+                found = self.model(**arguments)
+            else:
+                found = functional_call(self.model, parameters, (), arguments)
+        return outputs_and_targets(found, labels)
 
     def loss_and_gradient(
         self, loader: Iterable[Mapping[str, Any]], limit: float = math.inf, gradient: bool = True
@@ -169,7 +184,9 @@ class AdapterFunction:
             for batch in batches(loader, self.device):
                 if not sums[0] <= limit:
                     continue  # to the end of the loader: Accelerate's would be left in the middle of an epoch
-                outputs, targets = self._call(batch)
+                batch = self.prefix.recall(batch)
+                with self.prefix.kept(batch):
+                    outputs, targets = self._call(batch)
                 loss = self.loss.values(outputs, targets).sum()
                 sums[0] += loss.detach()
                 sums[1] += (targets != IGNORED).sum()
@@ -205,7 +222,7 @@ class AdapterFunction:
                     chosen = [i for i, key in enumerate(keys) if float(uniform(key, "subset")) < share]
                     batch, keys = batch.select(chosen), [keys[i] for i in chosen]
                 if keys:
-                    yield from self._linearise(batch, keys, draws)
+                    yield from self._linearise(self.prefix.recall(batch), keys, draws)
 
     def _linearise(self, batch: Batch, keys: list[str], draws: int | None) -> Iterator[Linearised]:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -257,9 +274,8 @@ class AdapterFunction:
         """The outputs `(places, c)` of one sample as a function of the parameters by name."""
 
         def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-            arguments = {name: tensor[None] for name, tensor in sample.items() if name != "labels"}
-            found = functional_call(self.model, parameters, (), {**arguments, **options})
-            return outputs_and_targets(found, sample["labels"][None])[0][0]
+            batch = Batch({name: tensor[None] for name, tensor in sample.items()}, options)
+            return self._call(batch, parameters)[0][0]
 
         return call
 
@@ -307,16 +323,14 @@ class AdapterFunction:
                     batch = batch.select([i for i, key in enumerate(keys) if float(uniform(key, "subset")) < share])
                 if not len(batch):
                     continue
-                arguments = {name: tensor for name, tensor in batch.tensors.items() if name != "labels"}
-                labels = batch.tensors["labels"]
+                batch = self.prefix.recall(batch)
 
                 def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-                    found = functional_call(self.model, parameters, (), {**arguments, **batch.options})  # noqa: B023
-                    return outputs_and_targets(found, labels)[0]  # noqa: B023
+                    return self._call(batch, parameters)[0]  # noqa: B023
 
                 _, tangent = jvp(call, (parameters,), (tangents,))  # type: ignore[misc]
                 outputs, pull_back = vjp(call, parameters)  # type: ignore[misc]
-                present = (_targets(labels) != IGNORED)[..., None]
+                present = (_targets(batch.tensors["labels"]) != IGNORED)[..., None]
                 (found,) = pull_back(self.loss.hessian_product(outputs, tangent) * present)
                 result += torch.cat([found[name].double().flatten() for name in self.parameters])
         return total(result)

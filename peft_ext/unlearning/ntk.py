@@ -112,7 +112,8 @@ class NTKUnlearner:
             are right on average; the second one sees little of a model that is sure of its labels.
         curvature_samples: estimate the curvature from about as many samples of the retain set, chosen by their hash.
             Default: all. Not for `fast_ntk`.
-        memory: bytes for matrices, and for the derivatives of a chunk of samples.
+        memory: bytes for matrices; a quarter of them for the derivatives of a chunk of samples, and another one for the
+            outputs of frozen layers below the first parameter, which are computed once.
 
     Raises:
         ValueError: an argument holds what it cannot, the model has no parameters to change, or dropout is on.
@@ -192,10 +193,11 @@ class NTKUnlearner:
         before = self.function.vector
         report = UnlearningReport(self.method, self.form, self.function.size)
         try:
-            if self.method == "fast_ntk":
-                self._fast_ntk(retain, forget, len(retained) + len(forgotten), report)
-            else:
-                self._gauss_newton(retain, forget, len(retained), report)
+            with self.function.prefix.remembering():
+                if self.method == "fast_ntk":
+                    self._fast_ntk(retain, forget, len(retained) + len(forgotten), report)
+                else:
+                    self._gauss_newton(retain, forget, len(retained), report)
         except BaseException:
             self.function.vector = before
             raise
