@@ -117,7 +117,8 @@ class SineManifold(Generator):
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | float, torch.Tensor]:
         """(inputs of the activations, phi(alpha), the factor that normalised it, beta): one row a chunk."""
         activation, _ = ACTIVATIONS[self.activation]
-        chunks = coefficients.unflatten(-1, (self.num_chunks, self.k + 1))
+        # In one layout: how a product is summed up, and so its last bits, may depend on that of its factors.
+        chunks = coefficients.contiguous().unflatten(-1, (self.num_chunks, self.k + 1))
         hidden, beta = chunks[..., : self.k] * self.frequency, chunks[..., self.k :]
         *layers, last = (layer.like(coefficients) for layer in self._layers)
         inputs = []
