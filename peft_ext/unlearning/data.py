@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,20 +62,26 @@ class Batch:
         return found
 
 
-def batches(loader: Iterable[Mapping[str, Any]], device: torch.device) -> Iterator[Batch]:
+Loader = Iterable[Mapping[str, Any] | Batch]
+
+
+def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
     """The samples of a loader that this process has to add up.
 
     Accelerate fills the last batch of a prepared loader up with samples that have been seen; they are left out.
 
     Args:
         loader: of dicts with `labels` and the other arguments of the model, each either a tensor with a row for every
-            sample or something to be passed on as it is.
+            sample or something to be passed on as it is; or of what this function gave.
 
     Raises:
         ValueError: a batch that is no dict, or has no `labels`.
     """
     gradient_state = GradientState()
     for values in loader:
+        if isinstance(values, Batch):
+            yield values.to(device)
+            continue
         if not isinstance(values, Mapping) or not isinstance(values.get("labels"), torch.Tensor):
             raise ValueError(
                 "The loader must give dicts of the model's arguments with a tensor 'labels' among them, got "
@@ -96,6 +102,27 @@ def batches(loader: Iterable[Mapping[str, Any]], device: torch.device) -> Iterat
             yield batch.to(device)
 
 
+@dataclass
+class Selection:
+    """The samples of a loader whose hashes are among some, or are not.
+
+    Attributes:
+        loader: see `batches`.
+        keys: the hashes.
+        without: whether the others are meant.
+    """
+
+    loader: Loader
+    keys: Container[str]
+    without: bool = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in batches(self.loader, torch.device("cpu")):
+            rows = [row for row, key in enumerate(batch.keys()) if (key in self.keys) != self.without]
+            if rows:
+                yield batch.select(rows)
+
+
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes, in each of them."""
     return reduce(tensor, "sum") if PartialState().num_processes > 1 else tensor
@@ -106,7 +133,7 @@ def gathered(values: list[Any]) -> list[Any]:
     return gather_object(values) if PartialState().num_processes > 1 else values
 
 
-def sample_keys(loader: Iterable[Mapping[str, Any]]) -> list[str]:
+def sample_keys(loader: Loader) -> list[str]:
     """The hashes of all samples of a loader, over all processes; see `Batch.keys`."""
     return gathered([key for batch in batches(loader, torch.device("cpu")) for key in batch.keys()])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .data import Batch, batches, total, uniform
+from .data import Batch, Loader, batches, total, uniform
 from .losses import IGNORED, Loss, outputs_and_targets
 from .prefix import FEATURES, FrozenPrefix
 
@@ -167,7 +167,7 @@ class AdapterFunction:
         return outputs_and_targets(found, labels)
 
     def loss_and_gradient(
-        self, loader: Iterable[Mapping[str, Any]], limit: float = math.inf, gradient: bool = True
+        self, loader: Loader, limit: float = math.inf, gradient: bool = True
     ) -> tuple[float, int, torch.Tensor]:
         """Of all samples of a loader: the sum of the losses, the number of targets, the gradient of the sum.
 
@@ -202,9 +202,7 @@ class AdapterFunction:
         pairs = zip(found, self.parameters.values())
         return torch.cat([(torch.zeros_like(p) if part is None else part).double().flatten() for part, p in pairs])
 
-    def linearise(
-        self, loader: Iterable[Mapping[str, Any]], draws: int | None, share: float = 1.0
-    ) -> Iterator[Linearised]:
+    def linearise(self, loader: Loader, draws: int | None, share: float = 1.0) -> Iterator[Linearised]:
         """Probes of the loss times the Jacobian of the outputs, for the samples of this process, chunk by chunk.
 
         The outer products of all rows add up to the generalised Gauss-Newton matrix `sum_i J_i^T H_i J_i`, exactly or
@@ -227,7 +225,8 @@ class AdapterFunction:
     def _linearise(self, batch: Batch, keys: list[str], draws: int | None) -> Iterator[Linearised]:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         places, classes, kept = self._measure(batch)
-        probes = draws or places * classes
+        probes = self._probes(draws, places * classes)
+        draws = None if probes == places * classes else draws
         forward_mode = self.size < probes
         # What a forward pass keeps, as much again for every vector on the way back, and rows in two precisions.
         need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 16 * places * classes)
@@ -241,7 +240,7 @@ class AdapterFunction:
                 if draws is None:
                     return self.loss.exact_probes(outputs, present)
                 if self.estimator == "signs":
-                    return self.loss.sign_probes(outputs, present, u)
+                    return self.loss.sign_probes(outputs, present, u, draws)
                 return self.loss.label_probes(outputs, present, u)
 
             if forward_mode:
@@ -255,7 +254,7 @@ class AdapterFunction:
         for start in range(0, len(batch), chunk):
             part = batch.select(slice(start, start + chunk))
             part_keys = keys[start : start + chunk]
-            shape = (draws or 0, places, classes if self.estimator == "signs" else 1)
+            shape = (places, classes) if self.estimator == "signs" else (draws or 0, places, 1)
             u = torch.stack([uniform(key, self.estimator, shape=shape) for key in part_keys])
             tensors = dict(part.tensors)
             mask = tensors.get("attention_mask")
@@ -279,13 +278,17 @@ class AdapterFunction:
 
         return call
 
-    def outputs_of_a_sample(self, loader: Iterable[Mapping[str, Any]]) -> int:
-        """Places times outputs of the first sample: how many rows its whole Jacobian has."""
+    def rows_of_a_sample(self, loader: Loader, draws: int | None) -> int:
+        """How many rows `linearise` gives for the first sample."""
         with self.evaluation():
             for batch in batches(loader, self.device):
                 places, classes, _ = self._measure(batch)
-                return places * classes
+                return self._probes(draws, places * classes)
         return 0
+
+    def _probes(self, draws: int | None, outputs: int) -> int:
+        """As many groups as there are vectors are the vectors themselves."""
+        return outputs if draws is None or (self.estimator == "signs" and draws >= outputs) else draws
 
     def _measure(self, batch: Batch) -> tuple[int, int, int]:
         """Of one sample: places, outputs at each, and bytes that a forward pass keeps for the way back."""
@@ -304,7 +307,7 @@ class AdapterFunction:
         return self._measured[shapes]
 
     def curvature_product(
-        self, loader: Iterable[Mapping[str, Any]], weights: torch.Tensor, vector: torch.Tensor, share: float = 1.0
+        self, loader: Loader, weights: torch.Tensor, vector: torch.Tensor, share: float = 1.0
     ) -> torch.Tensor:
         """`sum_i J_i^T H_i J_i v`, exactly, over the samples of all processes: one forward-mode and one reverse pass.
 

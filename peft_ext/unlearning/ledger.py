@@ -7,11 +7,11 @@ import json
 import math
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,14 +21,14 @@ from torch import nn
 
 from ..tuners.config import check_choice, check_number, check_positive_integer
 from .curvature import Curvature, KernelForm, ParameterForm
-from .data import gathered, sample_keys, total
+from .data import Loader, Selection, batches, gathered, sample_keys, total, uniform
 from .jacobian import AdapterFunction
 from .losses import LOSSES
 
-Loader = Iterable[Mapping[str, Any]]
-
 _FILE = "ledger.json"
-_VERSION = 1
+_VERSION = 2
+_DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_TRIAL_SHARE = 0.1
 
 
 @dataclass
@@ -112,34 +112,47 @@ class UnlearningLedger:
         model: nn.Module,
         data: Loader,
         loss: str = "cross_entropy",
-        damping: float = 1.0,
+        damping: float | None = None,
+        retain_tolerance: float = 0.05,
         weight_decay: float = 0.0,
         reference: Mapping[str, torch.Tensor] | None = None,
-        draws: int | None = 1,
+        draws: int | None = 3,
         parameters: str | None = None,
         memory: float = 4e9,
     ) -> UnlearningLedger:
-        """Reads the training data once and writes a ledger of the model as it is.
+        """Reads the training data a few times and writes a ledger of the model as it is.
 
         Args:
             folder: where to; must not hold a ledger.
             model: fine-tuned on the data.
             data: batches of all training samples; see `NTKUnlearner.fit`.
             damping: ridge on the curvature, in units of the mean of its diagonal. No retain data will be there to
-                steer it by: try a few values on requests that can be checked.
+                steer it by, so by default it is chosen now: the smallest of 0.03, 0.1, 0.3, ... 30 with which trial
+                deletions (of a random tenth, and of the most frequent class of a classifier) leave the loss of the
+                remaining samples as it should be. Nothing is deleted. See `UnlearningLedger.damping`.
+            retain_tolerance: how far a trial deletion may raise that loss, in nats per target.
             loss, weight_decay, reference, draws, parameters, memory: as for `NTKUnlearner`.
 
         Raises:
             ValueError: an argument holds what it cannot, there is a ledger already, or matrices of p x p for p
                 parameters do not fit `memory`.
+
+        Warns:
+            UserWarning: a trial deletion raised the loss of what remains by more with every damping. The ledger is
+                written with the largest one.
         """
         start = time.perf_counter()
         folder = Path(folder)
         check_choice("loss", loss, tuple(LOSSES))
-        for name, value in (("damping", damping), ("weight_decay", weight_decay), ("memory", memory)):
+        for name, value, zero in (
+            ("damping", 1.0 if damping is None else damping, False),
+            ("retain_tolerance", retain_tolerance, True),
+            ("weight_decay", weight_decay, True),
+            ("memory", memory, False),
+        ):
             check_number(name, value)
-            if value < 0 or (value == 0 and name != "weight_decay"):
-                raise ValueError(f"`{name}` must be above 0, got {value!r}.")
+            if value < 0 or (value == 0 and not zero):
+                raise ValueError(f"`{name}` must be {'at least' if zero else 'above'} 0, got {value!r}.")
         if draws is not None:
             check_positive_integer("draws", draws)
         if (folder / _FILE).exists():
@@ -148,7 +161,7 @@ class UnlearningLedger:
         keys = sample_keys(data)
         if not keys:
             raise ValueError("The training set is empty.")
-        rows = len(keys) * (draws or function.outputs_of_a_sample(data))
+        rows = len(keys) * function.rows_of_a_sample(data, draws)
         needs = {
             "rows": KernelForm.bytes_needed(rows, function.size),
             "gram": ParameterForm.bytes_needed(function.size),
@@ -162,43 +175,87 @@ class UnlearningLedger:
             )
         weights = function.vector
         centre = weights if reference is None else function.flatten(reference)
-        if form == "rows":
-            found = [(key, row) for part in _linearised(function, data, draws) for key, row in zip(*part)]
-            found = sorted(gathered([(key, row.cpu()) for key, row in found]), key=lambda item: item[0])
-            curvature = torch.stack([row for _, row in found])
-        else:
-            curvature = _gram(function, data, draws).cpu()
-        _, targets, gradient = function.loss_and_gradient(data)
-        if not torch.isfinite(curvature).all() or not torch.isfinite(gradient).all():
-            raise ValueError("The curvature or the gradient is not finite: the adapter or the data lead to NaN.")
-        ledger = cls.__new__(cls)
-        ledger.folder, ledger.memory = folder, memory
-        ledger._state = {
-            form: curvature,
-            "gradient": gradient.cpu(),
-            "trained": weights.cpu(),
-            "reference": centre.cpu(),
-            "weights": weights.cpu(),
-            "samples": _packed(keys),
-        }
-        trace = curvature.square().sum() if form == "rows" else curvature.trace()
-        ledger._record = {
-            "version": _VERSION,
-            "fingerprint": _fingerprint(function),
-            "loss": loss,
-            "draws": draws,
-            "parameters": parameters,
-            "weight_decay": weight_decay,
-            "ridge": damping * float(trace) / function.size / targets,
-            "targets": targets,
-            "created": _now(),
-            "seconds": 0.0,
-            "requests": [],
-        }
-        ledger._state["full_step"] = ledger._newton_step()
+        with function.prefix.remembering():
+            loss_sum, targets, gradient = function.loss_and_gradient(data)
+            if form == "rows":
+                found = [(key, row) for part in _linearised(function, data, draws) for key, row in zip(*part)]
+                found = sorted(gathered([(key, row.cpu()) for key, row in found]), key=lambda item: item[0])
+                curvature = torch.stack([row for _, row in found])
+            else:
+                curvature = _gram(function, data, draws).cpu()
+            if not torch.isfinite(curvature).all() or not torch.isfinite(gradient).all():
+                raise ValueError("The curvature or the gradient is not finite: the adapter or the data lead to NaN.")
+            ledger = cls.__new__(cls)
+            ledger.folder, ledger.memory = folder, memory
+            ledger._state = {
+                form: curvature,
+                "gradient": gradient.cpu(),
+                "trained": weights.cpu(),
+                "reference": centre.cpu(),
+                "weights": weights.cpu(),
+                "samples": _packed(keys),
+            }
+            trace = curvature.square().sum() if form == "rows" else curvature.trace()
+            ledger._record = {
+                "version": _VERSION,
+                "fingerprint": _fingerprint(function),
+                "loss": loss,
+                "draws": draws,
+                "parameters": parameters,
+                "weight_decay": weight_decay,
+                "mean_curvature": float(trace) / function.size / targets,
+                "targets": targets,
+                "created": _now(),
+                "seconds": 0.0,
+                "requests": [],
+            }
+            ledger._set_damping(_DAMPINGS[0] if damping is None else damping)
+            if damping is None:
+                try:
+                    ledger._choose_damping(function, data, loss_sum, retain_tolerance)
+                finally:
+                    function.vector = weights
         ledger._record["seconds"] = time.perf_counter() - start
         ledger._commit(0)
         return ledger
+
+    @property
+    def damping(self) -> float:
+        """Ridge on the curvature, in units of the mean of its diagonal over all training samples."""
+        return self._record["damping"]
+
+    def _set_damping(self, damping: float) -> None:
+        self._record |= {"damping": damping, "ridge": damping * self._record["mean_curvature"]}
+        self._state["full_step"] = self._newton_step()
+
+    def _choose_damping(self, function: AdapterFunction, data: Loader, loss_sum: float, tolerance: float) -> None:
+        """The smallest one with which trial deletions hardly raise the loss of the remaining samples, or the last."""
+        level, keys = 0, _unpacked(self._state["samples"])
+        for trial in _trials(data, keys):
+            gone, rest = Selection(data, trial), Selection(data, trial, without=True)
+            gone_loss = function.loss_and_gradient(gone, gradient=False)[0]
+            after = self._without(function, gone, Counter(key for key in keys if key in trial))
+            targets = after._record["targets"]
+            most = loss_sum - gone_loss + tolerance * targets
+            while True:
+                self._set_damping(_DAMPINGS[level])
+                after._record["ridge"] = self._record["ridge"]
+                weights = self._state["trained"] + after._newton_step() - self._state["full_step"]
+                function.vector = weights.to(function.device)
+                raised = not function.loss_and_gradient(rest, most, gradient=False)[0] <= most
+                function.vector = self._state["trained"].to(function.device)
+                if not raised:
+                    break
+                if level + 1 == len(_DAMPINGS):
+                    warnings.warn(
+                        f"A trial deletion of {len(keys) - len(after)} of {len(keys)} samples raised the loss of the "
+                        f"others by more than {tolerance:g} with every damping up to {_DAMPINGS[-1]:g}: requests that "
+                        "this ledger serves may damage the model. Measure it on data that remains after a request, or "
+                        "use NTKUnlearner.",
+                        stacklevel=3,
+                    )
+                    return
+                level += 1
 
     @property
     def requests(self) -> list[Deletion]:
@@ -231,41 +288,21 @@ class UnlearningLedger:
         keys = sample_keys(data)
         if not keys:
             raise ValueError("The forget set is empty.")
-        remaining = Counter(_unpacked(state["samples"]))
-        unknown = Counter(keys) - remaining
+        unknown = Counter(keys) - Counter(_unpacked(state["samples"]))
         if unknown:
             raise ValueError(
                 f"{unknown.total()} of {len(keys)} samples were never learned, or are forgotten already (SHA-256 of "
                 f"the first: {next(iter(unknown))}). A sample is known by the exact tensors that the model was "
                 "trained with."
             )
-        remaining -= Counter(keys)
-        if not remaining:
+        if len(keys) == len(self):
             raise ValueError("No sample would remain: take the adapter off the model instead.")
         before = function.vector
         function.vector = state["trained"].to(function.device)
         try:
-            _, targets, gradient = function.loss_and_gradient(data)
-            gram = _gram(function, data, self._record["draws"]).cpu() if "gram" in state else None
+            new = self._without(function, data, Counter(keys))
         finally:
             function.vector = before
-        new = UnlearningLedger.__new__(UnlearningLedger)
-        new.folder = self.folder
-        new._state = {
-            **state,
-            "gradient": state["gradient"] - gradient.cpu(),
-            "samples": _packed(remaining.elements()),
-        }
-        if gram is None:
-            gone, stays = Counter(keys), []
-            for i, key in enumerate(_unpacked(state["samples"])):
-                gone[key] -= 1
-                if gone[key] < 0:
-                    stays.append(i)
-            new._state["rows"] = state["rows"][stays]
-        else:
-            new._state["gram"] = state["gram"] - gram
-        new._record = {**self._record, "targets": self._record["targets"] - targets}
         weights = state["trained"] + new._newton_step() - state["full_step"]
         new._state["weights"] = weights
         shift = float((weights - state["weights"]).norm())
@@ -276,6 +313,29 @@ class UnlearningLedger:
         function.vector = weights.to(function.device)
         deletion.seconds = time.perf_counter() - start
         return deletion
+
+    def _without(self, function: AdapterFunction, data: Loader, keys: Counter[str]) -> UnlearningLedger:
+        """The ledger less some samples; its weights are still these. The model has the trained weights."""
+        _, targets, gradient = function.loss_and_gradient(data)
+        state = self._state
+        new = UnlearningLedger.__new__(UnlearningLedger)
+        new.folder, new.memory = self.folder, self.memory
+        new._record = {**self._record, "targets": self._record["targets"] - targets}
+        gone, stays, all_keys = Counter(keys), [], _unpacked(state["samples"])
+        for i, key in enumerate(all_keys):
+            gone[key] -= 1
+            if gone[key] < 0:
+                stays.append(i)
+        new._state = {
+            **state,
+            "gradient": state["gradient"] - gradient.cpu(),
+            "samples": state["samples"][stays],
+        }
+        if "rows" in state:
+            new._state["rows"] = state["rows"][stays]
+        else:
+            new._state["gram"] = state["gram"] - _gram(function, data, self._record["draws"]).cpu()
+        return new
 
     def restore(self, model: nn.Module) -> None:
         """Gives an adapter the weights that the ledger left it with.
@@ -328,6 +388,23 @@ class UnlearningLedger:
                 if old.name != name:
                     old.unlink()
         process.wait_for_everyone()
+
+
+def _trials(data: Loader, keys: list[str]) -> list[set[str]]:
+    """Hashes of samples to delete on trial: a random tenth, and the most frequent class of a classifier."""
+    order = sorted(set(keys), key=lambda key: float(uniform(key, "trial")))
+    trials = [set(order[: math.ceil(_TRIAL_SHARE * len(order))])]
+    found: list[tuple[str, int]] = []
+    for batch in batches(data, torch.device("cpu")):
+        labels = batch.tensors["labels"]
+        if labels.dim() == 1:
+            found += zip(batch.keys(), labels.tolist())
+    found = gathered(found)
+    classes = Counter(label for _, label in found)
+    if classes:
+        largest = min(classes, key=lambda label: (-classes[label], label))
+        trials.append({key for key, label in found if label == largest})
+    return [trial for trial in trials if any(key not in trial for key in keys)]
 
 
 def _linearised(function: AdapterFunction, data: Loader, draws: int | None) -> Iterator[tuple[list[str], torch.Tensor]]:

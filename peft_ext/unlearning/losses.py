@@ -39,7 +39,10 @@ def outputs_and_targets(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tenso
 
 
 class Loss(ABC):
-    """A convex function of a model's outputs, summed over places. Places without a target count nothing."""
+    """A convex function of a model's outputs, summed over places. Places without a target count nothing.
+
+    Its second derivative in the outputs of a place is the sum of outer products of `c` vectors, one a label.
+    """
 
     @abstractmethod
     def values(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -50,8 +53,19 @@ class Loss(ABC):
         """The second derivative in the outputs times a tangent, place by place; both `(n, places, c)`."""
 
     @abstractmethod
+    def label_weights(self, outputs: torch.Tensor) -> torch.Tensor:
+        """How often a label counts: the vector of label y is `sqrt(w_y)` times its direction. Both `(places, c)`."""
+
+    @abstractmethod
+    def directions(self, outputs: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+        """The directions of all labels added up in some amounts: both `(places, m, c)`, for outputs `(places, c)`."""
+
+    @abstractmethod
+    def squared_lengths(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Of the vectors: `(places, c)`."""
+
     def exact_probes(self, outputs: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Vectors whose outer products add up to the second derivative in the outputs of one sample.
+        """The vectors of one sample.
 
         Args:
             outputs: `(places, c)`.
@@ -60,23 +74,39 @@ class Loss(ABC):
         Returns:
             Shape `(places * c, places, c)`.
         """
+        places, c = outputs.shape
+        amounts = self.label_weights(outputs).sqrt()[:, None] * torch.eye(c).to(outputs)
+        return _spread(self.directions(outputs, amounts) * present[:, None, None])
 
-    @abstractmethod
-    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Sums of all those vectors with random signs: their outer product is that derivative in expectation.
+    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor, draws: int) -> torch.Tensor:
+        """The vectors in groups, added up with random signs: the outer products are right in expectation.
+
+        What errs are products of two vectors of a group. So a classifier's longest vectors, one place, have a group of
+        their own and the rest shares one; the places of a language model are dealt out to the groups.
 
         Args:
             outputs: `(places, c)`.
             present: `(places,)`.
-            u: uniform random numbers in [0, 1), `(draws, places, c)`.
+            u: uniform random numbers in [0, 1), `(places, c)`.
+            draws: number of groups.
 
         Returns:
-            Shape `(draws, places, c)`, divided by the square root of the number of draws.
+            Shape `(draws, places, c)`.
         """
+        places, c = outputs.shape
+        own = draws if places == 1 else 1  # groups of a place; not the padding may decide it
+        signed = torch.where(u < 0.5, 1.0, -1.0).to(outputs) * self.label_weights(outputs).sqrt()
+        longest = self.squared_lengths(outputs).topk(min(own - 1, c)).indices
+        alone = F.one_hot(longest, c).to(outputs)
+        amounts = torch.cat((alone, 1 - alone.sum(1, keepdim=True)), 1) * signed[:, None]
+        vectors = self.directions(outputs, amounts) * present[:, None, None]
+        first = ((present.cumsum(0).long() - 1).clamp(min=0) * own)[:, None]
+        group = F.one_hot((first + torch.arange(vectors.shape[1]).to(first)) % draws, draws).to(outputs)
+        return torch.einsum("pmd,pmc->dpc", group, vectors)
 
     @abstractmethod
     def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """One of those vectors a place, drawn by its weight: likewise.
+        """One of the vectors a place, drawn by its weight: likewise.
 
         Args:
             outputs: `(places, c)`.
@@ -103,16 +133,15 @@ class CrossEntropy(Loss):
         p = outputs.softmax(-1)
         return p * (tangent - (p * tangent).sum(-1, keepdim=True))
 
-    def exact_probes(self, outputs: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        places, c = outputs.shape
-        p = outputs.softmax(-1)
-        one_place = p.sqrt()[..., None] * (torch.eye(c).to(p) - p[:, None])  # (places, label, c)
-        return _spread(one_place * present[:, None, None])
+    def label_weights(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.softmax(-1)
 
-    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    def directions(self, outputs: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+        return amounts - outputs.softmax(-1)[:, None] * amounts.sum(-1, keepdim=True)
+
+    def squared_lengths(self, outputs: torch.Tensor) -> torch.Tensor:
         p = outputs.softmax(-1)
-        signed = torch.where(u < 0.5, p.sqrt(), -p.sqrt())
-        return (signed - p * signed.sum(-1, keepdim=True)) * (present[:, None] / len(u) ** 0.5)
+        return p * (1 - 2 * p + p.square().sum(-1, keepdim=True))
 
     def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         p = outputs.softmax(-1)
@@ -131,12 +160,14 @@ class SquaredError(Loss):
     def hessian_product(self, outputs: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
         return tangent
 
-    def exact_probes(self, outputs: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        places, c = outputs.shape
-        return _spread(torch.eye(c).to(outputs) * present[:, None, None])
+    def label_weights(self, outputs: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(outputs)
 
-    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return torch.where(u < 0.5, 1.0, -1.0).to(outputs) * (present[:, None] / len(u) ** 0.5)
+    def directions(self, outputs: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+        return amounts
+
+    def squared_lengths(self, outputs: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(outputs)
 
     def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         # One class a place, with a random sign.

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ..tuners.config import check_choice, check_number, check_positive_integer
 from .curvature import Curvature, KernelForm, MatrixFreeForm, ParameterForm
-from .data import gathered, sample_keys, total
+from .data import Loader, gathered, sample_keys, total
 from .jacobian import AdapterFunction
 from .losses import IGNORED, LOSSES
 
-Loader = Iterable[Mapping[str, Any]]
-
-_REJECTIONS = 6  # in a row, each with eight times the damping
+_REJECTIONS = 6  # in a row, each with four times the damping
 
 
 @dataclass
@@ -93,7 +91,7 @@ class NTKUnlearner:
             O(n (n + p)) for n rows of the Jacobian), `"matrix_free"` (memory O(p); conjugate gradients to a relative
             residual of 1e-4; Gauss-Newton only), or `"auto"`: the smaller one of the first two that fits `memory`, or
             the third.
-        damping: first value of what is added to the diagonal, in units of its mean, 1 by default; for `fast_ntk` the
+        damping: first value of what is added to the diagonal, in units of its mean, 0.3 by default; for `fast_ntk` the
             ridge, 0.01 by default.
         max_steps: keep at most as many Gauss-Newton steps.
         tolerance: stop when a step lowers the objective by less than this, relative to the retain loss.
@@ -107,9 +105,11 @@ class NTKUnlearner:
         draws: estimate the curvature from as many random vectors a sample: one backward pass each, instead of one a
             class. They depend on the sample alone. `None` for the exact curvature, which is out of reach for large
             vocabularies. Not for `fast_ntk`.
-        estimator: `"signs"`: the vectors `sqrt(p_y) (e_y - p)` of all labels y added up with random signs; or
-            `"labels"`: `e_y - p` of a label drawn from the model, as in the usual estimate of the Fisher matrix. Both
-            are right on average; the second one sees little of a model that is sure of its labels.
+        estimator: how they are made of the vectors `sqrt(p_y) (e_y - p)` of all labels y, whose outer products add up
+            to the curvature in the outputs. `"signs"`: in as many groups, each added up with random signs; the longest
+            vectors are groups of their own, so little is left to chance where few labels compete. `"labels"`: `e_y - p`
+            of labels drawn from the model, as in the usual estimate of the Fisher matrix, which sees little of a model
+            that is sure of its labels. Both are right on average.
         curvature_samples: estimate the curvature from about as many samples of the retain set, chosen by their hash.
             Default: all. Not for `fast_ntk`.
         memory: bytes for matrices; a quarter of them for the derivatives of a chunk of samples, and another one for the
@@ -132,7 +132,7 @@ class NTKUnlearner:
         parameters: str | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
         weight_decay: float = 0.0,
-        draws: int | None = 1,
+        draws: int | None = 3,
         estimator: Literal["signs", "labels"] = "signs",
         curvature_samples: int | None = None,
         memory: float = 4e9,
@@ -142,7 +142,7 @@ class NTKUnlearner:
         self._forms = ("parameter", "kernel", "matrix_free")[: 3 if method == "gauss_newton" else 2]
         check_choice("form", form, ("auto", *self._forms))
         if damping is None:
-            damping = 1.0 if method == "gauss_newton" else 0.01
+            damping = 0.3 if method == "gauss_newton" else 0.01
         for name, value in (("damping", damping), ("memory", memory)):
             check_number(name, value)
             if value <= 0:
@@ -246,7 +246,7 @@ class NTKUnlearner:
         before = self._losses(retain, forget)
         if self.reference is not None:
             function.vector = self.reference
-        report.form = self._form(samples * function.outputs_of_a_sample(forget))
+        report.form = self._form(samples * function.rows_of_a_sample(forget, None))
         shift = self._shift_by_parameters if report.form == "parameter" else self._shift_by_kernel
         function.vector = trained + shift(retain, forget)
         after = self._losses(retain, forget)
@@ -357,7 +357,7 @@ class NTKUnlearner:
             if moved and ratio < 0.25 and kept < self.max_steps:
                 function.vector = weights
                 curvature, moved = self._curvature(retain, retained, gradient, report), False
-            damping *= 8 if not accepted else 0.3 if ratio > 0.75 else 1 if ratio > 0.25 else 2
+            damping *= 4 if not accepted else 0.3 if ratio > 0.75 else 1 if ratio > 0.25 else 2
         function.vector = weights
         undone = sum(not step.accepted for step in report.steps)
         if undone:
@@ -376,7 +376,7 @@ class NTKUnlearner:
         """The mean over targets of the retain set, or of a part of it; its error is taken along a direction."""
         function = self.function
         share = min(1.0, (self.curvature_samples or retained) / retained)
-        rows = math.ceil(share * retained) * (self.draws or function.outputs_of_a_sample(retain))
+        rows = math.ceil(share * retained) * function.rows_of_a_sample(retain, self.draws)
         report.form = self._form(rows)
         if report.form == "matrix_free":
             return self._matrix_free(retain, share, report)

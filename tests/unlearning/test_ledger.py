@@ -24,7 +24,7 @@ def linear() -> nn.Module:
     return problems.Regression().double()
 
 
-@pytest.mark.parametrize("draws", [None, 256])
+@pytest.mark.parametrize("draws", [None, 3])
 def test_requests_are_exact_for_a_linear_model(tmp_path, draws):
     """Trained to the optimum with a ridge, taking samples off gives the optimum without them."""
     model, rows = linear(), images(12, 1, (4,))
@@ -42,9 +42,8 @@ def test_requests_are_exact_for_a_linear_model(tmp_path, draws):
     deletion = ledger.forget(model, loader(rows[8:]))
     assert len(ledger) == 8
     assert deletion.samples == 4
-    assert deletion.shift == pytest.approx(distance, rel=1e-6 if draws is None else 0.2)
-    if draws is None:
-        assert torch.allclose(matrix(model), gold, atol=1e-8)
+    assert deletion.shift == pytest.approx(distance, rel=1e-6)
+    assert torch.allclose(matrix(model), gold, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["ViT, NOLA and head", "CNN, batch-norm", "GPT-2, NOLA"])
@@ -210,7 +209,7 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_state(tmp_path
         (lambda folder: (folder / "ledger.json").unlink(), "There is no ledger in"),
         (lambda folder: (folder / "ledger.json").write_text("{"), "is damaged"),
         (lambda folder: next(folder.glob("state-*")).unlink(), "is damaged"),
-        (lambda folder: edit(folder, version=2), "has version 2; this release of peft_ext reads 1"),
+        (lambda folder: edit(folder, version=1), "has version 1; this release of peft_ext reads 2"),
         (lambda folder: edit(folder, state="../state"), "is no file name"),
         (lambda folder: flip(next(folder.glob("state-*"))), "its SHA-256 is [0-9a-f]+, and [0-9a-f]+ was written"),
     ],

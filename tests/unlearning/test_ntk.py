@@ -70,14 +70,67 @@ def test_rows_make_the_gauss_newton_matrix(name, loss):
 @pytest.mark.parametrize("estimator", ["signs", "labels"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["CNN, batch-norm", "GPT-2, prompt"])
-def test_sampled_rows_have_that_mean(name, loss, estimator):
+def test_sampled_rows_have_that_mean(name, loss, estimator, monkeypatch):
     make, samples = PROBLEMS[name]
     model, rows = make(), samples(2)
+    numbers = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(
+        "peft_ext.unlearning.jacobian.uniform",
+        lambda key, *purpose, shape: torch.rand(shape, generator=numbers, dtype=torch.float64),
+    )
     function = AdapterFunction(model, LOSSES[loss](), estimator=estimator)
     expected = dense_curvature(model, rows, loss)
-    errors = [float((gram(function, rows, draws) - expected).norm() / expected.norm()) for draws in (16, 1024)]
-    assert errors[1] < 0.2
-    assert errors[1] < 0.4 * errors[0]  # the error of a mean falls with the root of 64
+
+    def error(repetitions: int) -> float:
+        mean = sum(gram(function, rows, 2) for _ in range(repetitions)) / repetitions
+        return float((mean - expected).norm() / expected.norm())
+
+    few, many = error(4), error(256)
+    assert many < 0.2
+    assert many < 0.4 * few  # the error of a mean falls with the root of 64
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_of_signs_leave_less_to_chance_the_more_there_are(loss):
+    torch.manual_seed(0)
+    outputs, present = 2 * torch.randn(1, 7, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    exact = LOSSES[loss]().exact_probes(outputs, present)[:, 0]
+    expected = exact.T @ exact
+    errors = []
+    for draws in range(1, 8):
+        error = 0.0
+        for _ in range(50):
+            u = torch.rand(1, 7, dtype=torch.float64)
+            found = LOSSES[loss]().sign_probes(outputs, present, u, draws)
+            assert found.shape == (draws, 1, 7)
+            error += float((found[:, 0].T @ found[:, 0] - expected).norm() / expected.norm()) / 50
+        errors.append(error)
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.2
+    assert errors[-1] < 1e-12
+
+
+def test_places_of_a_text_have_rows_of_their_own():
+    torch.manual_seed(0)
+    outputs, present = torch.randn(5, 4), torch.tensor([0.0, 1, 0, 1, 1])
+    found = CrossEntropy().sign_probes(outputs, present, torch.rand(5, 4), 3)
+    used = found.abs().sum(-1) > 0
+    assert used.tolist() == [
+        [False, True, False, False, False],
+        [False, False, False, True, False],
+        [False, False, False, False, True],
+    ]
+    found = CrossEntropy().sign_probes(outputs, present, torch.rand(5, 4), 2)
+    assert torch.equal(found.abs().sum(-1) > 0, torch.stack((used[0] | used[2], used[1])))
+
+
+def test_as_many_draws_as_labels_are_exact():
+    make, samples = PROBLEMS["CNN, batch-norm"]
+    model, rows = make(), samples(3)
+    function = AdapterFunction(model, CrossEntropy())
+    expected = dense_curvature(model, rows, "cross_entropy")
+    for draws in (3, 100):
+        assert function.rows_of_a_sample(loader(rows), draws) == 3
+        assert torch.allclose(gram(function, rows, draws), expected, atol=1e-9 * float(expected.abs().max()))
 
 
 def test_forward_mode_equals_reverse_mode():

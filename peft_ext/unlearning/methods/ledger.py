@@ -20,15 +20,17 @@ class Ledger(UnlearningMethod):
     A program keeps its own: see `UnlearningLedger`, as for the options.
 
     Attributes:
-        damping: Ridge on the curvature, in units of its mean.
+        damping: Ridge on the curvature, in units of its mean; chosen by trial deletions if None.
+        retain_tolerance: How far those may raise the loss of what remains, in nats.
         draws: Random vectors a sample that estimate the curvature; None for the exact one.
         memory: Bytes for matrices.
         batch_size: Rows per device in a batch; that of the model's training if None.
     """
 
     name: ClassVar[str] = "ledger"
-    damping: float = 1.0
-    draws: int | None = 1
+    damping: float | None = None
+    retain_tolerance: float = 0.05
+    draws: int | None = 3
     memory: float = 4e9
     batch_size: int | None = None
     _kept: tuple[Request, TemporaryDirectory, UnlearningLedger] | None = field(
@@ -45,6 +47,7 @@ class Ledger(UnlearningMethod):
             request.model,
             prepared_loader(request, everything, self.batch_size),
             damping=self.damping,
+            retain_tolerance=self.retain_tolerance,
             weight_decay=request.ridge,
             reference=request.initial,
             draws=self.draws,
@@ -62,4 +65,5 @@ class Ledger(UnlearningMethod):
             learned = len(ledger)
             deletion = ledger.forget(request.model, prepared_loader(request, request.forget, self.batch_size))
         request.model.eval()
-        return [f"{deletion.samples:,} of {learned:,} samples taken off; the retain set was not read"]
+        taken = f"{deletion.samples:,} of {learned:,} samples taken off"
+        return [f"{taken}, damping {ledger.damping:g}; the retain set was not read"]

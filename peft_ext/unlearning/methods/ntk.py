@@ -67,10 +67,10 @@ class GaussNewton(FastNTK):
     """
 
     name: ClassVar[str] = "gauss_newton"
-    damping: float = 1.0
+    damping: float = 0.3
     max_steps: int = 10
     tolerance: float = 1e-3
     retain_tolerance: float = 0.05
-    draws: int | None = 1
+    draws: int | None = 3
     estimator: str = "signs"
     curvature_samples: int | None = None
