@@ -21,7 +21,7 @@ class FrozenPrefix:
     The blocks are the first ones of an `nn.ModuleList`, each of which takes a tensor first, which requires no gradient,
     and gives a tensor. What is kept is the input of the last such block, the first one that a change may go through.
     Networks where that does not work, or would change a bit of the outputs, are computed whole, and so are batches with
-    arguments that are not a tensor of samples.
+    arguments that are neither a tensor of samples nor a plain value, such as `interpolate_pos_encoding=True`.
 
     Args:
         model: in eval mode, with gradients for what can change alone, whenever this is used.
@@ -96,7 +96,7 @@ class FrozenPrefix:
 
     def recall(self, batch: Batch) -> Batch:
         """The batch, with what the blocks give for its samples if that is known."""
-        if batch.options:
+        if not _is_plain(batch):
             return batch
         if self.blocks is None:
             self.blocks = self._find(batch.select(slice(0, 1)))
@@ -124,7 +124,7 @@ class FrozenPrefix:
     @contextmanager
     def kept(self, batch: Batch) -> Iterator[None]:
         """A forward pass of a batch keeps what the blocks give for its samples."""
-        if not self.blocks or batch.options or FEATURES in batch.tensors:
+        if not self.blocks or not _is_plain(batch) or FEATURES in batch.tensors:
             yield
             return
 
@@ -144,9 +144,14 @@ def _with(batch: Batch, features: torch.Tensor) -> Batch:
     return Batch({**batch.tensors, FEATURES: features}, batch.options)
 
 
+def _is_plain(batch: Batch) -> bool:
+    return all(value is None or isinstance(value, (bool, int, float, str)) for value in batch.options.values())
+
+
 def _keys(batch: Batch) -> list[bytes]:
-    """Hashes of the samples, padding and all: what a block gives has a row for every token."""
-    digests = [hashlib.sha256() for _ in range(len(batch))]
+    """Hashes of the samples, padding, options and all: what a block gives has a row for every token."""
+    options = repr(sorted(batch.options.items())).encode()
+    digests = [hashlib.sha256(options) for _ in range(len(batch))]
     for name, tensor in sorted(batch.tensors.items()):
         for digest, row in zip(digests, tensor.cpu().contiguous()):
             digest.update(f"{name} {tuple(row.shape)} {row.dtype}\n".encode())

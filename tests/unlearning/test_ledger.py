@@ -13,6 +13,8 @@ from problems import PROBLEMS, images, loader, matrix, ridge_solution, trained
 from torch import nn
 
 from peft_ext.unlearning import NTKUnlearner, UnlearningLedger
+from peft_ext.unlearning.data import sample_keys
+from peft_ext.unlearning.ledger import _trials
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -77,6 +79,57 @@ def test_a_request_raises_the_loss_on_what_is_forgotten(tmp_path):
     after = losses()
     assert after[1] > before[1] + 0.5
     assert after[0] - before[0] < 0.25 * (after[1] - before[1])
+
+
+def test_damping_is_the_smallest_that_trial_deletions_allow(tmp_path):
+    model, initial, retain, forget = trained()
+    rows, before = retain + forget, weights(model)
+    options = {"weight_decay": 0.01, "reference": initial}
+
+    def create(name: str, **more) -> UnlearningLedger:
+        return UnlearningLedger.create(tmp_path / name, model, loader(rows), **options, **more)
+
+    chosen = {tolerance: create(str(tolerance), retain_tolerance=tolerance).damping for tolerance in (0.0, 0.05, 10.0)}
+    assert torch.equal(weights(model), before)
+    assert 10 >= chosen[0.0] > chosen[0.05] > chosen[10.0] == 0.03
+    assert UnlearningLedger(tmp_path / "0.05").damping == chosen[0.05]
+
+    keys = sample_keys(loader(rows))
+    tenth, most = _trials(loader(rows), keys)
+    assert len(tenth) == 3 and len(most) == 8 and len({int(rows[keys.index(key)]["labels"]) for key in most}) == 1
+
+    def raised(damping: float) -> list[float]:
+        """By how much the loss of the rest rises when the trial deletions are made."""
+        found = []
+        for i, trial in enumerate((tenth, most)):
+            gone, rest = ([row for row, key in zip(rows, keys) if (key in trial) == inside] for inside in (True, False))
+            ledger = create(f"{damping} {i}", damping=damping)
+            function = NTKUnlearner(model).function
+            losses = [function.loss_and_gradient(loader(rest))[0] / len(rest)]
+            ledger.forget(model, loader(gone))
+            losses.append(function.loss_and_gradient(loader(rest))[0] / len(rest))
+            found.append(losses[1] - losses[0])
+            function.vector = before
+        return found
+
+    assert max(raised(chosen[0.05])) <= 0.05
+    assert max(raised(0.1)) > 0.05
+    assert chosen[0.05] == 0.3  # the one after 0.1
+
+
+def test_a_ledger_that_would_damage_the_model_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_ext.unlearning.ledger._DAMPINGS", (0.03, 0.1))
+    model, initial, retain, forget = trained()
+    with pytest.warns(UserWarning, match="of 24 samples raised the loss of the others by more than 0.05 with every"):
+        ledger = UnlearningLedger.create(tmp_path, model, loader(retain + forget), weight_decay=0.01, reference=initial)
+    assert ledger.damping == 0.1
+
+
+def test_a_ledger_of_one_sample_or_class_has_fewer_trials(tmp_path):
+    model, rows = linear(), images(9, 1, (4,))
+    assert UnlearningLedger.create(tmp_path / "one", model, loader(rows[:1])).damping == 0.03
+    same = [dict(row, labels=torch.tensor(0)) for row in rows]
+    assert len(UnlearningLedger.create(tmp_path / "same", model, loader(same))) == 9
 
 
 def made(folder: Path) -> tuple[nn.Module, list, UnlearningLedger]:
@@ -238,6 +291,7 @@ def test_wrong_arguments(tmp_path):
     for arguments, message in (
         ({"loss": "hinge"}, "`loss` must be one of"),
         ({"damping": 0}, "`damping` must be above 0"),
+        ({"retain_tolerance": -1}, "`retain_tolerance` must be at least 0"),
         ({"draws": 0}, "`draws` must be a positive integer"),
         ({"memory": 1e4}, f"A ledger of {size} parameters and 6 samples needs .* GB, and `memory` allows"),
     ):

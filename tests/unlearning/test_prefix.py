@@ -82,6 +82,24 @@ def test_what_is_kept_changes_nothing_but_the_work(case):
     assert calls, "afterwards the blocks are computed as ever"
 
 
+def test_options_of_the_model_are_part_of_the_sample():
+    model, rows = vit(), images(6)
+    function = function_of(model)
+
+    def loss(**options) -> float:
+        return function.loss_and_gradient([{**batch, **options} for batch in loader(rows)])[0]
+
+    expected = loss()
+    calls = frozen_calls(model)
+    with function.prefix.remembering():
+        loss(interpolate_pos_encoding=True)
+        calls.clear()
+        assert loss(interpolate_pos_encoding=True) == pytest.approx(expected, rel=1e-9)
+        assert not calls
+        loss(interpolate_pos_encoding=False)
+        assert calls
+
+
 def test_a_change_of_the_parameters_is_seen():
     model, rows = vit(), images(6)
     function = function_of(model)
