@@ -73,7 +73,7 @@ def measure(arguments: Arguments, form: Any, size: int) -> None:
 
         return DataLoader(TensorDataset(x[chosen], y[chosen]), batch_size=16, collate_fn=collate)
 
-    options: dict[str, Any] = {"form": form, "parameters": "bn|linear", "memory": arguments.memory}
+    options: dict[str, Any] = {"form": form, "parameters": "bn|linear", "memory": arguments.memory, "draws": 1}
     unlearner = NTKUnlearner(model, max_steps=1, retain_tolerance=1e9, **options)
     try:
         with Usage(torch.device("cpu")) as usage:

@@ -61,8 +61,8 @@ class UnlearningLedger:
     curvature. It is always taken from the trained weights, so the order of requests does not matter. It is one step of
     `NTKUnlearner`, linearised once; retain data is what it takes to do better.
 
-    The curvature is kept as its rows, one for every drawn label of a sample, or as their sum of outer products `p x p`,
-    whichever is smaller. Rows of forgotten samples are deleted, their outer products are subtracted.
+    The curvature is kept as its rows, a few for every sample, or as their sum of outer products `p x p`, whichever is
+    smaller. Rows of forgotten samples are deleted, their outer products are subtracted.
 
     The folder holds `ledger.json` (settings, checksum, log of requests) and one `state-*.safetensors` (tensors and the
     hashes of the remaining samples; never samples, but the trained weights are those before any request: keep it as
