@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -20,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from peft_ext import NolaConfig
@@ -74,13 +75,13 @@ def values(seed: int, dampings: list[float]) -> dict[tuple[str, int, float], flo
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    samples: list[Dataset] = [{"pixel_values": a, "labels": b} for a, b in zip(x, y)]  # type: ignore[misc]
-    retain = DataLoader([s for s in samples if s["labels"] != FORGOTTEN], 100)  # type: ignore[arg-type, index]
-    functions = {
-        name: AdapterFunction(model, LOSSES["cross_entropy"](), estimator=name) for name in ("signs", "labels")
-    }
+    samples: Any = [{"pixel_values": a, "labels": b} for a, b in zip(x, y)]
+    everything: Any = DataLoader(samples, 100)
+    retain: Any = DataLoader([row for row in samples if row["labels"] != FORGOTTEN], 100)
+    loss = LOSSES["cross_entropy"]()
+    functions = {name: AdapterFunction(model, loss, estimator=name) for name in ("signs", "labels")}
     _, n, gradient = functions["signs"].loss_and_gradient(retain)
-    _, n_all, gradient_all = functions["signs"].loss_and_gradient(DataLoader(samples, 100))  # type: ignore[arg-type]
+    _, n_all, gradient_all = functions["signs"].loss_and_gradient(everything)
     slope = gradient / n - gradient_all / n_all
     exact = KernelForm(rows(functions["signs"], retain, None))
     found = {}
