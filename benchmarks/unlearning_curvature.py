@@ -77,7 +77,8 @@ def values(seed: int, dampings: list[float]) -> dict[tuple[str, int, float], flo
     model.eval()
     samples: Any = [{"pixel_values": a, "labels": b} for a, b in zip(x, y)]
     everything: Any = DataLoader(samples, 100)
-    retain: Any = DataLoader([row for row in samples if row["labels"] != FORGOTTEN], 100)
+    remaining: Any = [row for row in samples if row["labels"] != FORGOTTEN]
+    retain: Any = DataLoader(remaining, 100)
     loss = LOSSES["cross_entropy"]()
     functions = {name: AdapterFunction(model, loss, estimator=name) for name in ("signs", "labels")}
     _, n, gradient = functions["signs"].loss_and_gradient(retain)
