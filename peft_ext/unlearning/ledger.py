@@ -28,6 +28,7 @@ from .losses import LOSSES
 _FILE = "ledger.json"
 _VERSION = 2
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_UNTRIED_DAMPING = 1.0
 _TRIAL_SHARE = 0.1
 
 
@@ -127,9 +128,10 @@ class UnlearningLedger:
             model: fine-tuned on the data.
             data: batches of all training samples; see `NTKUnlearner.fit`.
             damping: ridge on the curvature, in units of the mean of its diagonal. No retain data will be there to
-                steer it by, so by default it is chosen now: the smallest of 0.03, 0.1, 0.3, ... 30 with which trial
-                deletions (of a random tenth, and of the most frequent class of a classifier) leave the loss of the
-                remaining samples as it should be. Nothing is deleted. See `UnlearningLedger.damping`.
+                steer it by, so for classifiers it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 30 with
+                which trial deletions (of a random tenth, and of the most frequent class) leave the loss of what remains
+                as it should be. Nothing is deleted. For language models it is 1 by default: there a value that does no
+                damage to the rest may still forget too much. See `UnlearningLedger.damping`.
             retain_tolerance: how far a trial deletion may raise that loss, in nats per target.
             loss, weight_decay, reference, draws, parameters, memory: as for `NTKUnlearner`.
 
@@ -231,7 +233,10 @@ class UnlearningLedger:
     def _choose_damping(self, function: AdapterFunction, data: Loader, loss_sum: float, tolerance: float) -> None:
         """The smallest one with which trial deletions hardly raise the loss of the remaining samples, or the last."""
         level, keys = 0, _unpacked(self._state["samples"])
-        for trial in _trials(data, keys):
+        trials = _trials(data, keys)
+        if not trials:
+            self._set_damping(_UNTRIED_DAMPING)
+        for trial in trials:
             gone, rest = Selection(data, trial), Selection(data, trial, without=True)
             gone_loss = function.loss_and_gradient(gone, gradient=False)[0]
             after = self._without(function, gone, Counter(key for key in keys if key in trial))
@@ -391,19 +396,22 @@ class UnlearningLedger:
 
 
 def _trials(data: Loader, keys: list[str]) -> list[set[str]]:
-    """Hashes of samples to delete on trial: a random tenth, and the most frequent class of a classifier."""
-    order = sorted(set(keys), key=lambda key: float(uniform(key, "trial")))
-    trials = [set(order[: math.ceil(_TRIAL_SHARE * len(order))])]
+    """Hashes of samples of a classifier to delete on trial: a random tenth, and the most frequent class."""
     found: list[tuple[str, int]] = []
     for batch in batches(data, torch.device("cpu")):
         labels = batch.tensors["labels"]
         if labels.dim() == 1:
             found += zip(batch.keys(), labels.tolist())
     found = gathered(found)
+    if not found:
+        return []
+    order = sorted(set(keys), key=lambda key: float(uniform(key, "trial")))
     classes = Counter(label for _, label in found)
-    if classes:
-        largest = min(classes, key=lambda label: (-classes[label], label))
-        trials.append({key for key, label in found if label == largest})
+    largest = min(classes, key=lambda label: (-classes[label], label))
+    trials = [
+        set(order[: math.ceil(_TRIAL_SHARE * len(order))]),
+        {key for key, label in found if label == largest},
+    ]
     return [trial for trial in trials if any(key not in trial for key in keys)]
 
 

@@ -125,11 +125,13 @@ def test_a_ledger_that_would_damage_the_model_says_so(tmp_path, monkeypatch):
     assert ledger.damping == 0.1
 
 
-def test_a_ledger_of_one_sample_or_class_has_fewer_trials(tmp_path):
+def test_ledgers_without_trials(tmp_path):
     model, rows = linear(), images(9, 1, (4,))
-    assert UnlearningLedger.create(tmp_path / "one", model, loader(rows[:1])).damping == 0.03
+    assert UnlearningLedger.create(tmp_path / "one", model, loader(rows[:1])).damping == 1
     same = [dict(row, labels=torch.tensor(0)) for row in rows]
     assert len(UnlearningLedger.create(tmp_path / "same", model, loader(same))) == 9
+    model = problems.language_model()
+    assert UnlearningLedger.create(tmp_path / "texts", model, loader(problems.texts(6))).damping == 1
 
 
 def made(folder: Path) -> tuple[nn.Module, list, UnlearningLedger]:
