@@ -85,6 +85,7 @@ def values(seed: int, dampings: list[float]) -> dict[tuple[str, int, float], flo
     _, n_all, gradient_all = functions["signs"].loss_and_gradient(everything)
     slope = gradient / n - gradient_all / n_all
     exact = KernelForm(rows(functions["signs"], retain, None))
+    estimates = {(name, draws): KernelForm(rows(functions[name], retain, draws)) for name, draws in ESTIMATES}
     found = {}
     for damping in dampings:
         shift = damping * exact.mean
@@ -93,9 +94,8 @@ def values(seed: int, dampings: list[float]) -> dict[tuple[str, int, float], flo
             return -float(slope @ step + 0.5 * step @ (exact.product(step) + shift * step))
 
         best = decrease(-exact.solve(slope, shift))
-        for name, draws in ESTIMATES:
-            step = -KernelForm(rows(functions[name], retain, draws)).solve(slope, shift)
-            found[name, draws, damping] = decrease(step) / best
+        for (name, draws), estimate in estimates.items():
+            found[name, draws, damping] = decrease(-estimate.solve(slope, shift)) / best
     return found
 
 

@@ -225,8 +225,8 @@ class AdapterFunction:
     def _linearise(self, batch: Batch, keys: list[str], draws: int | None) -> Iterator[Linearised]:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         places, classes, kept = self._measure(batch)
-        probes = self._probes(draws, places * classes)
-        draws = None if probes == places * classes else draws
+        draws = self._at_most(draws, places * classes)
+        probes = draws or places * classes
         forward_mode = self.size < probes
         # What a forward pass keeps, as much again for every vector on the way back, and rows in two precisions.
         need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 16 * places * classes)
@@ -283,12 +283,12 @@ class AdapterFunction:
         with self.evaluation():
             for batch in batches(loader, self.device):
                 places, classes, _ = self._measure(batch)
-                return self._probes(draws, places * classes)
+                return self._at_most(draws, places * classes) or places * classes
         return 0
 
-    def _probes(self, draws: int | None, outputs: int) -> int:
-        """As many groups as there are vectors are the vectors themselves."""
-        return outputs if draws is None or (self.estimator == "signs" and draws >= outputs) else draws
+    def _at_most(self, draws: int | None, outputs: int) -> int | None:
+        """As many groups as there are vectors are the vectors themselves, all probes."""
+        return None if draws is not None and self.estimator == "signs" and draws >= outputs else draws
 
     def _measure(self, batch: Batch) -> tuple[int, int, int]:
         """Of one sample: places, outputs at each, and bytes that a forward pass keeps for the way back."""

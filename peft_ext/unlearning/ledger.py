@@ -238,8 +238,7 @@ class UnlearningLedger:
             self._set_damping(_UNTRIED_DAMPING)
         for trial in trials:
             gone, rest = Selection(data, trial), Selection(data, trial, without=True)
-            gone_loss = function.loss_and_gradient(gone, gradient=False)[0]
-            after = self._without(function, gone, Counter(key for key in keys if key in trial))
+            after, gone_loss = self._without(function, gone, Counter(key for key in keys if key in trial))
             targets = after._record["targets"]
             most = loss_sum - gone_loss + tolerance * targets
             while True:
@@ -305,7 +304,7 @@ class UnlearningLedger:
         before = function.vector
         function.vector = state["trained"].to(function.device)
         try:
-            new = self._without(function, data, Counter(keys))
+            new, _ = self._without(function, data, Counter(keys))
         finally:
             function.vector = before
         weights = state["trained"] + new._newton_step() - state["full_step"]
@@ -319,9 +318,9 @@ class UnlearningLedger:
         deletion.seconds = time.perf_counter() - start
         return deletion
 
-    def _without(self, function: AdapterFunction, data: Loader, keys: Counter[str]) -> UnlearningLedger:
-        """The ledger less some samples; its weights are still these. The model has the trained weights."""
-        _, targets, gradient = function.loss_and_gradient(data)
+    def _without(self, function: AdapterFunction, data: Loader, keys: Counter[str]) -> tuple[UnlearningLedger, float]:
+        """The ledger less some samples, its weights still these; their loss. The model has the trained weights."""
+        loss, targets, gradient = function.loss_and_gradient(data)
         state = self._state
         new = UnlearningLedger.__new__(UnlearningLedger)
         new.folder, new.memory = self.folder, self.memory
@@ -340,7 +339,7 @@ class UnlearningLedger:
             new._state["rows"] = state["rows"][stays]
         else:
             new._state["gram"] = state["gram"] - _gram(function, data, self._record["draws"]).cpu()
-        return new
+        return new, loss
 
     def restore(self, model: nn.Module) -> None:
         """Gives an adapter the weights that the ledger left it with.
