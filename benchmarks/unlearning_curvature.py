@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from peft_ext import NolaConfig
-from peft_ext.unlearning.curvature import KernelForm
-from peft_ext.unlearning.jacobian import AdapterFunction
-from peft_ext.unlearning.losses import LOSSES
+from peft_ext.unlearning.derivatives.curvature import KernelForm
+from peft_ext.unlearning.derivatives.function import AdapterFunction
+from peft_ext.unlearning.derivatives.losses import LOSSES
 
 IMAGES, FORGOTTEN = 300, 7
 ESTIMATES = [("labels", draws) for draws in (1, 2, 3, 4, 8)] + [("signs", draws) for draws in (1, 2, 3, 4, 8)]

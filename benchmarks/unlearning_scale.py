@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser
 
 from peft_ext.unlearning import NTKUnlearner
-from recipes.resnet import CifarResNet
-from recipes.usage import Usage
+from recipes.support.usage import Usage
+from recipes.tasks.resnet import CifarResNet
 
 CLASSES = 10
 

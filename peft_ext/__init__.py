@@ -3,7 +3,7 @@
 Importing this package registers the methods with PEFT.
 """
 
-from .checkpoint import push_to_hub
+from .adapters.hub import push_to_hub
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.mcnc import McncConfig, McncModel

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import checkpoint, randomness
+from . import randomness
+from .checkpoint.identity import check_finite
 from .generators import Generator
 from .generators.base import Frozen
 from .tuners.expansion import SharedExpansion
@@ -180,7 +181,7 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
             f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: it must hold "
             f"{', '.join(f'{name} {tuple(shape)}' for name, shape in expected.items())}."
         )
-    checkpoint.check_finite(state[f"coefficients.{_ADAPTER}"], f" in {WEIGHTS_NAME}")
+    check_finite(state[f"coefficients.{_ADAPTER}"], f" in {WEIGHTS_NAME}")
     seeded.load_state_dict(state)
     return seeded.to_plain().eval()
 

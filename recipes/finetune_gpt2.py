@@ -18,8 +18,18 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainingArguments
 
-from recipes import restaurants
-from recipes.causal_lm import (
+from recipes.support.arguments import (
+    MethodArguments,
+    UserError,
+    check_output_dir,
+    claim_output_dir,
+    parse_arguments,
+    parse_methods,
+    run_main,
+)
+from recipes.support.reporting import RunResult, by_label, plot_losses, write_report
+from recipes.tasks import restaurants
+from recipes.tasks.causal_lm import (
     DataArguments,
     GenerationArguments,
     ModelArguments,
@@ -31,17 +41,7 @@ from recipes.causal_lm import (
     score,
     token_losses,
 )
-from recipes.common import (
-    MethodArguments,
-    UserError,
-    check_output_dir,
-    claim_output_dir,
-    parse_arguments,
-    parse_methods,
-    run_main,
-)
-from recipes.reporting import RunResult, by_label, plot_losses, write_report
-from recipes.training import UNTRAINED, Task, evaluate_untrained, run_all, set_up, train
+from recipes.tasks.training import UNTRAINED, Task, evaluate_untrained, run_all, set_up, train
 
 
 @dataclass

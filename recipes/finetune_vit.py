@@ -19,8 +19,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
-from recipes import digits
-from recipes.common import (
+from recipes.support.arguments import (
     HEAD,
     MethodArguments,
     UserError,
@@ -30,7 +29,9 @@ from recipes.common import (
     parse_methods,
     run_main,
 )
-from recipes.image_classification import (
+from recipes.support.reporting import RunResult, plot_losses, plot_metric, write_report
+from recipes.tasks import digits
+from recipes.tasks.image_classification import (
     Classifier,
     DataArguments,
     ImageData,
@@ -43,8 +44,7 @@ from recipes.image_classification import (
     load_classifier,
     load_image_data,
 )
-from recipes.reporting import RunResult, plot_losses, plot_metric, write_report
-from recipes.training import Task, run_all, set_up, train
+from recipes.tasks.training import Task, run_all, set_up, train
 
 
 @dataclass

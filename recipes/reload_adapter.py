@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
 import peft_ext  # PEFT must know the methods before it meets a saved one
-from recipes import causal_lm, image_classification, inputs
+from recipes.support import inputs
+from recipes.tasks import causal_lm, image_classification
 
 EXPECTED = "expected.safetensors"
 # Each has ModelArguments, load_saved, compute and describe.

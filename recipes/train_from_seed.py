@@ -20,8 +20,8 @@ from torch import nn
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
 from peft_ext import SeededNetwork
-from recipes import digits, inputs
-from recipes.common import (
+from recipes.support import inputs
+from recipes.support.arguments import (
     Method,
     MethodArguments,
     UserError,
@@ -31,10 +31,11 @@ from recipes.common import (
     parse_methods,
     run_main,
 )
-from recipes.image_classification import DataArguments, ImageData, accuracy, likeliest, load_image_data
-from recipes.reporting import RunResult, plot_losses, plot_metric, write_report
-from recipes.resnet import CifarResNet
-from recipes.training import Task, run_all, set_up, train
+from recipes.support.reporting import RunResult, plot_losses, plot_metric, write_report
+from recipes.tasks import digits
+from recipes.tasks.image_classification import DataArguments, ImageData, accuracy, likeliest, load_image_data
+from recipes.tasks.resnet import CifarResNet
+from recipes.tasks.training import Task, run_all, set_up, train
 
 FULL = "full"  # the method that trains all weights
 

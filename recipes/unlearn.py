@@ -35,12 +35,17 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType
 
-from peft_ext.unlearning.methods import METHODS, Request, Retrain, Ridge, UnlearningMethod, fit, trainable_state
-from peft_ext.unlearning.methods.random_labels import OthersTargets
-from peft_ext.unlearning.metrics import Outcome, observe, truth_ratio
-from peft_ext.unlearning.report import GOLD, ORIGINAL, UnlearningResult, write_report
-from recipes import causal_lm, digits, image_classification, inputs
-from recipes.common import (
+from peft_ext.training.callbacks import Ridge, trainable_state
+from peft_ext.training.trainer import fit
+from peft_ext.unlearning.evaluation.metrics import Outcome, observe, truth_ratio
+from peft_ext.unlearning.evaluation.report import write_report
+from peft_ext.unlearning.evaluation.results import GOLD, ORIGINAL, UnlearningResult
+from peft_ext.unlearning.methods import METHODS, Request, Retrain, UnlearningMethod
+from peft_ext.unlearning.methods.relabelling import OthersTargets
+from recipes.finetune_gpt2 import TextTask, check_lengths
+from recipes.finetune_vit import ImageTask
+from recipes.support import inputs
+from recipes.support.arguments import (
     HEAD,
     UserError,
     check_output_dir,
@@ -51,12 +56,11 @@ from recipes.common import (
     parse_methods,
     run_main,
 )
-from recipes.finetune_gpt2 import TextTask, check_lengths
-from recipes.finetune_vit import ImageTask
-from recipes.forgetting import Case, CaseArguments, Samples, choose, memorisation_scores, parse_cases
-from recipes.resnet import CifarResNet
-from recipes.training import set_up
-from recipes.usage import Usage
+from recipes.support.usage import Usage
+from recipes.tasks import causal_lm, digits, image_classification
+from recipes.tasks.resnet import CifarResNet
+from recipes.tasks.training import set_up
+from recipes.unlearning.cases import Case, CaseArguments, Samples, choose, memorisation_scores, parse_cases
 
 _WRONG_ANSWERS = 3
 # The accuracy counts as back this close below the original's; texts, which have none, by their loss in nats.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional, Union
 
 from peft import PeftConfig
 
-from .. import checkpoint, randomness
+from .. import randomness
+from ..checkpoint.card import CardFacts, write_card
+from ..checkpoint.identity import check_fingerprint
 
 
 @dataclass
@@ -87,7 +88,7 @@ class SeededConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seed = randomness.check_seed(self.seed)
-        checkpoint.check_fingerprint(self.seed, self.generator_version, self.fingerprint)
+        check_fingerprint(self.seed, self.generator_version, self.fingerprint)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
@@ -106,11 +107,6 @@ class SeededConfig(PeftConfig):
         if self.bias not in ("none", "all", method_only):
             raise ValueError(f"`bias` must be 'none', 'all' or {method_only!r}, got {self.bias!r}.")
 
-    def check_probability(self, name: str) -> None:
-        value = getattr(self, name)
-        if not _is_number(value) or not 0 <= value < 1:
-            raise ValueError(f"`{name}` must be a number from 0 to below 1, got {value!r}.")
-
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
         """What the method adds to the table of a model card, for `{"out x in": number of layers}`."""
         return {}
@@ -128,26 +124,19 @@ class SeededConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         base_model = kwargs.get("auto_mapping_dict") or {}
         in_transformers = str(base_model.get("parent_library", "")).startswith("transformers.")
-        checkpoint.write_card(save_directory, self, base_model.get("base_model_class") if in_transformers else None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raises a ValueError that names the field unless `value` is a finite number."""
-    if not _is_number(value):
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
-
-
-def check_positive_integer(name: str, value: Any) -> None:
-    """Raises a ValueError that names the field unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError that names the field unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        fields = self.to_dict()
+        shapes = fields["target_shapes"] or {}
+        facts = CardFacts(
+            self.method_name,
+            self.paper,
+            self.base_model_name_or_path,
+            self.seed,
+            self.generator_version,
+            fields["fingerprint"],
+            shapes,
+            self.card_rows(shapes),
+            self.notice,
+            self.task_type,
+            base_model.get("base_model_class") if in_transformers else None,
+        )
+        write_card(save_directory, facts)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import check_finite
+from ..checkpoint.identity import check_finite
 from ..generators import Generator
 
 

@@ -13,7 +13,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from .. import checkpoint
+from ..checkpoint.identity import check_coefficients, check_target_shapes, shape_name
 from ..generators import Generator
 from .expansion import SharedExpansion
 from .layers import SeededLayer, fans, layer_kind
@@ -102,8 +102,8 @@ class SeededModel(BaseTuner):
                 )
                 + f". Names that can be adapted here: {', '.join(sorted(adaptable)) or 'none'}."
             )
-        shapes = Counter(_shape_name(*fans(base_layer)) for base_layer in targets.values())
-        checkpoint.check_target_shapes(peft_config.target_shapes, shapes)
+        shapes = Counter(shape_name(*fans(base_layer)) for base_layer in targets.values())
+        check_target_shapes(peft_config.target_shapes, shapes)
         if targets:
             self._check_sizes(peft_config, list(targets.values()))
 
@@ -152,7 +152,7 @@ class SeededModel(BaseTuner):
         # The configuration is saved after the state. It is also the user's object, perhaps used for another model
         # next: what belongs to this model's checkpoint stays out of its fields.
         config._saved_shapes = dict(  # type: ignore[attr-defined]
-            Counter(_shape_name(layer.fan_out, layer.fan_in) for layer in _layers(model, adapter_name))
+            Counter(shape_name(layer.fan_out, layer.fan_in) for layer in _layers(model, adapter_name))
         )
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
@@ -169,7 +169,7 @@ class SeededModel(BaseTuner):
             if container is not None
         }
         try:
-            checkpoint.check_coefficients(state_dict, expected, f".{cls.prefix}", config.size_fields)
+            check_coefficients(state_dict, expected, f".{cls.prefix}", config.size_fields)
         except ValueError:
             _withdraw(model, adapter_name)
             raise
@@ -196,7 +196,3 @@ def _layers(model: nn.Module, adapter_name: str) -> list[SeededLayer]:
 
 def _base_layer(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _shape_name(fan_out: int, fan_in: int) -> str:
-    return f"{fan_out} x {fan_in}"

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from ..tuners.config import check_choice, check_number, check_positive_integer
-from .curvature import Curvature, KernelForm, ParameterForm
-from .data import Loader, Selection, batches, gathered, sample_keys, total, uniform
-from .jacobian import AdapterFunction
-from .losses import LOSSES
+from ..checks import check_choice, check_number, check_positive_integer
+from .derivatives.curvature import Curvature, KernelForm, ParameterForm
+from .derivatives.data import Loader, Selection, batches, gathered, sample_keys, total, uniform
+from .derivatives.function import AdapterFunction
+from .derivatives.losses import LOSSES
 
 _FILE = "ledger.json"
 _VERSION = 2

@@ -24,7 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from recipes import finetune_gpt2, finetune_vit, restaurants
+from recipes import finetune_gpt2, finetune_vit
+from recipes.tasks import restaurants
 
 ROWS = [
     {"mr": f"name[N{i // 2}], food[F{i % 3}]", "ref": f"N{i // 2} serves F{i % 3} {'food' if i % 2 else 'dishes'}."}
@@ -128,7 +129,7 @@ def refused() -> Callable[..., str]:
     """Runs a recipe on bad input and returns what it says."""
 
     def run(arguments: list[str], main: Callable[[list[str]], None] = finetune_gpt2.main) -> str:
-        from recipes.common import UserError
+        from recipes.support.arguments import UserError
 
         with pytest.raises(UserError) as caught:
             main(arguments)

@@ -12,8 +12,8 @@ from peft import FourierFTConfig, LoraConfig
 from transformers import TrainingArguments
 
 from peft_ext import NolaConfig
-from recipes.causal_lm import DataArguments, GenerationArguments, ModelArguments
-from recipes.common import (
+from recipes.finetune_gpt2 import QuickstartArguments
+from recipes.support.arguments import (
     CONFIGS,
     MethodArguments,
     UserError,
@@ -22,7 +22,7 @@ from recipes.common import (
     parse_arguments,
     parse_methods,
 )
-from recipes.finetune_gpt2 import QuickstartArguments
+from recipes.tasks.causal_lm import DataArguments, GenerationArguments, ModelArguments
 
 TYPES = [ModelArguments, DataArguments, GenerationArguments, MethodArguments, QuickstartArguments, TrainingArguments]
 

@@ -12,8 +12,9 @@ import torch
 from rouge_score import rouge_scorer
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from recipes import restaurants
-from recipes.causal_lm import (
+from recipes.support.arguments import UserError
+from recipes.tasks import restaurants
+from recipes.tasks.causal_lm import (
     DataArguments,
     GenerationArguments,
     ModelArguments,
@@ -26,7 +27,6 @@ from recipes.causal_lm import (
     score,
     token_losses,
 )
-from recipes.common import UserError
 
 PAIRS = DataArguments(source_column="mr", target_column="ref", prompt_template="{source} =>")
 

@@ -16,9 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
-from recipes import training
-from recipes.common import CONFIGS
 from recipes.finetune_gpt2 import main
+from recipes.support.arguments import CONFIGS
+from recipes.tasks import training
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["--methods", "{name: nola, r: 4, num_basis: 16}", "{name: lora, r: 1, learning_rate: 1e-2}"]

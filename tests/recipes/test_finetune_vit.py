@@ -29,10 +29,10 @@ from transformers import (
 )
 
 from peft_ext import NolaConfig
-from recipes import digits, training
-from recipes.common import CONFIGS, HEAD, MethodArguments, parse_arguments, parse_methods
 from recipes.finetune_vit import QuickstartArguments, main
-from recipes.image_classification import DataArguments, ModelArguments
+from recipes.support.arguments import CONFIGS, HEAD, MethodArguments, parse_arguments, parse_methods
+from recipes.tasks import digits, training
+from recipes.tasks.image_classification import DataArguments, ModelArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = [ModelArguments, DataArguments, MethodArguments, QuickstartArguments, TrainingArguments]

@@ -28,9 +28,9 @@ from transformers import (
     set_seed,
 )
 
-from recipes import inputs
-from recipes.common import UserError
-from recipes.image_classification import (
+from recipes.support import inputs
+from recipes.support.arguments import UserError
+from recipes.tasks.image_classification import (
     DataArguments,
     ImageData,
     ModelArguments,

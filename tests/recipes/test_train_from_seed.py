@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
 
 from peft_ext import load_from_seed
-from recipes.common import UserError
-from recipes.image_classification import DataArguments, load_image_data
-from recipes.resnet import CifarResNet
+from recipes.support.arguments import UserError
+from recipes.tasks.image_classification import DataArguments, load_image_data
+from recipes.tasks.resnet import CifarResNet
 from recipes.train_from_seed import main
 
 FLAGS = ["--use_cpu", "true", "--max_steps", "4", "--per_device_train_batch_size", "8", "--logging_steps", "2"]

@@ -17,11 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from peft_ext.unlearning.methods import METHODS, trainable_state
-from peft_ext.unlearning.report import UnlearningResult
-from recipes import digits, unlearn
-from recipes.common import CONFIGS, UserError, parse_arguments, parse_methods
-from recipes.forgetting import (
+from peft_ext.training.callbacks import trainable_state
+from peft_ext.unlearning.evaluation.results import UnlearningResult
+from peft_ext.unlearning.methods import METHODS
+from recipes import unlearn
+from recipes.support.arguments import CONFIGS, UserError, parse_arguments, parse_methods
+from recipes.support.usage import Usage
+from recipes.tasks import digits
+from recipes.tasks.resnet import CifarResNet
+from recipes.unlearn import DataArguments, ModelArguments, UnlearnArguments, main, parse_unlearning_methods
+from recipes.unlearning.cases import (
     CaseArguments,
     CaseSpec,
     Samples,
@@ -30,9 +35,6 @@ from recipes.forgetting import (
     parse_cases,
     with_copies,
 )
-from recipes.resnet import CifarResNet
-from recipes.unlearn import DataArguments, ModelArguments, UnlearnArguments, main, parse_unlearning_methods
-from recipes.usage import Usage
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = [ModelArguments, DataArguments, CaseArguments, UnlearnArguments, TrainingArguments]

@@ -566,7 +566,7 @@ def test_initial_prompts_come_from_the_seed_alone() -> None:
         ({"deep": 1}, "`deep` must be True or False, got 1"),
         ({"prompt_dropout": 1.0}, "`prompt_dropout` must be a number from 0 to below 1, got 1.0"),
         ({"prompt_dropout": -0.1}, "`prompt_dropout` must be a number from 0 to below 1, got -0.1"),
-        ({"prompt_dropout": "0.1"}, "`prompt_dropout` must be a finite number, got '0.1'"),
+        ({"prompt_dropout": "0.1"}, "`prompt_dropout` must be a number from 0 to below 1, got '0.1'"),
         ({"seed": -1}, r"`seed` must be an integer between 0 and 2\*\*64 - 1, got -1"),
     ],
 )

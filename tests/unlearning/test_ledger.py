@@ -13,7 +13,7 @@ from problems import PROBLEMS, images, loader, matrix, ridge_solution, trained
 from torch import nn
 
 from peft_ext.unlearning import NTKUnlearner, UnlearningLedger
-from peft_ext.unlearning.data import sample_keys
+from peft_ext.unlearning.derivatives.data import sample_keys
 from peft_ext.unlearning.ledger import _trials
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import CausalLMOutput, ImageClassifierOutput
 
-from peft_ext.unlearning import metrics
-from peft_ext.unlearning.metrics import Outcome
+from peft_ext.unlearning.evaluation import metrics
+from peft_ext.unlearning.evaluation.metrics import Outcome
 
 
 def of_confidence(values) -> Outcome:

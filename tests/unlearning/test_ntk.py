@@ -17,10 +17,10 @@ from torch import nn
 from torch.func import functional_call
 
 from peft_ext.unlearning import NTKUnlearner
-from peft_ext.unlearning.curvature import KernelForm, MatrixFreeForm, ParameterForm
-from peft_ext.unlearning.data import Batch
-from peft_ext.unlearning.jacobian import AdapterFunction
-from peft_ext.unlearning.losses import LOSSES, CrossEntropy
+from peft_ext.unlearning.derivatives.curvature import KernelForm, MatrixFreeForm, ParameterForm
+from peft_ext.unlearning.derivatives.data import Batch
+from peft_ext.unlearning.derivatives.function import AdapterFunction
+from peft_ext.unlearning.derivatives.losses import LOSSES, CrossEntropy
 
 
 def dense_curvature(model: nn.Module, rows, loss: str) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_sampled_rows_have_that_mean(name, loss, estimator, monkeypatch):
     model, rows = make(), samples(2)
     numbers = torch.Generator().manual_seed(0)
     monkeypatch.setattr(
-        "peft_ext.unlearning.jacobian.uniform",
+        "peft_ext.unlearning.derivatives.function.uniform",
         lambda key, *purpose, shape: torch.rand(shape, generator=numbers, dtype=torch.float64),
     )
     function = AdapterFunction(model, LOSSES[loss](), estimator=estimator)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_ext import NolaConfig
-from peft_ext.unlearning.jacobian import AdapterFunction
-from peft_ext.unlearning.losses import LOSSES
+from peft_ext.unlearning.derivatives.function import AdapterFunction
+from peft_ext.unlearning.derivatives.losses import LOSSES
 
 LAST = {"r": 2, "num_basis": 6, "init_weights": False, "layers_to_transform": [2]}
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_ext.unlearning import metrics, report
-from peft_ext.unlearning.metrics import Outcome
-from peft_ext.unlearning.report import UnlearningResult
+from peft_ext.unlearning.evaluation import metrics, report
+from peft_ext.unlearning.evaluation.metrics import Outcome
+from peft_ext.unlearning.evaluation.results import UnlearningResult
 
 SIZES = {"forget": 120, "retain": 300, "test": 150}
 

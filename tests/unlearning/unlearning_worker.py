@@ -83,7 +83,7 @@ def forgotten(prepare: Callable[..., Any], folder: Path) -> dict[str, torch.Tens
 def main(rank: int, folder: Path) -> None:
     from accelerate import Accelerator
 
-    from peft_ext.unlearning.metrics import observe
+    from peft_ext.unlearning.evaluation.metrics import observe
 
     torch.set_num_threads(1)
     # Accelerate asks for an address, which the group that is there already has not.

@@ -10,9 +10,11 @@ import torch
 from peft.utils import PeftType
 
 from ... import randomness
+from ...checkpoint.identity import parse_shape
+from ...checks import check_choice, check_number, check_positive_integer, check_probability
 from ...generators import SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SeededConfig, check_choice, check_number, check_positive_integer
+from ..config import SeededConfig
 
 
 @dataclass
@@ -115,7 +117,7 @@ class McncConfig(SeededConfig):
         super().__post_init__()
         self.peft_type = PeftType.MCNC  # type: ignore[attr-defined]
         self.check_bias("mcnc_only")
-        self.check_probability("mcnc_dropout")
+        check_probability("mcnc_dropout", self.mcnc_dropout)
         for name, value in (("k", self.k), ("d", self.chunk_size), ("r", self.r)):
             check_positive_integer(name, value)
         if isinstance(self.widths, str) or not isinstance(self.widths, Sequence):
@@ -169,8 +171,7 @@ class McncConfig(SeededConfig):
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
         numbers = coefficients = 0
         for shape, layers in target_shapes.items():
-            fan_out, fan_in = map(int, shape.split(" x "))
-            size = self.layer_size(fan_out, fan_in)
+            size = self.layer_size(*parse_shape(shape))
             numbers += layers * size
             coefficients += layers * -(-size // self.chunk_size) * (self.k + 1)
         sizes = (self.k, *self.widths, self.chunk_size)

@@ -7,7 +7,8 @@ from typing import Union
 
 from peft.utils import PeftType
 
-from ..config import SeededConfig, check_number, check_positive_integer
+from ...checks import check_number, check_positive_integer, check_probability
+from ..config import SeededConfig
 
 
 @dataclass
@@ -106,7 +107,7 @@ class NolaConfig(SeededConfig):
         super().__post_init__()
         self.peft_type = PeftType.NOLA  # type: ignore[attr-defined]
         self.check_bias("nola_only")
-        self.check_probability("nola_dropout")
+        check_probability("nola_dropout", self.nola_dropout)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_positive_integer("r", self.r)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from peft.utils import PeftType
 
+from ...checks import check_choice, check_positive_integer, check_probability
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator
-from ..config import SeededConfig, check_choice, check_positive_integer
+from ..config import SeededConfig
 
 
 @dataclass
@@ -92,7 +93,7 @@ class PrancConfig(SeededConfig):
         super().__post_init__()
         self.peft_type = PeftType.PRANC  # type: ignore[attr-defined]
         self.check_bias("pranc_only")
-        self.check_probability("pranc_dropout")
+        check_probability("pranc_dropout", self.pranc_dropout)
         check_positive_integer("num_coefficients", self.num_coefficients)
         check_choice("basis", self.basis, ("sparse", "dense"))
         check_positive_integer("nnz", self.nnz)

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ... import randomness
-from ..config import check_number, check_positive_integer
+from ...checks import check_boolean, check_positive_integer, check_probability
 
 
 @dataclass
@@ -61,9 +61,6 @@ class VisualPromptConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.VISUAL_PROMPT  # type: ignore[attr-defined]
         check_positive_integer("num_prompts", self.num_prompts)
-        if not isinstance(self.deep, bool):
-            raise ValueError(f"`deep` must be True or False, got {self.deep!r}.")
-        check_number("prompt_dropout", self.prompt_dropout)
-        if not 0 <= self.prompt_dropout < 1:
-            raise ValueError(f"`prompt_dropout` must be a number from 0 to below 1, got {self.prompt_dropout!r}.")
+        check_boolean("deep", self.deep)
+        check_probability("prompt_dropout", self.prompt_dropout)
         self.seed = randomness.check_seed(self.seed)

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ... import checkpoint, randomness
+from ... import randomness
+from ...checkpoint.identity import check_finite
 from ..model import _base_layer, _withdraw
 from .config import VisualPromptConfig
 from .layer import NO_MERGE, VisualPromptLayer
@@ -151,7 +152,7 @@ def _check_tokens(saved: dict[str, torch.Tensor], expected: dict[str, torch.Size
             "transformers."
         )
     for key, tokens in saved.items():
-        checkpoint.check_finite(tokens, f" in {key!r}")
+        check_finite(tokens, f" in {key!r}")
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -1,10 +1,10 @@
 """Unlearning methods with one interface: what a report compares."""
 
-from .base import Request, Ridge, UnlearningMethod, UnlearningTrainer, fit, trainable_parameters, trainable_state
+from .base import Request, UnlearningMethod
 from .finetune import Finetune
+from .gauss_newton import FastNTK, GaussNewton
 from .gradient_ascent import GradientAscent
 from .ledger import Ledger
-from .ntk import FastNTK, GaussNewton
 from .random_labels import RandomLabels
 from .retrain import Retrain
 from .salun import SalUn
@@ -22,11 +22,6 @@ __all__ = [
     "RandomLabels",
     "Request",
     "Retrain",
-    "Ridge",
     "SalUn",
     "UnlearningMethod",
-    "UnlearningTrainer",
-    "fit",
-    "trainable_parameters",
-    "trainable_state",
 ]

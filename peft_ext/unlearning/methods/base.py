@@ -1,8 +1,7 @@
-"""What every unlearning method gets and gives, and the training that most of them are."""
+"""What every unlearning method gets and gives."""
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,84 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers import Trainer, TrainingArguments
 
-
-class Ridge(TrainerCallback):
-    """Adds the gradient of `strength / 2 * |parameters - reference|^2` to that of the loss, before every step.
-
-    Unlike AdamW's weight decay it is part of what is minimised, and pulls to where the training began.
-
-    Args:
-        model: Its trainable parameters are pulled.
-        reference: To where, by name.
-        strength: How much.
-    """
-
-    def __init__(self, model: nn.Module, reference: Mapping[str, torch.Tensor], strength: float) -> None:
-        self.strength = strength
-        parameters = trainable_parameters(model) if strength else {}
-        self.pairs = [(parameter, reference[name].clone()) for name, parameter in parameters.items()]
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add it."""
-        for parameter, reference in self.pairs:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter - reference.to(parameter.device), alpha=self.strength)
-
-
-class UnlearningTrainer(Trainer):
-    """A Trainer that keeps the model in evaluation mode: no dropout, batch-norm statistics as they are.
-
-    Gradient checkpointing rests in that mode, as transformers has it.
-    """
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; a method that descends another one overrides this."""
-        model.eval()  # the Trainer has just put it in training mode
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-def fit(
-    model: nn.Module,
-    dataset: Any,
-    collator: Callable[[list[Any]], Mapping[str, Any]],
-    training: TrainingArguments,
-    trainer_class: Callable[..., Trainer] = UnlearningTrainer,
-    ridge: Ridge | None = None,
-    **options: Any,
-) -> Trainer:
-    """Train a model on some rows, without a word, a file or an evaluation.
-
-    Args:
-        model: Changed in place.
-        dataset: What it is trained on.
-        collator: Makes a batch of rows.
-        training: How. It is left as it is.
-        trainer_class: What computes the loss.
-        ridge: What pulls the parameters back.
-        **options: What else the Trainer takes.
-
-    Returns:
-        The Trainer; its state says how many steps it took.
-    """
-    training = copy.copy(training)
-    training.remove_unused_columns = False  # rows are as the collator takes them
-    training.eval_strategy = training.logging_strategy = IntervalStrategy.NO
-    training.save_strategy = SaveStrategy.NO
-    training.load_best_model_at_end = False
-    training.disable_tqdm = True
-    trainer = trainer_class(model=model, args=training, train_dataset=dataset, data_collator=collator, **options)
-    trainer.remove_callback(PrinterCallback)
-    if ridge is not None and ridge.strength:
-        trainer.add_callback(ridge)
-    trainer.train()
-    # Undo the autocast that Accelerate puts around the forward pass with bf16 or fp16: the model outlives this Trainer.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model.eval()
-    return trainer
+from ...training.callbacks import Ridge, trainable_parameters
+from ...training.trainer import EvaluationTrainer, fit
 
 
 @dataclass
@@ -151,7 +76,7 @@ class Request:
         self,
         dataset: Dataset,
         training: TrainingArguments,
-        trainer_class: Callable[..., Trainer] = UnlearningTrainer,
+        trainer_class: Callable[..., Trainer] = EvaluationTrainer,
         **options: Any,
     ) -> Trainer:
         """Train the model on some rows, pulled to its initial parameters; see `fit`."""
@@ -204,16 +129,6 @@ def _length(dataset: Any) -> int:
     return len(dataset)
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters with `requires_grad`, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the trainable parameters, by name: the `initial` of a `Request` if taken before the training."""
-    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
-
-
 def _shared_rows(first: Any, second: Any) -> int:
     """How many samples two sets share, as far as that shows without reading them.
 
@@ -224,53 +139,3 @@ def _shared_rows(first: Any, second: Any) -> int:
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len({id(row) for row in first} & {id(row) for row in second})
     return len(first) if first is second else 0
-
-
-@dataclass
-class Tuning(UnlearningMethod):
-    """A method that goes on training the model, with other data or another loss.
-
-    Attributes:
-        epochs: Passes over the method's data.
-        max_steps: Optimizer steps, in place of epochs if positive.
-        learning_rate: That of the model's training if None.
-        batch_size: Rows per device in a batch; that of the model's training if None.
-
-    Schedule, optimizer and what else there is are those of the model's training, without warm-up.
-    """
-
-    epochs: float = 1.0
-    max_steps: int = -1
-    learning_rate: float | None = None
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"{self.name}: epochs is {self.epochs}; it must be positive, or max_steps must be")
-        for name in ("learning_rate", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{self.name}: {name} is {value}; it must be positive")
-
-    def arguments(self, request: Request) -> TrainingArguments:
-        """The training's arguments with this method's in their place."""
-        training = copy.copy(request.training)
-        training.num_train_epochs = self.epochs
-        training.max_steps = self.max_steps
-        training.learning_rate = training.learning_rate if self.learning_rate is None else self.learning_rate
-        training.per_device_train_batch_size = self.batch_size or training.per_device_train_batch_size
-        training.warmup_steps = 0
-        return training
-
-    @abstractmethod
-    def data(self, request: Request) -> Dataset:
-        """What the model is trained on."""
-
-    def train(self, request: Request) -> Trainer:
-        """Train; a method with another loss overrides this to name its Trainer."""
-        return request.fit(self.data(request), self.arguments(request))
-
-    def unlearn(self, request: Request) -> list[str]:
-        """Train and say for how long."""
-        trainer = self.train(request)
-        return [f"{trainer.state.global_step} steps, learning rate {trainer.args.learning_rate:g}"]

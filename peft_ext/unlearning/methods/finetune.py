@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch.utils.data import Dataset
 
-from .base import Request, Tuning
+from .base import Request
+from .tuning import Tuning
 
 
 @dataclass

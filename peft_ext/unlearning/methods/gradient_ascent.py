@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from .base import Request, Tuning, UnlearningTrainer
-from .random_labels import count_classes
+from ...training.trainer import EvaluationTrainer
+from .base import Request
+from .relabelling import count_classes
+from .tuning import Tuning
 
 
-class AscentTrainer(UnlearningTrainer):
+class AscentTrainer(EvaluationTrainer):
     """Ascends the loss until it reaches a bound.
 
     Args:

@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset
 
 from ..ledger import UnlearningLedger
 from .base import Request, UnlearningMethod
-from .ntk import prepared_loader
+from .gauss_newton import prepared_loader
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from transformers import Trainer
 
-from .base import Request, UnlearningMethod, UnlearningTrainer
+from ...training.trainer import EvaluationTrainer
+from .base import Request, UnlearningMethod
 
 
 @dataclass
@@ -22,6 +23,6 @@ class Retrain(UnlearningMethod):
     def unlearn(self, request: Request) -> list[str]:
         """Train anew."""
         request.restore_initial()
-        trainer_class = UnlearningTrainer if request.eval_mode else Trainer
+        trainer_class = EvaluationTrainer if request.eval_mode else Trainer
         trainer = request.fit(request.retain, request.training, trainer_class)
         return [f"{trainer.state.global_step} steps from the initial parameters"]

@@ -4,31 +4,15 @@ Weight Saliency", ICLR 2024)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from .base import Request, trainable_parameters
-from .random_labels import IGNORED, RandomLabels
-
-
-class KeepMasked(TrainerCallback):
-    """Puts parameters outside a mask back after every step: weight decay and momentum must not move them either.
-
-    Args:
-        parameters: The trainable parameters, by name.
-        masks: True where a parameter may change.
-    """
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], masks: dict[str, torch.Tensor]) -> None:
-        self.kept = [(parameter, masks[name], parameter.detach().clone()) for name, parameter in parameters.items()]
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put them back."""
-        for parameter, mask, value in self.kept:
-            parameter.copy_(torch.where(mask, parameter, value))
+from ...targets import IGNORED
+from ...training.callbacks import KeepMasked, trainable_parameters
+from .base import Request
+from .random_labels import RandomLabels
 
 
 def forget_gradient(request: Request) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import datasets
 import evaluate
 
-from recipes.common import UserError
+from recipes.support.arguments import UserError
 
-_METRIC_FOLDER = Path(__file__).parent / "metrics"
+_METRIC_FOLDER = Path(__file__).parents[1] / "metrics"
 # The evaluated subset must be the same for every method and every seed of a run.
 SUBSET_SEED = 0
 

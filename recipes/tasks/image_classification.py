@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from recipes import inputs
-from recipes.common import UserError
+from recipes.support import inputs
+from recipes.support.arguments import UserError
 
 OUTPUT = "class"  # what `compute` gives beside the logits, for messages
 

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
-from recipes import inputs
-from recipes.common import Method, UserError
 from recipes.reload_adapter import verify_in_fresh_process
-from recipes.reporting import RunResult
+from recipes.support import inputs
+from recipes.support.arguments import Method, UserError
+from recipes.support.reporting import RunResult
 
 UNTRAINED = "untrained"
 

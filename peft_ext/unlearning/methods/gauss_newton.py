@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from ..ntk import NTKUnlearner
 from .base import Request, UnlearningMethod
+from .solver import NTKUnlearner
 
 
 def prepared_loader(request: Request, dataset: Dataset, batch_size: int | None) -> Any:

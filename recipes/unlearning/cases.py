@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from recipes.common import UserError, hint
+from recipes.support.arguments import UserError, hint
 
 
 @dataclass

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recipes import inputs
-from recipes.common import UserError
+from recipes.support import inputs
+from recipes.support.arguments import UserError
 
 _METRICS = {"BLEU": "corpus_bleu", "ROUGE-L": "rouge_l"}
 OUTPUT = "text"  # what `compute` gives beside the logits, for messages

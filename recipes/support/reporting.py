@@ -18,7 +18,7 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from peft_ext.unlearning.report import COLOURS, spread
+from peft_ext.presentation import COLOURS, spread, tidy
 
 
 @dataclass
@@ -130,8 +130,7 @@ def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
             axis.plot([], [], color=colour, linewidth=1.8, label=label)
         axis.set_title(f"{kind.capitalize()} loss", loc="left", fontsize=11)
         axis.set_xlabel("step")
-        axis.grid(axis="y", color="0.9", linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis, "y")
         axis.set_xlim(left=0)
         # Most of the fall is in the first steps; a logarithmic axis leaves room for the differences after it.
         if any(getattr(run, f"{kind}_curve") for runs in groups.values() for run in runs):
@@ -166,9 +165,7 @@ def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
     axis.set_yticks(range(len(groups)), list(groups))
     axis.invert_yaxis()
     axis.set_xlabel(name)
-    axis.grid(axis="x", color="0.9", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis, "x")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -24,8 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from recipes.causal_lm import DataArguments, encode
-from recipes.training import make_once, train_base, write_data
+from recipes.tasks.causal_lm import DataArguments, encode
+from recipes.tasks.training import make_once, train_base, write_data
 
 Meaning = dict[str, str]
 

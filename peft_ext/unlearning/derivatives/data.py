@@ -143,7 +143,7 @@ def uniform(key: str, *purpose: str | int, shape: tuple[int, ...] = ()) -> torch
 
     Whatever the order of the samples and the number of processes, every sample has the same ones.
     """
-    from .. import randomness
+    from ... import randomness
 
     seed = int.from_bytes(hashlib.sha256(f"{key} {purpose}".encode()).digest()[:8], "big")
     numbers = randomness.uniform(seed, ("unlearning",), torch.Size(shape).numel())

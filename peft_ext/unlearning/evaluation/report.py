@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,14 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ...presentation import COLOURS, spread, tidy
 from . import metrics
 from .metrics import Outcome
+from .results import GOLD, ORIGINAL, SPLITS, UnlearningResult
 
-ORIGINAL, GOLD = "original", "retrain"
-SPLITS = ("forget", "retain", "test")
-
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 _ORIGINAL_COLOUR, _GOLD_COLOUR = "0.55", "black"
 
@@ -31,85 +28,6 @@ _POINTS = 0.02  # of accuracy
 _LOSS = 0.1  # nats, and the same share of the gold's loss
 _SEEDS = 3
 _SAMPLES = 100  # below, one sample is more than 1 %
-
-_JSON, _ARRAYS = "unlearning.json", "unlearning.npz"
-
-
-@dataclass
-class UnlearningResult:
-    """One model: before, retrained without the forget set, or after a method; with one seed, in one case.
-
-    All results of a case are about the same samples, in the same order, whatever the seed.
-
-    Attributes:
-        case: What is forgotten: `"class 3"`, `"random 10 %"`.
-        method: `"original"`, `"retrain"` (the gold), or a method's label.
-        seed: The run's seed. A method is compared with the gold of the same seed.
-        outcomes: Of `"forget"`, `"retain"` and `"test"`, and of `"heldout"` where test samples are not of the same kind
-            as those to forget (a whole class): the non-members of the attacks, in place of the test set.
-        seconds: Time that the method took.
-        peak_memory: Bytes that it took.
-        relearn_steps: Training steps until the forget accuracy is back; None if it was not within `relearn_limit`.
-        relearn_limit: Steps that were tried; None if nothing was.
-        parameters: Numbers that are trained.
-        notes: What the method says of itself: curvature estimator and its error, steps that it backed off from.
-    """
-
-    case: str
-    method: str
-    seed: int
-    outcomes: dict[str, Outcome]
-    seconds: float | None = None
-    peak_memory: int | None = None
-    relearn_steps: int | None = None
-    relearn_limit: int | None = None
-    parameters: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `unlearning.json` and `unlearning.npz`, whole or not at all: what is there can be trusted."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays, rest = {}, {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "outcomes"}
-        for split, outcome in self.outcomes.items():
-            for f in dataclasses.fields(outcome):
-                if (values := getattr(outcome, f.name)) is not None:
-                    arrays[f"{split}.{f.name}"] = values
-        # The JSON file vouches for the arrays: it goes first and comes last.
-        (folder / _JSON).unlink(missing_ok=True)
-        partial = folder / f"{_ARRAYS}.partial"
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        partial.replace(folder / _ARRAYS)
-        partial = folder / f"{_JSON}.partial"
-        partial.write_text(json.dumps(rest, indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / _JSON)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> UnlearningResult:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: nothing there, or not the whole.
-        """
-        folder = Path(folder)
-        rest = json.loads((folder / _JSON).read_text(encoding="utf-8"))
-        found: dict[str, dict[str, Any]] = {}
-        with np.load(folder / _ARRAYS, allow_pickle=False) as arrays:
-            for key in arrays.files:
-                split, _, name = key.rpartition(".")
-                found.setdefault(split, {})[name] = arrays[key]
-        return cls(outcomes={split: Outcome(**{"log_probs": None, **parts}) for split, parts in found.items()}, **rest)
-
-
-def spread(values: Iterable[float | None], digits: int) -> str:
-    """Mean and, of several values, standard deviation as text; a dash for none."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return "-"
-    text = f"{mean(present):.{digits}f}"
-    return f"{text} ± {stdev(present):.{digits}f}" if len(present) > 1 else text
-
 
 # Measuring
 
@@ -563,12 +481,6 @@ def _styles(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
     return styles
 
 
-def _tidy(axis: Any, grid: str) -> None:
-    axis.grid(axis=grid, color="0.9", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def _by_case(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {case: [row for row in rows if row["case"] == case] for case in dict.fromkeys(row["case"] for row in rows)}
 
@@ -616,7 +528,7 @@ def _plot_accuracy(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set_ylim(len(of_case) - 0.5, -0.5)
             axis.spines["bottom"].set_bounds(0, largest)
             axis.tick_params(axis="y", length=0)
-            _tidy(axis, "x")
+            tidy(axis, "x")
     handles = [
         Line2D([], [], color=_GOLD_COLOUR, linestyle="--", linewidth=1.2, label="mean of the golds"),
         Patch(color=_GOLD_COLOUR, alpha=0.12, linewidth=0, label="± their standard deviation"),
@@ -662,7 +574,7 @@ def _plot_losses(results: Sequence[UnlearningResult], path: Path) -> None:
             axis.tick_params(labelsize=8.5)
             # Heights tell nothing that areas do not, and a narrow peak would flatten all others.
             axis.set_yticks([])
-            _tidy(axis, "x")
+            tidy(axis, "x")
         for place, axis in enumerate(part.axes):
             # The lowest axis of a column has the label: those below it are empty.
             if place + columns >= len(pooled) > place:
@@ -728,7 +640,7 @@ def _plot_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set_xticks([])
         axis.set_title(case, loc="left", fontsize=11)
         axis.set_xlabel("seconds")
-        _tidy(axis, "both")
+        tidy(axis, "both")
         classifier = "js_forget" in of_case[0]
         axis.set_ylabel("JS to gold on forget (nats)" if classifier else "|forget loss - gold's| (nats)")
     for axis in axes[len(cases) :]:

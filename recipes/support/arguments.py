@@ -25,7 +25,7 @@ import peft_ext  # noqa: F401  (registers its methods with PEFT)
 _CONFIG_CLASSES = {str(key.value).lower(): config for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 # The baseline that trains a new head and nothing else: to PEFT, a LoRA without layers.
 HEAD = "head"
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 _RECORD = "arguments.json"
 # Where a run is written and how it reports may change between an interruption and its continuation.

@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..tuners.config import check_choice, check_number, check_positive_integer
-from .curvature import Curvature, KernelForm, MatrixFreeForm, ParameterForm
-from .data import Loader, gathered, sample_keys, total
-from .jacobian import AdapterFunction
-from .losses import IGNORED, LOSSES
+from ...checks import check_choice, check_number, check_positive_integer
+from ...targets import IGNORED
+from ..derivatives.curvature import Curvature, KernelForm, MatrixFreeForm, ParameterForm
+from ..derivatives.data import Loader, gathered, sample_keys, total
+from ..derivatives.function import AdapterFunction
+from ..derivatives.losses import LOSSES
 
 _REJECTIONS = 6  # in a row, each with four times the damping
 

@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
-from recipes.image_classification import DataArguments, load_image_data
-from recipes.training import make_once, train_base, write_data
+from recipes.tasks.image_classification import DataArguments, load_image_data
+from recipes.tasks.training import make_once, train_base, write_data
 
 _SEED = 2024
 _KNOWN = ["0", "1", "2", "3", "4"]

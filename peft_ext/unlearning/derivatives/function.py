@@ -15,8 +15,9 @@ from torch import nn
 from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...targets import IGNORED, Alignment
 from .data import Batch, Loader, batches, total, uniform
-from .losses import IGNORED, Loss, outputs_and_targets
+from .losses import Loss
 from .prefix import FEATURES, FrozenPrefix
 
 
@@ -72,6 +73,7 @@ class AdapterFunction:
         estimator: str = "signs",
     ) -> None:
         self.model: nn.Module = extract_model_from_parallel(model)
+        self.alignment = Alignment.of(self.model)
         self.loss = loss
         self.memory = memory
         self.estimator = estimator
@@ -157,14 +159,13 @@ class AdapterFunction:
         self, batch: Batch, parameters: dict[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs and targets, with other values of the parameters if there are any."""
-        arguments = {**batch.tensors, **batch.options}
-        labels = arguments.pop("labels")
+        arguments, labels = self.alignment.split({**batch.tensors, **batch.options})
         with self.prefix.passed_over(arguments.pop(FEATURES, None)):
             if parameters is None:
                 found = self.model(**arguments)
             else:
                 found = functional_call(self.model, parameters, (), arguments)
-        return outputs_and_targets(found, labels)
+        return self.alignment.pair(found, labels)
 
     def loss_and_gradient(
         self, loader: Loader, limit: float = math.inf, gradient: bool = True
@@ -234,7 +235,7 @@ class AdapterFunction:
 
         def one(sample: dict[str, torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             function = self._one(sample, batch.options)
-            present = (_targets(sample["labels"][None])[0] != IGNORED).to(torch.float32)
+            present = (self.alignment.targets(sample["labels"][None], places)[0] != IGNORED).to(torch.float32)
 
             def probe(outputs: torch.Tensor) -> torch.Tensor:
                 if draws is None:
@@ -267,7 +268,7 @@ class AdapterFunction:
                     rows, outputs = (torch.stack(found) for found in zip(*singles))
                 else:
                     rows, outputs = vmap(one)(tensors, u.to(self.device))
-            yield Linearised(rows, outputs, _targets(part.tensors["labels"]), part_keys)
+            yield Linearised(rows, outputs, self.alignment.targets(part.tensors["labels"], places), part_keys)
 
     def _one(self, sample: dict[str, torch.Tensor], options: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
         """The outputs `(places, c)` of one sample as a function of the parameters by name."""
@@ -333,12 +334,7 @@ class AdapterFunction:
 
                 _, tangent = jvp(call, (parameters,), (tangents,))  # type: ignore[misc]
                 outputs, pull_back = vjp(call, parameters)  # type: ignore[misc]
-                present = (_targets(batch.tensors["labels"]) != IGNORED)[..., None]
+                present = (self.alignment.targets(batch.tensors["labels"], outputs.shape[1]) != IGNORED)[..., None]
                 (found,) = pull_back(self.loss.hessian_product(outputs, tangent) * present)
                 result += torch.cat([found[name].double().flatten() for name in self.parameters])
         return total(result)
-
-
-def _targets(labels: torch.Tensor) -> torch.Tensor:
-    """`(n, places)`; see `outputs_and_targets`."""
-    return labels[:, None] if labels.dim() == 1 else labels[:, 1:]

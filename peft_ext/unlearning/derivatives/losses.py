@@ -3,39 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100  # a target that is none, as everywhere in transformers
-
-
-def outputs_and_targets(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model says at every place that has a target.
-
-    A classifier has one place a sample. A causal language model has one before every token but the first.
-
-    Args:
-        outputs: of the model, with `logits` of shape `(n, c)`, or `(n, length, c)` of a language model.
-        labels: `(n,)`, or `(n, length)`.
-
-    Returns:
-        Outputs of shape `(n, places, c)` and targets of shape `(n, places)`.
-
-    Raises:
-        ValueError: other shapes.
-    """
-    logits = outputs.logits if hasattr(outputs, "logits") else outputs
-    if logits.dim() == 2 and labels.dim() == 1:
-        return logits[:, None], labels[:, None]
-    if logits.dim() == 3 and labels.dim() == 2:
-        # A soft prompt has outputs too, which nobody labelled.
-        return logits[:, logits.shape[1] - labels.shape[1] : -1], labels[:, 1:]
-    raise ValueError(
-        "The model must give logits of shape (n, classes) for labels of shape (n,), or (n, length, vocabulary) for "
-        f"(n, length), got {tuple(logits.shape)} for {tuple(labels.shape)}."
-    )
+from ...targets import IGNORED
 
 
 class Loss(ABC):

@@ -1,0 +1,1 @@
+"""Training loops and callbacks, for unlearning and for programs."""

@@ -1,0 +1,62 @@
+"""What is done to parameters or gradients at every step of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters with `requires_grad`, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the trainable parameters, by name: the `initial` of a `Request` if taken before the training."""
+    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+
+
+class Ridge(TrainerCallback):
+    """Adds the gradient of `strength / 2 * |parameters - reference|^2` to that of the loss, before every step.
+
+    Unlike AdamW's weight decay it is part of what is minimised, and pulls to where the training began.
+
+    Args:
+        model: Its trainable parameters are pulled.
+        reference: To where, by name.
+        strength: How much.
+    """
+
+    def __init__(self, model: nn.Module, reference: Mapping[str, torch.Tensor], strength: float) -> None:
+        self.strength = strength
+        parameters = trainable_parameters(model) if strength else {}
+        self.pairs = [(parameter, reference[name].clone()) for name, parameter in parameters.items()]
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add it."""
+        for parameter, reference in self.pairs:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - reference.to(parameter.device), alpha=self.strength)
+
+
+class KeepMasked(TrainerCallback):
+    """Puts parameters outside a mask back after every step: weight decay and momentum must not move them either.
+
+    Args:
+        parameters: The trainable parameters, by name.
+        masks: True where a parameter may change.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], masks: dict[str, torch.Tensor]) -> None:
+        self.kept = [(parameter, masks[name], parameter.detach().clone()) for name, parameter in parameters.items()]
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put them back."""
+        for parameter, mask, value in self.kept:
+            parameter.copy_(torch.where(mask, parameter, value))

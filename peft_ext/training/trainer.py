@@ -1,0 +1,65 @@
+"""A training without a word, a file or an evaluation, and its Trainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .callbacks import Ridge
+
+
+class EvaluationTrainer(Trainer):
+    """A Trainer that keeps the model in evaluation mode: no dropout, batch-norm statistics as they are.
+
+    Gradient checkpointing rests in that mode, as transformers has it.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss; a method that descends another one overrides this."""
+        model.eval()  # the Trainer has just put it in training mode
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def fit(
+    model: nn.Module,
+    dataset: Any,
+    collator: Callable[[list[Any]], Mapping[str, Any]],
+    training: TrainingArguments,
+    trainer_class: Callable[..., Trainer] = EvaluationTrainer,
+    ridge: Ridge | None = None,
+    **options: Any,
+) -> Trainer:
+    """Train a model on some rows, without a word, a file or an evaluation.
+
+    Args:
+        model: Changed in place.
+        dataset: What it is trained on.
+        collator: Makes a batch of rows.
+        training: How. It is left as it is.
+        trainer_class: What computes the loss.
+        ridge: What pulls the parameters back.
+        **options: What else the Trainer takes.
+
+    Returns:
+        The Trainer; its state says how many steps it took.
+    """
+    training = copy.copy(training)
+    training.remove_unused_columns = False  # rows are as the collator takes them
+    training.eval_strategy = training.logging_strategy = IntervalStrategy.NO
+    training.save_strategy = SaveStrategy.NO
+    training.load_best_model_at_end = False
+    training.disable_tqdm = True
+    trainer = trainer_class(model=model, args=training, train_dataset=dataset, data_collator=collator, **options)
+    trainer.remove_callback(PrinterCallback)
+    if ridge is not None and ridge.strength:
+        trainer.add_callback(ridge)
+    trainer.train()
+    # Undo the autocast that Accelerate puts around the forward pass with bf16 or fp16: the model outlives this Trainer.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.eval()
+    return trainer
