@@ -26,7 +26,7 @@ __all__ = [
     "push_to_hub",
 ]
 
-register("NOLA", NolaConfig, NolaModel)
-register("PRANC", PrancConfig, PrancModel)
-register("MCNC", McncConfig, McncModel)
-register("VISUAL_PROMPT", VisualPromptConfig, VisualPromptModel)
+register(NolaConfig, NolaModel)
+register(PrancConfig, PrancModel)
+register(McncConfig, McncModel)
+register(VisualPromptConfig, VisualPromptModel)

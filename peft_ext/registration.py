@@ -23,15 +23,17 @@ def _extend_peft_type(name: str) -> None:
     PeftType._value2member_map_[name] = member
 
 
-def register(name: str, config_cls: type, model_cls: type) -> None:
+def register(config_cls: Any, model_cls: type) -> None:
     """Registers a method; a second time does nothing.
 
     Args:
-        name: upper-case name of the method, such as `"NOLA"`.
+        config_cls: its configuration, whose `method_name` is the upper-case name of the method, such as `"NOLA"`.
+        model_cls: its tuner.
 
     Raises:
         RuntimeError: this release of PEFT has another method of that name.
     """
+    name = config_cls.method_name
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)  # type: ignore[call-overload]
     if known is not None and known.__module__ == config_cls.__module__:
         # Imported before, perhaps as another module object (reloading, test runners): the newest classes count.

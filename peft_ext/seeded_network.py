@@ -21,11 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from . import randomness
 from .checkpoint.identity import check_finite
-from .generators import Generator
 from .generators.base import Frozen
+from .tuners.config import SeededConfig, Target
 from .tuners.expansion import SharedExpansion
-from .tuners.mcnc import McncConfig
-from .tuners.pranc import PrancConfig
 
 CONFIG_NAME = "seed_config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -74,12 +72,15 @@ class SeededNetwork(nn.Module):
         ValueError: another configuration, or one whose coefficients or chunks are more than the parameters.
     """
 
-    def __init__(self, network: nn.Module, config: PrancConfig | McncConfig, keep_basis: bool = False) -> None:
+    def __init__(self, network: nn.Module, config: SeededConfig, keep_basis: bool = False) -> None:
         super().__init__()
         self.config = config
         self._weights = tuple(_weights(network))
         size = sum(weight.size for weight in self._weights)
-        self.generator, start = _generator(config, size, keep_basis)
+        if not isinstance(config, SeededConfig):
+            raise ValueError(f"`config` must be a PrancConfig or a McncConfig, got {type(config).__name__}.")
+        self.generator = config.network_generator(size, keep_basis)
+        start = config.initial(Target("", size, 1), (self.generator,))
         self._slots = _take_parameters(network)
         self.network = network
         # transformers' Trainer looks at the signature of `forward`, which is the network's behind `*args, **kwargs`.
@@ -195,24 +196,6 @@ def _make_network(path: Path, name: str) -> nn.Module:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
-
-
-def _generator(config: PrancConfig | McncConfig, size: int, keep_basis: bool) -> tuple[Generator, torch.Tensor]:
-    """What makes `size` parameters, and the coefficients to start from."""
-    if isinstance(config, PrancConfig):
-        k = config.num_coefficients
-        if k > size:
-            raise ValueError(f"`num_coefficients` must be at most the {size} parameters of the network, got {k}.")
-        return config.generator(("network", config.basis), size, fan_in=1, keep_basis=keep_basis), torch.zeros(k)
-    if not isinstance(config, McncConfig) or config.apply_to != "weight":
-        raise ValueError(
-            "`config` must be a PrancConfig, or a McncConfig with apply_to='weight', to make a whole network, got "
-            f"{type(config).__name__}{f' with apply_to={config.apply_to!r}' if isinstance(config, McncConfig) else ''}."
-        )
-    if config.chunk_size > size:
-        raise ValueError(f"`d` must be at most the {size} parameters of the network, got {config.chunk_size}.")
-    manifold = config.manifold(size)
-    return manifold, config.start(manifold, ("network", "alpha"))
 
 
 def _weights(network: nn.Module) -> Iterator[_Weight]:

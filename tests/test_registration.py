@@ -210,10 +210,11 @@ sys.modules.update({"peft": peft, "peft.mapping": mapping, "peft.utils": utils})
 ENUM = """
 import copy, json, pickle
 registration = module
-Config = type("Config", (), {"__module__": "peft_ext.config"})
+Config = type("Config", (), {"__module__": "peft_ext.config", "method_name": "NOLA"})
+Other = type("Other", (), {"__module__": "peft_ext.config", "method_name": "OTHER"})
 for _ in range(2):
-    registration.register("NOLA", Config, object)
-    registration.register("OTHER", Config, object)
+    registration.register(Config, object)
+    registration.register(Other, object)
 member = PeftType.NOLA
 assert PeftType("NOLA") is member and PeftType["NOLA"] is member and member.name == member.value == member == "NOLA"
 assert [m.value for m in PeftType] == ["LORA", "IA3", "NOLA", "OTHER"] and len(PeftType) == 4

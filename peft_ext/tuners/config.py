@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, ClassVar, NamedTuple, Optional, TypeVar, Union
 
+import torch
 from peft import PeftConfig
+from peft.utils import PeftType
 
 from .. import randomness
 from ..checkpoint.card import CardFacts, write_card
 from ..checkpoint.identity import check_fingerprint
+from ..checks import check_probability
+from ..generators import Generator
+
+C = TypeVar("C", bound=type[PeftConfig])
+
+
+def documented(config: C) -> C:
+    """Appends the fields of a configuration to its docstring, each with its type and its help."""
+    lines = [textwrap.dedent(config.__doc__ or "").strip(), "", "Args:"]
+    inherited = {each.name for each in dataclasses.fields(PeftConfig)}
+    own = config.__dict__["__annotations__"]
+    for each in sorted(dataclasses.fields(config), key=lambda each: each.name not in own):
+        if each.name not in inherited:
+            kind, optional = str(each.type), ""
+            if kind.startswith("Optional["):
+                kind, optional = kind.removeprefix("Optional[").removesuffix("]"), ", *optional*"
+            lines.append(f"    {each.name} (`{kind}`{optional}):")
+            lines += textwrap.wrap(each.metadata["help"], 108, initial_indent=8 * " ", subsequent_indent=8 * " ")
+    lines += [
+        "",
+        "Raises:",
+        "    ValueError: a field holds what it cannot; the message names the field, what was given",
+    ]
+    config.__doc__ = "\n".join([*lines, "        and what is allowed.", ""])
+    return config
+
+
+class Target(NamedTuple):
+    """A module that an adapter adapts, as its coefficients see it.
+
+    Attributes:
+        name: of the module in the base model; empty for a whole network.
+        fan_out: rows of its weight as a matrix.
+        fan_in: columns.
+        biases: numbers in its bias.
+    """
+
+    name: str
+    fan_out: int
+    fan_in: int
+    biases: int = 0
 
 
 @dataclass
 class SeededConfig(PeftConfig):
     """PEFT's standard fields, and those of an adapter whose weights are regenerated from a seed.
 
-    Args:
-        seed: 0 to 2**64 - 1.
-        generator_version: version of the random number specification; see `peft_ext.randomness`.
-        fingerprint: of the numbers that the seed stood for when the adapter was saved. If given, it is recomputed
-            and compared.
-        target_shapes: `{"out x in": number of adapted layers}` when the adapter was saved. If given, the model's own
-            are compared with it before anything in the model is changed.
-
-    Raises:
-        ValueError: a field holds what it cannot; the message names the field, what was given and what is allowed.
+    A method subclasses this, names itself in `method_name`, declares a field `<method>_dropout`, and says what makes
+    its weights.
     """
 
     seed: int = field(
@@ -38,7 +75,8 @@ class SeededConfig(PeftConfig):
         metadata={
             "help": (
                 "Names of the modules to adapt, a regular expression, or 'all-linear'. By default the query and value "
-                "projections of known architectures."
+                "projections of known architectures. nn.Linear, Conv1D, nn.Conv2d, nn.Embedding and the quantized "
+                "linear layers that PEFT knows can be adapted, by PRANC also modules that hold vectors only (norms)."
             )
         },
     )
@@ -80,15 +118,29 @@ class SeededConfig(PeftConfig):
         metadata={"help": "Written to checkpoints and checked when they are loaded. Leave it alone."},
     )
 
-    method_name: ClassVar[str]
+    method_name: ClassVar[str]  # in capitals, as in PEFT's enum of methods
     paper: ClassVar[str]
     size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
     notice: ClassVar[str] = ""  # put into model cards
 
+    @classmethod
+    def method(cls) -> str:
+        """The method's name in lower case, which its fields, parameters and attributes begin with."""
+        return cls.method_name.lower()
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropout on the input of the update."""
+        return getattr(self, f"{self.method()}_dropout")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = PeftType[self.method_name]
         self.seed = randomness.check_seed(self.seed)
         check_fingerprint(self.seed, self.generator_version, self.fingerprint)
+        if self.bias not in ("none", "all", f"{self.method()}_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or '{self.method()}_only', got {self.bias!r}.")
+        check_probability(f"{self.method()}_dropout", self.dropout)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
@@ -103,9 +155,28 @@ class SeededConfig(PeftConfig):
                 f"`layers_pattern` needs `layers_to_transform` to say which layers, got {self.layers_pattern!r} alone."
             )
 
-    def check_bias(self, method_only: str) -> None:
-        if self.bias not in ("none", "all", method_only):
-            raise ValueError(f"`bias` must be 'none', 'all' or {method_only!r}, got {self.bias!r}.")
+    def generators(self, target: Target) -> tuple[Generator, ...]:
+        """What makes the weights of an adapted module; each reads the next part of the module's coefficients."""
+        raise NotImplementedError
+
+    def initial(self, target: Target, generators: tuple[Generator, ...]) -> torch.Tensor:
+        """The coefficients that a module, or a whole network, starts from: zeros, or random without `init_weights`."""
+        size = sum(generator.num_coefficients for generator in generators)
+        return torch.zeros(size) if self.init_weights else torch.randn(size)
+
+    def network_generator(self, size: int, keep_basis: bool = False) -> Generator:
+        """What makes the `size` parameters of a whole network.
+
+        Args:
+            keep_basis: keep a dense basis in memory that would be drawn again at every use.
+
+        Raises:
+            ValueError: the method makes no whole networks, or has more coefficients than there are parameters.
+        """
+        raise ValueError(
+            "`config` must be a PrancConfig, or a McncConfig with apply_to='weight', to make a whole network, got "
+            f"{type(self).__name__}."
+        )
 
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
         """What the method adds to the table of a model card, for `{"out x in": number of layers}`."""

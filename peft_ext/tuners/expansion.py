@@ -15,8 +15,8 @@ from ..generators import Generator
 class SharedExpansion:
     """The weights that one generator makes for one adapter in all the layers that read it.
 
-    A call with a layer returns the generated weights of that layer. The first layer of a forward pass pays for a
-    single product over all of them; the others find theirs ready:
+    A call with a layer's container returns the generated weights of that layer. The first layer of a forward pass pays
+    for a single product over all of them; the others find theirs ready:
 
     - with gradients, the product serves one forward pass: a layer that asks a second time starts a new one, so every
       pass has a graph of its own. That of a single layer is not kept: the pass holds what it needs;
@@ -30,8 +30,9 @@ class SharedExpansion:
     backward pass, the layer gets the same bits as before with a graph of its own: gradients accumulate per layer
     and, under re-entrant checkpointing, in the block that is being recomputed.
 
-    A layer is known by the `ParameterDict` (adapter name -> coefficients) that it owns: the object stays the same
-    when parameters are cast, moved or loaded, and holding it does not keep the layer's base weights alive.
+    A layer is known by the container of its coefficients, the `ParameterDict` (adapter name -> coefficients) that it
+    owns: the object stays the same when parameters are cast, moved or loaded, and holding it does not keep the layer's
+    base weights alive.
 
     Args:
         generator: coefficients of shape `(..., k)` -> weights of shape `(..., size)`.
@@ -54,22 +55,22 @@ class SharedExpansion:
         self.adapter_name = adapter_name
         self.span = span
         self.one_vector = one_vector
-        self.layers: list[nn.ParameterDict] = []
+        self.containers: list[nn.ParameterDict] = []
         self._ready: dict[torch.device, _Expanded] = {}
         self._verified = False
         self._sharded = False
 
-    def add(self, layer: nn.ParameterDict) -> None:
-        self.layers.append(layer)
+    def add(self, container: nn.ParameterDict) -> None:
+        self.containers.append(container)
 
-    def __call__(self, layer: nn.ParameterDict) -> torch.Tensor:
-        """The generated weights of `layer`, in float32 (float64 for float64 coefficients).
+    def __call__(self, container: nn.ParameterDict) -> torch.Tensor:
+        """The generated weights of the layer that owns `container`, in float32 (float64 for float64 coefficients).
 
         Raises:
             ValueError: the coefficients hold NaN or infinity when they are expanded for the first time.
             RuntimeError: one vector for many layers, where its gradient would be wrong or it cannot be read.
         """
-        parameter = layer[self.adapter_name]
+        parameter = container[self.adapter_name]
         if self.one_vector:
             self._check_whole(parameter)
         if torch.compiler.is_compiling() or self._sharded or not _is_plain(parameter):
@@ -77,7 +78,7 @@ class SharedExpansion:
 
         needs_graph = parameter.requires_grad and torch.is_grad_enabled()
         ready = self._ready.get(parameter.device)
-        if ready is not None and not self._fits(ready, layer, parameter):
+        if ready is not None and not self._fits(ready, container, parameter):
             ready = None
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
             if self.one_vector and ready is not None and not ready.graph and _is_distributed():
@@ -86,22 +87,22 @@ class SharedExpansion:
                     "that many layers share (PRANC): they would be reduced before all layers have added theirs. Use "
                     "non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
-            value = ready.values[layer].flatten() if ready else None
+            value = ready.values[container].flatten() if ready else None
             return _Recomputed.apply(parameter[self.span], self.generator, value).view(self.shape)
-        if ready is not None and not self._serves(ready, layer, needs_graph):
+        if ready is not None and not self._serves(ready, container, needs_graph):
             ready = None
         if ready is None:
             ready = self._expand_all(parameter.device)
-            if layer not in ready.values:
+            if container not in ready.values:
                 return self._expand_alone(parameter)
         if not needs_graph:
-            ready.served.add(layer)
-            return ready.values[layer]
+            ready.served.add(container)
+            return ready.values[container]
         if len(ready.parameters) == 1:
             # A whole update that was added to the weight is not needed again: kept, it would be one more copy.
             self._ready.pop(parameter.device, None)
-        ready.served.add(layer)
-        return ready.graph[layer]
+        ready.served.add(container)
+        return ready.graph[container]
 
     def _check_whole(self, parameter: torch.Tensor) -> None:
         if _is_shard(parameter) or parameter.numel() != self.generator.num_coefficients:
@@ -111,15 +112,15 @@ class SharedExpansion:
                 "auto_wrap_policy (fsdp_auto_wrap_policy: NO_WRAP)."
             )
 
-    def _fits(self, ready: _Expanded, layer: nn.ParameterDict, parameter: torch.Tensor) -> bool:
-        if ready.parameters.get(layer) is not parameter or ready.versions[layer] != _version(parameter):
+    def _fits(self, ready: _Expanded, container: nn.ParameterDict, parameter: torch.Tensor) -> bool:
+        if ready.parameters.get(container) is not parameter or ready.versions[container] != _version(parameter):
             return False
-        return parameter.device.type != "cpu" or torch.equal(parameter[self.span], ready.coefficients[layer])
+        return parameter.device.type != "cpu" or torch.equal(parameter[self.span], ready.coefficients[container])
 
-    def _serves(self, ready: _Expanded, layer: nn.ParameterDict, needs_graph: bool) -> bool:
+    def _serves(self, ready: _Expanded, container: nn.ParameterDict, needs_graph: bool) -> bool:
         if needs_graph:
-            return bool(ready.graph) and layer not in ready.served
-        if layer in ready.served and ready.stacked.device.type != "cpu":  # another forward pass begins
+            return bool(ready.graph) and container not in ready.served
+        if container in ready.served and ready.stacked.device.type != "cpu":  # another forward pass begins
             if not torch.equal(self._stack(ready.parameters), ready.stacked):
                 return False
             ready.served.clear()
@@ -130,16 +131,18 @@ class SharedExpansion:
 
     def _expand_all(self, device: torch.device) -> _Expanded:
         parameters = {
-            layer: parameter
-            for layer in self.layers
-            if self.adapter_name in layer
-            and _is_plain(parameter := layer[self.adapter_name])
+            container: parameter
+            for container in self.containers
+            if self.adapter_name in container
+            and _is_plain(parameter := container[self.adapter_name])
             and parameter.device == device
             and parameter.numel() >= self.span.stop
         }
         # FSDP2 reduces the gradients of a unit when its backward pass ends. A graph over layers of several units would
         # deliver some later, and units can be whole at the same time: one shard seen means that none may be joined.
-        self._sharded = any(_is_shard(layer[self.adapter_name]) for layer in self.layers if self.adapter_name in layer)
+        self._sharded = any(
+            _is_shard(container[self.adapter_name]) for container in self.containers if self.adapter_name in container
+        )
         if self._sharded or len({parameter.dtype for parameter in parameters.values()}) > 1:
             parameters = {}
         gradients = torch.is_grad_enabled()
@@ -171,7 +174,7 @@ class SharedExpansion:
         return {**self.__dict__, "_ready": {}}  # copies and pickles of a model expand for themselves
 
     def __repr__(self) -> str:
-        return f"SharedExpansion({self.generator!r}, {len(self.layers)} layers)"
+        return f"SharedExpansion({self.generator!r}, {len(self.containers)} layers)"
 
 
 class _Expanded:
@@ -179,7 +182,7 @@ class _Expanded:
 
     def __init__(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> None:
         self.parameters = parameters
-        self.versions = {layer: _version(parameter) for layer, parameter in parameters.items()}
+        self.versions = {container: _version(parameter) for container, parameter in parameters.items()}
         self.stacked = torch.empty(0)
         self.coefficients: dict[nn.ParameterDict, torch.Tensor] = {}
         self.values: dict[nn.ParameterDict, torch.Tensor] = {}

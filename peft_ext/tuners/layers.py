@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import Any, Union, cast
+from typing import Any, ClassVar, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..generators import Generator
+from .config import SeededConfig, Target
 from .expansion import SharedExpansion
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -82,17 +83,30 @@ def _is_hooked(module: nn.Module) -> bool:
 class SeededLayer(nn.Module, BaseTunerLayer):
     """A layer `W` with the update `scaling * M`, where a method makes M from a seed and coefficients.
 
-    A method subclasses this once for its parameters and names, and once more together with each of `SeededLinear`,
-    `SeededConv2d` and `SeededEmbedding`. It provides `update` and `add_adapter`, which fills `scaling`.
+    A method subclasses this once for its configuration and further attributes, and once more together with each of
+    `SeededLinear`, `SeededConv2d` and `SeededEmbedding`. It provides `update` and `add_adapter`, which fills `scaling`.
+    What belongs to adapters is kept by adapter name in attributes that begin with the method's name, as PEFT wants it:
+    `<method>_coefficients` (a `ParameterDict`, the container of the coefficients), `<method>_dropout` and
+    `<method>_expansions`.
     """
 
-    method: str  # lower-case name, which is also the prefix of every attribute that belongs to adapters
+    config_class: ClassVar[type[SeededConfig]]
+    more_param_names: ClassVar[tuple[str, ...]] = ()  # further dictionaries by adapter name
     fan_in: int  # columns of M
     fan_out: int  # rows of M
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "config_class" in cls.__dict__:
+            method = cls.config_class.method()
+            cls.adapter_layer_names = (f"{method}_coefficients",)
+            cls.other_param_names = ("scaling", f"{method}_dropout", f"{method}_expansions", *cls.more_param_names)
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
+        for name, empty in (("coefficients", nn.ParameterDict()), ("dropout", nn.ModuleDict()), ("expansions", {})):
+            setattr(self, f"{self.method}_{name}", empty)
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -107,10 +121,29 @@ class SeededLayer(nn.Module, BaseTunerLayer):
             fan_in_fan_out and not isinstance(self.get_base_layer(), nn.Linear)
         )
 
+    @property
+    def method(self) -> str:
+        """The method's name in lower case."""
+        return self.config_class.method()
+
+    @property
+    def coefficients(self) -> nn.ParameterDict:
+        """The container of the coefficients that this layer owns, by adapter name."""
+        return getattr(self, f"{self.method}_coefficients")
+
     def container(self, adapter: str) -> nn.ParameterDict | None:
-        """What holds the trainable coefficients of an adapter, by its name; `None` if it does not adapt this layer."""
-        container = getattr(self, f"{self.method}_coefficients")
-        return container if adapter in container else None
+        """What holds the coefficients of an adapter, by its name; `None` if the adapter does not adapt this layer."""
+        return self.coefficients if adapter in self.coefficients else None
+
+    def make_container(self, adapter: str, coefficients: torch.Tensor) -> nn.ParameterDict:
+        """Puts the first coefficients of an adapter into this layer's own container, which it returns."""
+        self.coefficients[adapter] = nn.Parameter(coefficients.to(torch.get_default_dtype()))
+        return self.coefficients
+
+    @property
+    def num_biases(self) -> int:
+        """Numbers in the bias of the base layer."""
+        return 0 if getattr(self.get_base_layer(), "bias", None) is None else self.fan_out
 
     @property
     def expansions(self) -> dict[str, tuple[SharedExpansion, ...]]:
@@ -135,17 +168,22 @@ class SeededLayer(nn.Module, BaseTunerLayer):
             module_name: name of the base layer in the model; names the layer's own basis if none is shared.
             expansions: those of the adapter's other layers, joined or added to.
         """
-        dropout = getattr(config, f"{self.method}_dropout")
-        self.dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.expansions[adapter_name] = self.add_adapter(adapter_name, config, module_name, expansions)
+        self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        target = Target(module_name, self.fan_out, self.fan_in, self.num_biases)
+        self.expansions[adapter_name] = self.add_adapter(adapter_name, config, target, expansions)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @abstractmethod
     def add_adapter(
-        self, adapter_name: str, config: Any, module_name: str, expansions: dict[Generator, SharedExpansion]
+        self, adapter_name: str, config: Any, target: Target, expansions: dict[Generator, SharedExpansion]
     ) -> tuple[SharedExpansion, ...]:
-        """Makes the scaling and the coefficients of an adapter; returns what expands them. Arguments as above."""
+        """Makes the scaling and the coefficients of an adapter, and returns what expands them.
+
+        Args:
+            target: the base layer.
+            expansions: those of the adapter's other layers, joined or added to.
+        """
 
     @abstractmethod
     def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:

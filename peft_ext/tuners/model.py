@@ -30,8 +30,7 @@ _VISION_TARGETS = ["query", "value", "q_proj", "v_proj"]  # names in transformer
 class SeededModel(BaseTuner):
     """Base of the tuners whose layers expand coefficients with a frozen generator.
 
-    A method sets `prefix`, `tuner_layer_cls` and `layer_classes`, the layer class for every kind of layer that it
-    can adapt.
+    A method sets `tuner_layer_cls` and `layer_classes`, the layer class for every kind of layer that it can adapt.
     """
 
     tuner_layer_cls: type[SeededLayer]
@@ -42,6 +41,10 @@ class SeededModel(BaseTuner):
         **dict.fromkeys(("smollm3", "phi3", "qwen2_moe", "qwen3_moe", "olmo", "olmo2", "cohere"), ["q_proj", "v_proj"]),
         "distilbert": ["q_lin", "v_lin"],
     }
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.prefix = f"{cls.tuner_layer_cls.config_class.method()}_"
 
     def inject_adapter(
         self,
@@ -80,16 +83,17 @@ class SeededModel(BaseTuner):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside_adapted += (f"{name}.",)
-            base_layer = _base_layer(module)
+            base_layer = base_layer_of(module)
             kind = layer_kind(base_layer)
             if kind in self.layer_classes:
                 adaptable.add(name.rpartition(".")[-1])
             if self._check_target_module_exists(peft_config, name):
                 if kind not in self.layer_classes:
+                    kinds = ", ".join(_KINDS[kind] for kind in self.layer_classes)
                     raise ValueError(
-                        f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which {self._method} "
-                        f"cannot adapt. It adapts {', '.join(_KINDS[kind] for kind in self.layer_classes)} (but not "
-                        "the output projection inside nn.MultiheadAttention, which is never called)."
+                        f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which "
+                        f"{peft_config.method_name} cannot adapt. It adapts {kinds} (but not the output projection "
+                        "inside nn.MultiheadAttention, which is never called)."
                     )
                 targets[name] = base_layer
         if not targets and not peft_config.exclude_modules and not peft_config.modules_to_save:
@@ -110,10 +114,6 @@ class SeededModel(BaseTuner):
     def _check_sizes(self, peft_config: Any, targets: list[nn.Module]) -> None:
         """Raises a ValueError if the configuration does not fit the sizes of the base layers that it targets."""
 
-    @property
-    def _method(self) -> str:
-        return type(self).__name__.removesuffix("Model").upper()
-
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -128,9 +128,11 @@ class SeededModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, module_name, self._expansions)
             return
-        kind = layer_kind(_base_layer(target))
+        kind = layer_kind(base_layer_of(target))
         if kind not in self.layer_classes:
-            raise ValueError(f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {self._method}.")
+            raise ValueError(
+                f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {peft_config.method_name}."
+            )
         layer = self.layer_classes[kind](
             target, fan_in_fan_out=peft_config.fan_in_fan_out, **get_quantization_kwargs(self)
         )
@@ -171,12 +173,12 @@ class SeededModel(BaseTuner):
         try:
             check_coefficients(state_dict, expected, f".{cls.prefix}", config.size_fields)
         except ValueError:
-            _withdraw(model, adapter_name)
+            withdraw(model, adapter_name)
             raise
         return state_dict
 
 
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
+def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Takes off the adapter that PEFT has put into a model before its coefficients were looked at."""
     if not isinstance(model, PeftModel):
         return
@@ -194,5 +196,5 @@ def _layers(model: nn.Module, adapter_name: str) -> list[SeededLayer]:
     ]
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def base_layer_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from peft.utils import PeftType
 
 from ... import randomness
 from ...checkpoint.identity import parse_shape
-from ...checks import check_choice, check_number, check_positive_integer, check_probability
-from ...generators import SineManifold
+from ...checks import check_choice, check_number, check_positive_integer
+from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SeededConfig
+from ..config import SeededConfig, Target, documented
 
 
+@documented
 @dataclass
 class McncConfig(SeededConfig):
     """
@@ -27,82 +28,56 @@ class McncConfig(SeededConfig):
     network from `k` inputs to `d` outputs, regenerated from the seed and shared by all chunks; alpha and beta are
     trained. `d` numbers cost `k + 1` parameters. The update starts at zero (beta = 0) with alpha drawn from the seed.
     A patent application covers the method (US 20250384255 A1).
-
-    Args:
-        k (`int`):
-            Inputs of phi for a chunk.
-        d (`int`, *optional*):
-            Outputs of phi, the numbers in a chunk; 5000 by default. Chunks are cut layer by layer, the last one of a
-            layer may be shorter. If given, at most what the largest layer needs.
-        widths (`Sequence[int]`):
-            Widths of phi's hidden layers. phi costs memory, once for the whole adapter, and nothing in a checkpoint.
-        activation (`str`):
-            `"sine"`, `"relu"`, `"tanh"`, or `"none"`, which makes phi linear.
-        frequency (`float`):
-            Factor on the inputs of the first activation: how much the surface is curved. In a small experiment
-            (`benchmarks/seeded_digits.py`) 5 and 10 did better than 1 with few coefficients.
-        normalize (`bool`):
-            Scale the outputs of phi to a root mean square of 1, so that beta alone is the size of a chunk. The paper
-            does not say whether it does.
-        apply_to (`str`):
-            `"factors"` (default): the chunks fill the LoRA factors A, beside a frozen random start, and B. `"weight"`:
-            they fill the update of the whole weight, scaled by `1 / sqrt(fan_in)`.
-        r (`int`):
-            Rank of the update, for `apply_to="factors"`.
-        alpha (`float`):
-            The update is scaled by `alpha / r`, for `apply_to="factors"`.
-        mcnc_dropout (`float`):
-            Dropout probability on the input of the update.
-        seed (`int`):
-            0 to 2**64 - 1. phi, the start of A and the first alpha are drawn from it, alike on every machine.
-        target_modules (`Union[list[str], str]`, *optional*):
-            Names of the modules to adapt, a regular expression, or `"all-linear"`. By default the query and value
-            projections of known architectures. `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding` and the quantized
-            linear layers that PEFT knows can be adapted.
-        exclude_modules (`Union[list[str], str]`, *optional*):
-            Names of modules, or a regular expression, to leave out.
-        fan_in_fan_out (`bool`):
-            The weight of a layer of unknown type is stored as (in, out). Known types are recognised.
-        bias (`str`):
-            Which biases are trained and saved: `"none"`, `"all"` or `"mcnc_only"`.
-        modules_to_save (`list[str]`, *optional*):
-            Modules that are trained and saved whole beside the adapter, such as a new classifier.
-        init_weights (`bool`):
-            Start with an update of zero (default), or with random amplitudes (`False`; for tests).
-        layers_to_transform (`Union[list[int], int]`, *optional*):
-            Adapt only the layers of these indexes.
-        layers_pattern (`Union[list[str], str]`, *optional*):
-            Name of the `nn.ModuleList` that `layers_to_transform` indexes, such as `"layers"` or `"h"`.
-        generator_version (`int`):
-            Version of the random number specification. Leave it alone.
-        fingerprint (`str`, *optional*):
-            Written to checkpoints and checked when they are loaded. Leave it alone.
-        target_shapes (`dict[str, int]`, *optional*):
-            Written to checkpoints and checked when they are loaded. Leave it alone.
-
-    Raises:
-        ValueError: a field holds what it cannot; the message names the field, what was given and what is allowed.
     """
 
     k: int = field(default=5, metadata={"help": "Inputs of the frozen network for a chunk."})
     d: Optional[int] = field(
-        default=None, metadata={"help": "Outputs of the frozen network, the numbers in a chunk; 5000 by default."}
+        default=None,
+        metadata={
+            "help": (
+                "Outputs of the frozen network, the numbers in a chunk; 5000 by default. Chunks are cut layer by "
+                "layer, the last one of a layer may be shorter. If given, at most what the largest layer needs."
+            )
+        },
     )
     widths: Sequence[int] = field(
-        default=(32, 32), metadata={"help": "Widths of the hidden layers of the frozen network."}
+        default=(32, 32),
+        metadata={
+            "help": (
+                "Widths of the hidden layers of the frozen network, which costs memory, once for the whole adapter, "
+                "and nothing in a checkpoint."
+            )
+        },
     )
     activation: str = field(
         default="sine", metadata={"help": "Of the frozen network: 'sine', 'relu', 'tanh', or 'none' (linear)."}
     )
     frequency: float = field(
-        default=5.0, metadata={"help": "Factor on the inputs of the first activation: how much the surface is curved."}
+        default=5.0,
+        metadata={
+            "help": (
+                "Factor on the inputs of the first activation: how much the surface is curved. In a small experiment "
+                "(benchmarks/seeded_digits.py) 5 and 10 did better than 1 with few coefficients."
+            )
+        },
     )
     normalize: bool = field(
-        default=True, metadata={"help": "Scale the outputs of the frozen network to a root mean square of 1."}
+        default=True,
+        metadata={
+            "help": (
+                "Scale the outputs of the frozen network to a root mean square of 1, so that the amplitude alone is "
+                "the size of a chunk. The paper does not say whether it does."
+            )
+        },
     )
     apply_to: str = field(
         default="factors",
-        metadata={"help": "What the chunks fill: 'factors', those of a LoRA update of rank r, or 'weight'."},
+        metadata={
+            "help": (
+                "What the chunks fill: 'factors' (default), the LoRA factors A, beside a frozen random start, and B of "
+                "an update of rank r; 'weight', the update of the whole weight, scaled by 1 / sqrt(fan_in)."
+            )
+        },
     )
     r: int = field(default=8, metadata={"help": "Rank of the update, for apply_to='factors'."})
     alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha / r, for apply_to='factors'."})
@@ -115,9 +90,6 @@ class McncConfig(SeededConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.MCNC  # type: ignore[attr-defined]
-        self.check_bias("mcnc_only")
-        check_probability("mcnc_dropout", self.mcnc_dropout)
         for name, value in (("k", self.k), ("d", self.chunk_size), ("r", self.r)):
             check_positive_integer(name, value)
         if isinstance(self.widths, str) or not isinstance(self.widths, Sequence):
@@ -146,7 +118,30 @@ class McncConfig(SeededConfig):
         """The numbers that chunks make for a layer with a weight of that shape."""
         return self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in
 
-    def manifold(self, size: int, **options: Any) -> SineManifold:
+    def generators(self, target: Target) -> tuple[SineManifold]:
+        """What fills the factors of a module, A `(r, fan_in)` and then B `(fan_out, r)`, or its update."""
+        if self.apply_to == "weight":
+            return (self._manifold(self.layer_size(*target[1:3]), scale=1 / math.sqrt(target.fan_in)),)
+        return (
+            self._manifold(
+                self.layer_size(*target[1:3]),
+                offset_stream=("mcnc", "A", self.r, target.fan_in, "offset"),
+                offset_size=self.r * target.fan_in,
+                offset_scale=1 / math.sqrt(target.fan_in),
+            ),
+        )
+
+    def network_generator(self, size: int, keep_basis: bool = False) -> SineManifold:
+        if self.apply_to != "weight":
+            raise ValueError(
+                "`config` must be a PrancConfig, or a McncConfig with apply_to='weight', to make a whole network, got "
+                f"McncConfig with apply_to={self.apply_to!r}."
+            )
+        if self.chunk_size > size:
+            raise ValueError(f"`d` must be at most the {size} parameters of the network, got {self.chunk_size}.")
+        return self._manifold(size)
+
+    def _manifold(self, size: int, **options: Any) -> SineManifold:
         """The generator of `size` numbers; phi is one and the same for all sizes."""
         return SineManifold(
             self.seed,
@@ -162,10 +157,12 @@ class McncConfig(SeededConfig):
             **options,
         )
 
-    def start(self, manifold: SineManifold, stream: tuple[str, ...], amplitude: float = 0.0) -> torch.Tensor:
-        """The coefficients that training starts from, from a stream of the seed; beta is within +- `amplitude`."""
-        start = randomness.uniform(self.seed, stream, manifold.num_coefficients, version=self.generator_version)
-        start.view(-1, self.k + 1)[:, -1] *= amplitude  # beta
+    def initial(self, target: Target, generators: tuple[Generator, ...]) -> torch.Tensor:
+        """alpha from a stream of the seed, and amplitudes of zero, or within +- 0.1 without `init_weights`."""
+        stream = ("mcnc", "alpha", target.name) if target.name else ("network", "alpha")
+        size = sum(generator.num_coefficients for generator in generators)
+        start = randomness.uniform(self.seed, stream, size, version=self.generator_version)
+        start.view(-1, self.k + 1)[:, -1] *= 0.0 if self.init_weights else 0.1
         return start
 
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:

@@ -17,7 +17,6 @@ class McncModel(SeededModel):
     Made by `peft.get_peft_model(model, McncConfig(...))`.
     """
 
-    prefix = "mcnc_"
     tuner_layer_cls = McncLayer
     layer_classes: ClassVar = {"linear": McncLinear, "conv2d": McncConv2d, "embedding": McncEmbedding}
 

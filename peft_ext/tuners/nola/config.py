@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any, Union
 
-from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
-from ...checks import check_number, check_positive_integer, check_probability
-from ..config import SeededConfig
+from ...checks import check_number, check_positive_integer
+from ...generators import RandomBasis
+from ..config import SeededConfig, Target, documented
 
 
+@documented
 @dataclass
 class NolaConfig(SeededConfig):
     """
@@ -19,54 +22,6 @@ class NolaConfig(SeededConfig):
     Paper: Koohpayegani et al., "NOLA: Compressing LoRA using Linear Combination of Random Basis",
     https://huggingface.co/papers/2310.02556. A layer trains `num_basis` coefficients for each factor whatever its
     size, and a checkpoint holds those and the seed.
-
-    Args:
-        r (`int`):
-            Rank of the update.
-        num_basis (`int` or pair of `int`):
-            Number of random matrices that are combined, that is of trained coefficients: one number for each of the
-            factors A and B, or a pair (A, B).
-        alpha (`float`):
-            The update is scaled by `alpha / r`.
-        nola_dropout (`float`):
-            Dropout probability on the input of the update.
-        seed (`int`):
-            0 to 2**64 - 1. The random matrices are drawn from it, alike on every machine.
-        share_basis (`bool`):
-            Layers of equal shape combine the same random matrices (default): they are kept in memory once, and all
-            layers are computed in one product. `False` gives each layer its own, named after its module: they are
-            drawn again at each use, which keeps memory small and makes a training step two to three times as long.
-        target_modules (`Union[list[str], str]`, *optional*):
-            Names of the modules to adapt, a regular expression, or `"all-linear"`. By default the query and value
-            projections of known architectures. `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding` and the quantized
-            linear layers that PEFT knows can be adapted.
-        exclude_modules (`Union[list[str], str]`, *optional*):
-            Names of modules, or a regular expression, to leave out.
-        fan_in_fan_out (`bool`):
-            The weight of a layer of unknown type is stored as (in, out). Known types are recognised.
-        bias (`str`):
-            Which biases are trained and saved: `"none"`, `"all"` or `"nola_only"`.
-        modules_to_save (`list[str]`, *optional*):
-            Modules that are trained and saved whole beside the adapter, such as a new classifier.
-        init_weights (`bool`):
-            Start with an update of zero (default), or with random coefficients (`False`; for tests).
-        layers_to_transform (`Union[list[int], int]`, *optional*):
-            Adapt only the layers of these indexes.
-        layers_pattern (`Union[list[str], str]`, *optional*):
-            Name of the `nn.ModuleList` that `layers_to_transform` indexes, such as `"layers"` or `"h"`.
-        rank_pattern (`dict[str, int]`):
-            Ranks of single modules, by name or regular expression, in place of `r`.
-        alpha_pattern (`dict[str, float]`):
-            The same for `alpha`.
-        generator_version (`int`):
-            Version of the random number specification. Leave it alone.
-        fingerprint (`str`, *optional*):
-            Written to checkpoints and checked when they are loaded. Leave it alone.
-        target_shapes (`dict[str, int]`, *optional*):
-            Written to checkpoints and checked when they are loaded. Leave it alone.
-
-    Raises:
-        ValueError: a field holds what it cannot; the message names the field, what was given and what is allowed.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the update."})
@@ -85,8 +40,10 @@ class NolaConfig(SeededConfig):
         default=True,
         metadata={
             "help": (
-                "Layers of equal shape combine the same random matrices. False gives each layer its own, drawn again "
-                "at each use: little memory, steps two to three times as long."
+                "Layers of equal shape combine the same random matrices (default): they are kept in memory once, and "
+                "all layers are computed in one product. False gives each layer its own, named after its module: they "
+                "are drawn again at each use, which keeps memory small and makes a training step two to three times "
+                "as long."
             )
         },
     )
@@ -105,9 +62,6 @@ class NolaConfig(SeededConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.NOLA  # type: ignore[attr-defined]
-        self.check_bias("nola_only")
-        check_probability("nola_dropout", self.nola_dropout)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_positive_integer("r", self.r)
@@ -129,3 +83,40 @@ class NolaConfig(SeededConfig):
     def num_basis_per_factor(self) -> tuple[int, int]:
         """Numbers of coefficients of A and of B in a layer."""
         return self.num_basis if isinstance(self.num_basis, tuple) else (self.num_basis, self.num_basis)
+
+    def rank(self, module_name: str) -> int:
+        """The rank of a module: that of its pattern, or `r`."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
+
+    def alpha_of(self, module_name: str) -> float:
+        """The alpha of a module: that of its pattern, or `alpha`."""
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.alpha)
+
+    def generators(self, target: Target) -> tuple[RandomBasis, RandomBasis]:
+        """What makes the factors A `(r, fan_in)` and B `(fan_out, r)` of a module.
+
+        The entries of A are uniform on [-1, 1) / sqrt(num_basis), beside an offset uniform on
+        [-1, 1) / sqrt(fan_in), LoRA's usual initialisation; those of B are uniform on [-1, 1) / sqrt(num_basis).
+        """
+        r, (num_A, num_B) = self.rank(target.name), self.num_basis_per_factor
+        # Layers that share their basis draw it by shape; otherwise by the module's name as well, never by position.
+        own: tuple[str, ...] = () if self.share_basis else (target.name,)
+        options: dict[str, Any] = {"streamed": not self.share_basis, "version": self.generator_version}
+        basis_A = RandomBasis(
+            self.seed,
+            ("nola", "A", r, target.fan_in, *own),
+            num_A,
+            r * target.fan_in,
+            scale=1 / math.sqrt(num_A),
+            offset_scale=1 / math.sqrt(target.fan_in),
+            **options,
+        )
+        basis_B = RandomBasis(
+            self.seed,
+            ("nola", "B", target.fan_out, r, *own),
+            num_B,
+            target.fan_out * r,
+            scale=1 / math.sqrt(num_B),
+            **options,
+        )
+        return basis_A, basis_B

@@ -14,6 +14,5 @@ class NolaModel(SeededModel):
     Made by `peft.get_peft_model(model, NolaConfig(...))`.
     """
 
-    prefix = "nola_"
     tuner_layer_cls = NolaLayer
     layer_classes: ClassVar = {"linear": NolaLinear, "conv2d": NolaConv2d, "embedding": NolaEmbedding}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...generators import Generator
+from ..config import Target
 from ..expansion import SharedExpansion
 from ..layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear, Update
 from .config import PrancConfig
@@ -24,16 +25,12 @@ class PrancLayer(SeededLayer):
     names it once, and all see it replaced when the adapter is cast, moved or loaded.
     """
 
-    method = "pranc"
-    adapter_layer_names = ("pranc_coefficients",)
-    other_param_names = ("pranc_containers", "scaling", "pranc_dropout", "pranc_expansions")
+    config_class = PrancConfig
+    more_param_names = ("pranc_containers",)
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        super().__init__(base_layer, **kwargs)
-        self.pranc_coefficients = nn.ParameterDict()
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
+        super().__init__(base_layer, fan_in_fan_out, **kwargs)
         self.pranc_containers: dict[str, nn.ParameterDict] = {}
-        self.pranc_dropout = nn.ModuleDict()
-        self.pranc_expansions: dict[str, tuple[SharedExpansion]] = {}
 
     def container(self, adapter: str) -> nn.ParameterDict | None:
         return self.pranc_containers.get(adapter)
@@ -41,37 +38,26 @@ class PrancLayer(SeededLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.pranc_containers)  # PEFT looks for parameters, which this layer may not own
 
-    @property
-    def _sizes(self) -> tuple[int, int]:
-        """Numbers of weights and of biases that an update has."""
-        bias = getattr(self.get_base_layer(), "bias", None)
-        return self.fan_out * self.fan_in, self.fan_out if bias is not None else 0
-
     def add_adapter(
-        self, adapter_name: str, config: PrancConfig, module_name: str, expansions: dict[Generator, SharedExpansion]
-    ) -> tuple[SharedExpansion]:
+        self, adapter_name: str, config: PrancConfig, target: Target, expansions: dict[Generator, SharedExpansion]
+    ) -> tuple[SharedExpansion, ...]:
         self.scaling[adapter_name] = 1.0
-        k = config.num_coefficients
+        (generator,) = config.generators(target)
         if expansions:
-            container = next(iter(expansions.values())).layers[0]
+            container = next(iter(expansions.values())).containers[0]
         else:
-            container = self.pranc_coefficients
-            container[adapter_name] = nn.Parameter(torch.zeros(k) if config.init_weights else torch.randn(k))
+            container = self.make_container(adapter_name, config.initial(target, (generator,)))
         self.pranc_containers[adapter_name] = container
-
-        weights, biases = self._sizes
-        size = weights + biases if config.adapt_bias else weights
-        stream = ("pranc", config.basis, module_name, self.fan_out, self.fan_in)
-        generator = config.generator(stream, size, self.fan_in)
         # Joining the layers would save nothing, and keep the updates and gradients of all of them in memory at once.
-        expansion = SharedExpansion(generator, (size,), adapter_name, slice(0, k), one_vector=True)
+        span = slice(0, generator.num_coefficients)
+        expansion = SharedExpansion(generator, (generator.size,), adapter_name, span, one_vector=True)
         expansion.add(container)
         expansions[generator] = expansion
         return (expansion,)
 
     def _flat_update(self, adapter: str) -> torch.Tensor:
         container = self.pranc_containers[adapter]
-        (expansion,) = self.pranc_expansions[adapter]
+        (expansion,) = self.expansions[adapter]
         return expansion(container).to(container[adapter].dtype)
 
     def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
@@ -98,8 +84,8 @@ class PrancVector(PrancLayer):
     """A module whose parameters are all vectors, such as a norm: its weight, bias and whatever else it has."""
 
     @property
-    def _sizes(self) -> tuple[int, int]:
-        return self.fan_out, 0
+    def num_biases(self) -> int:
+        return 0  # a bias is one of the vectors
 
     def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         updated: dict[str, torch.Tensor] = dict(self.base_layer.named_parameters())

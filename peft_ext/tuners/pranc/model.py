@@ -17,7 +17,6 @@ class PrancModel(SeededModel):
     Made by `peft.get_peft_model(model, PrancConfig(...))`.
     """
 
-    prefix = "pranc_"
     tuner_layer_cls = PrancLayer
     layer_classes: ClassVar = {
         "linear": PrancLinear,

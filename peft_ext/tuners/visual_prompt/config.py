@@ -10,8 +10,10 @@ from peft.utils import PeftType
 
 from ... import randomness
 from ...checks import check_boolean, check_positive_integer, check_probability
+from ..config import documented
 
 
+@documented
 @dataclass
 class VisualPromptConfig(PeftConfig):
     """
@@ -20,22 +22,6 @@ class VisualPromptConfig(PeftConfig):
     Paper: Jia et al., "Visual Prompt Tuning", https://huggingface.co/papers/2203.12119. For ViT, DeiT, DINOv2 and
     DINOv2 with registers. The tokens start uniform on +-sqrt(6 / (channels * patch_size**2 + hidden_size)), as
     published; they are trained and saved whole.
-
-    Args:
-        num_prompts (`int`):
-            Number of tokens.
-        deep (`bool`):
-            `False` (default): the first block gets the tokens, and the others see what becomes of them (VPT-shallow).
-            `True`: every block gets `num_prompts` tokens of its own in place of those of the block before (VPT-deep).
-        prompt_dropout (`float`):
-            Dropout probability on the tokens.
-        seed (`int`):
-            0 to 2**64 - 1. The initial tokens are drawn from it, alike on every machine.
-        modules_to_save (`list[str]`, *optional*):
-            Modules that are trained and saved whole beside the tokens, such as a new classifier.
-
-    Raises:
-        ValueError: a field holds what it cannot; the message names the field, what was given and what is allowed.
     """
 
     num_prompts: int = field(default=10, metadata={"help": "Number of tokens."})
@@ -59,7 +45,7 @@ class VisualPromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.VISUAL_PROMPT  # type: ignore[attr-defined]
+        self.peft_type = PeftType[self.method_name]
         check_positive_integer("num_prompts", self.num_prompts)
         check_boolean("deep", self.deep)
         check_probability("prompt_dropout", self.prompt_dropout)

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ... import randomness
 from ...checkpoint.identity import check_finite
-from ..model import _base_layer, _withdraw
+from ..model import base_layer_of, withdraw
 from .config import VisualPromptConfig
 from .layer import NO_MERGE, VisualPromptLayer
 
@@ -97,7 +97,7 @@ class VisualPromptModel(BaseTuner):
         try:
             _check_tokens({key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}, expected)
         except ValueError:
-            _withdraw(model, adapter_name)
+            withdraw(model, adapter_name)
             raise
         return state_dict
 
@@ -121,7 +121,7 @@ def _blocks(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == config.num_hidden_layers  # type: ignore[union-attr]
-        and all(isinstance(_base_layer(block), GradientCheckpointingLayer) for block in module)
+        and all(isinstance(base_layer_of(block), GradientCheckpointingLayer) for block in module)
     ]
     if len(found) != 1:
         raise ValueError(
