@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,3 +56,46 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises a ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_types(config: Any) -> None:
+    """Raises a ValueError for the first field of a dataclass whose value is not of the type that it is declared with.
+
+    Whole numbers count as numbers, lists as tuples and as sequences, and sets as lists; booleans are no numbers.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if not _is_of(getattr(config, field.name), hints[field.name]):
+            kind = (
+                str(field.type).removeprefix("Optional[").removesuffix("]")
+                if "Optional" in str(field.type)
+                else (str(field.type))
+            )
+            raise ValueError(f"`{field.name}` must be of type {kind}, got {getattr(config, field.name)!r}.")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, argument) for argument in arguments)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_of(key, arguments[0]) and _is_of(item, arguments[1]) for key, item in value.items()
+        )
+    if origin is tuple and Ellipsis not in arguments:
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(arguments)
+            and all(_is_of(item, argument) for item, argument in zip(value, arguments))
+        )
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, (list, tuple, set)) and all(_is_of(item, arguments[0]) for item in value)
+    return isinstance(value, origin or hint)

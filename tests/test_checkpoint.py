@@ -114,11 +114,11 @@ def test_equal_to_the_bit_in_a_new_process(name: str, reloaded: Path) -> None:
     ids=ONE_OF_EACH,
 )
 def test_size_of_a_checkpoint(method: str, options: dict[str, Any], coefficients: int, tmp_path: Path) -> None:
-    """At most 4 bytes for a coefficient and 8 KiB for the names of the 60 layers of a 30-layer model."""
+    """At most 4 bytes for a coefficient, 8 KiB for the names of the 60 layers, half a KiB for what identifies it."""
     model = trained(tiny_models.llama(30), method, **options)
     model.save_pretrained(str(tmp_path))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == coefficients
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * coefficients + 8192
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * coefficients + 8192 + 512
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -135,12 +135,16 @@ def test_a_checkpoint_holds_the_coefficients_alone(method: str, tmp_path: Path) 
     expected = {
         f"base_model.model.{name}.{lower(method)}_coefficients": p for name, p in coefficients_of(model).items()
     }
+    record = saved.pop(first(method, "identity"))
+    assert record.dtype == torch.uint8 and len(record) <= 448
     assert saved.keys() == expected.keys() and len(saved) == (1 if lower(method) == "pranc" else 4)
     assert all(saved[name].dtype == torch.float32 and torch.equal(saved[name], expected[name]) for name in saved)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == lower(method).upper() and config["seed"] == 0 and config["generator_version"] == 1
     assert re.fullmatch(r"[0-9a-f]{16}", config["fingerprint"])
     assert config["target_shapes"] == {"32 x 32": 2, "16 x 32": 2}
+    assert config["target_names"] == ["model.layers.{0..1}.self_attn.{q_proj,v_proj}"]
+    assert json.loads(bytes(record.numpy()))["identity"] == config["identity"]
     for key, value in METHODS[method][1].items():
         assert config[key] == (list(value) if isinstance(value, tuple) else value), key
 
@@ -204,15 +208,16 @@ def test_loading_over_an_adapter_in_use(method: str, tmp_path: Path) -> None:
 
 
 @one_of_each
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_coefficients_in_half_precision(dtype: torch.dtype, method: str, tmp_path: Path) -> None:
-    model = trained(tiny_models.llama(), method)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_coefficients_in_half_precision(dtype: str, method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method, coefficient_dtype=dtype)
     for parameter in coefficients_of(model).values():
-        parameter.data = parameter.data.to(dtype).float()
+        parameter.data = parameter.data.to(getattr(torch, dtype)).float()
     model.save_pretrained(str(tmp_path))
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved[first(method)].dtype == getattr(torch, dtype)
     loaded = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path))
+    assert all(parameter.dtype == torch.float32 for parameter in coefficients_of(loaded).values())
     x = tiny_models.tokens()
     assert torch.equal(loaded(x).logits, model(x).logits)
 
@@ -238,9 +243,9 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[
     return edit
 
 
-def first(method: str) -> str:
-    """The key of the first coefficients, which PRANC's other layers read too."""
-    return f"base_model.model.model.layers.0.self_attn.q_proj.{lower(method)}_coefficients"
+def first(method: str, what: str = "coefficients") -> str:
+    """The key of the first coefficients, which PRANC's other layers read too, or of what lies beside them."""
+    return f"base_model.model.model.layers.0.self_attn.q_proj.{lower(method)}_{what}"
 
 
 FIRST = first("NOLA")
@@ -297,7 +302,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     "num_basis": ("NOLA", edit_config(num_basis=[5, -1]), ["`num_basis`", "positive integer", "got -1"]),
     "num_basis, three": ("NOLA", edit_config(num_basis=[5, 7, 9]), ["`num_basis`", "pair", "[5, 7, 9]"]),
     "num_basis, fraction": ("NOLA", edit_config(num_basis=2.5), ["`num_basis`", "positive integer", "2.5"]),
-    "num_basis, other": ("NOLA", edit_config(num_basis=[5, 8]), [FIRST, "(13,)", "(12,)", "`num_basis` in"]),
+    "num_basis, other": ("NOLA", edit_config(num_basis=[5, 8]), ["`num_basis`", "was [5, 7]", "is [5, 8] here"]),
     "seed": ("NOLA", edit_config(seed=-1), ["`seed`", "0 and 2**64 - 1", "got -1"]),
     "seed, large": ("NOLA", edit_config(seed=2**64), ["`seed`", "0 and 2**64 - 1", str(2**64)]),
     "version": ("NOLA", edit_config(generator_version=2), ["`generator_version`", "must be 1", "got 2", "upgrade"]),
@@ -318,19 +323,23 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     "num_coefficients, other": (
         "PRANC",
         edit_config(num_coefficients=14),
-        [first("PRANC"), "(14,)", "(13,)", "`num_coefficients` in"],
+        ["`num_coefficients`", "was 13", "is 14 here"],
     ),
     "num_coefficients, more than weights": (
         "PRANC",
-        edit_config(num_coefficients=3073),
+        edit_config(num_coefficients=3073, identity=None),
         ["`num_coefficients`", "at most", "3072 in the 4 target modules", "got 3073"],
     ),
     "basis": ("PRANC", edit_config(basis="gaussian"), ["`basis`", "one of 'sparse', 'dense'", "got 'gaussian'"]),
     "nnz": ("PRANC", edit_config(nnz=14), ["`nnz`", "at most `num_coefficients` (13)", "got 14"]),
     "k": ("MCNC", edit_config(k=0), ["`k`", "positive integer", "got 0"]),
-    "k, other": ("MCNC", edit_config(k=4), [first("MCNC"), "(50,)", "(40,)", "`k` and `d` and `r` and `apply_to` in"]),
+    "k, other": ("MCNC", edit_config(k=4), ["`k`", "was 3", "is 4 here"]),
     "d": ("MCNC", edit_config(d=3), ["`d`", "larger than `k` (3)", "got 3"]),
-    "d, too long": ("MCNC", edit_config(d=129), ["`d`", "at most", "128 for the largest of the 4", "got 129"]),
+    "d, too long": (
+        "MCNC",
+        edit_config(d=129, identity=None),
+        ["`d`", "at most", "128 for the largest of the 4", "got 129"],
+    ),
     "widths": ("MCNC", edit_config(widths=[8, 0]), ["`widths`", "positive integer", "got 0"]),
     "activation": (
         "MCNC",
@@ -338,7 +347,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
         ["`activation`", "'sine', 'relu', 'tanh', 'none'", "gelu"],
     ),
     "apply_to": ("MCNC", edit_config(apply_to="bias"), ["`apply_to`", "'factors', 'weight'", "'bias'"]),
-    "apply_to, other": ("MCNC", edit_config(apply_to="weight"), [first("MCNC"), "(316,)", "(40,)", "`apply_to` in"]),
+    "apply_to, other": ("MCNC", edit_config(apply_to="weight"), ["`apply_to`", "was 'factors'", "is 'weight' here"]),
 }
 
 
@@ -430,13 +439,15 @@ def test_unused_projection_of_attention_is_refused(method: str, snapshot: Snapsh
 
 
 @one_of_each
-def test_broken_coefficients_are_refused_at_the_first_pass(method: str, tmp_path: Path) -> None:
-    """The adapters of transformers are loaded without our checks: then the first forward pass finds it."""
+@pytest.mark.parametrize("trainable", [False, True])
+def test_transformers_refuses_broken_coefficients(method: str, trainable: bool, tmp_path: Path) -> None:
+    """transformers fills parameters without our hooks: verified when it is done, or at the first forward pass."""
     trained(tiny_models.llama(), method).save_pretrained(str(tmp_path))
     poison(float("nan"), method)(tmp_path)
     model = tiny_models.llama()
-    model.load_adapter(str(tmp_path))
-    with pytest.raises(ValueError, match="coefficients of an adapter must be finite"):
+    with pytest.raises(ValueError, match="The checksum of the coefficients is"):
+        model.load_adapter(str(tmp_path), is_trainable=trainable)
+        assert trainable
         model(tiny_models.tokens())
 
 

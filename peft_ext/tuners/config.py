@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional, TypeVar, Union
 
 import torch
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .. import randomness
 from ..checkpoint.card import CardFacts, write_card
-from ..checkpoint.identity import check_fingerprint
-from ..checks import check_probability
+from ..checkpoint.identity import check_fingerprint, check_identity, shape_name, unfold_names
+from ..checkpoint.quantization import DTYPES
+from ..checks import check_choice, check_probability, check_types
 from ..generators import Generator
 
 C = TypeVar("C", bound=type[PeftConfig])
@@ -58,17 +61,166 @@ class Target(NamedTuple):
     biases: int = 0
 
 
-@dataclass
-class SeededConfig(PeftConfig):
-    """PEFT's standard fields, and those of an adapter whose weights are regenerated from a seed.
+MULTIPLE = 16
+"""A configuration may ask for so many times what the adapted weights are, in numbers and in memory."""
 
-    A method subclasses this, names itself in `method_name`, declares a field `<method>_dropout`, and says what makes
-    its weights.
+_SMALL = 1 << 26  # bytes that any configuration may ask for
+
+
+def check_memory(fields: str, what: str, numbers: int, targets: Sequence[Target]) -> None:
+    """Raises a ValueError if some float32 numbers are out of proportion to the adapted weights, before they are made.
+
+    Args:
+        fields: of the configuration that ask for them, for the message.
+        what: they are.
+        numbers: how many.
+    """
+    most = max(_SMALL, 4 * MULTIPLE * sum(target.fan_out * target.fan_in for target in targets))
+    if 4 * numbers > most:
+        raise ValueError(
+            f"{fields} must be in proportion to the adapted modules: {what} would take {4 * numbers:,} bytes, at most "
+            f"{most:,} are allowed ({MULTIPLE} times the {len(targets)} adapted weights, or 64 MiB)."
+        )
+
+
+def check_multiple(field: str, value: int, size: int, what: str) -> None:
+    """Raises a ValueError if a number of a configuration is more than `MULTIPLE` times a size of the model."""
+    if value > MULTIPLE * size:
+        raise ValueError(
+            f"`{field}` must be at most {MULTIPLE * size:,}, {MULTIPLE} times the {size:,} {what}, got {value:,}."
+        )
+
+
+def shape_counts(targets: Sequence[Target]) -> dict[str, int]:
+    """`{"out x in": number of modules}`."""
+    return dict(Counter(shape_name(target.fan_out, target.fan_in) for target in targets))
+
+
+@dataclass
+class CheckpointedConfig(PeftConfig):
+    """PEFT's standard fields, and those that say and verify what a checkpoint holds.
+
+    A method names itself in `method_name`. Its fields that turn coefficients into weights have `generates` in their
+    metadata: they are part of the adapter's identity.
+    """
+
+    coefficient_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": (
+                "What the coefficients are saved in: 'float32', 'bfloat16', 'float16', 'int8' or 'int4' (symmetric, 64 "
+                "numbers share a scale). They are trained in float32, also after loading."
+            )
+        },
+    )
+    identity: Optional[dict[str, Any]] = field(
+        default=None,
+        metadata={"help": "Written to checkpoints and checked when they are loaded. Leave it alone."},
+    )
+    target_shapes: Optional[dict[str, int]] = field(
+        default=None,
+        metadata={"help": "Written to checkpoints and checked when they are loaded. Leave it alone."},
+    )
+    target_names: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Names of the adapted modules, written to checkpoints. Leave it alone."},
+    )
+    base_fingerprint: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": (
+                "A hash of samples of the adapted base weights, written to checkpoints; loading warns if they have "
+                "changed. Leave it alone."
+            )
+        },
+    )
+
+    method_name: ClassVar[str]  # in capitals, as in PEFT's enum of methods
+    paper: ClassVar[str]
+    size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
+    notice: ClassVar[str] = ""  # put into model cards
+
+    @classmethod
+    def method(cls) -> str:
+        """The method's name in lower case, which its fields, parameters and attributes begin with."""
+        return cls.method_name.lower()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[self.method_name]
+        try:
+            self.check_fields()
+        except (AttributeError, TypeError):
+            check_types(self)  # says which field is to blame, if one is
+            raise
+        check_types(self)
+        check_choice("coefficient_dtype", self.coefficient_dtype, DTYPES)
+        if self.identity is not None:
+            check_identity(self.identity, self.generating(), "in adapter_config.json")
+        if self.target_names is not None:
+            unfold_names(self.target_names)
+
+    def check_fields(self) -> None:
+        """Brings fields into their final form and raises a ValueError, which names the field, for what it cannot be."""
+
+    def generating(self) -> dict[str, Any]:
+        """The method's name and all fields that turn coefficients into weights."""
+        fields = [each.name for each in dataclasses.fields(self) if each.metadata.get("generates")]
+        return {"method": self.method_name, **{name: getattr(self, name) for name in fields}}
+
+    def described(self, target: Target) -> list[Any]:
+        """What the identity says of an adapted module."""
+        return [target.name, target.fan_out, target.fan_in]
+
+    def kinds(self, size: int) -> list[torch.Tensor]:
+        """Places of the coefficients of each kind among the `size` of a module: kinds share no scale when packed."""
+        return [torch.arange(size)]
+
+    def check_sizes(self, targets: Sequence[Target]) -> None:
+        """Verifies that what the configuration asks for is in proportion to the modules, before anything is drawn.
+
+        Raises:
+            ValueError: it is not, with the field, the number and the bound.
+        """
+
+    def saved_facts(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """What else a checkpoint tells its readers of the adapted modules."""
+        return {"target_shapes": shape_counts(targets)}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Reads `adapter_config.json` of a folder or hub repository.
+
+        Raises:
+            ValueError: the fields do not fit their identity, or the weights beside them are a pickle.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            raise ValueError(
+                f"The weights of an adapter must be in {SAFETENSORS_WEIGHTS_NAME}, got {WEIGHTS_NAME} in "
+                f"{str(folder)!r}, a pickle, which is not read. Save the adapter again with `save_pretrained`."
+            )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        saved = self.__dict__.get("_saved", {})  # set when an adapter's state is collected for saving
+        return {**super().to_dict(), **saved}
+
+
+@dataclass
+class SeededConfig(CheckpointedConfig):
+    """The fields of an adapter whose weights are regenerated from a seed.
+
+    A method subclasses this, declares a field `<method>_dropout`, and says what makes its weights.
     """
 
     seed: int = field(
         default=0,
-        metadata={"help": "0 to 2**64 - 1. Frozen random numbers are drawn from it, alike on every machine."},
+        metadata={
+            "help": "0 to 2**64 - 1. Frozen random numbers are drawn from it, alike on every machine.",
+            "generates": True,
+        },
     )
     target_modules: Optional[Union[list[str], str]] = field(
         default=None,
@@ -85,7 +237,10 @@ class SeededConfig(PeftConfig):
     )
     fan_in_fan_out: bool = field(
         default=False,
-        metadata={"help": "The weight of a layer of unknown type is stored as (in, out). Known types are recognised."},
+        metadata={
+            "help": "The weight of a layer of unknown type is stored as (in, out). Known types are recognised.",
+            "generates": True,
+        },
     )
     bias: str = field(
         default="none", metadata={"help": "Which biases are trained and saved: 'none', 'all' or '<method>_only'."}
@@ -107,35 +262,19 @@ class SeededConfig(PeftConfig):
     )
     generator_version: int = field(
         default=randomness.GENERATOR_VERSION,
-        metadata={"help": "Version of the random number specification. Leave it alone."},
+        metadata={"help": "Version of the random number specification. Leave it alone.", "generates": True},
     )
     fingerprint: Optional[str] = field(
         default=None,
         metadata={"help": "Written to checkpoints and checked when they are loaded. Leave it alone."},
     )
-    target_shapes: Optional[dict[str, int]] = field(
-        default=None,
-        metadata={"help": "Written to checkpoints and checked when they are loaded. Leave it alone."},
-    )
-
-    method_name: ClassVar[str]  # in capitals, as in PEFT's enum of methods
-    paper: ClassVar[str]
-    size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
-    notice: ClassVar[str] = ""  # put into model cards
-
-    @classmethod
-    def method(cls) -> str:
-        """The method's name in lower case, which its fields, parameters and attributes begin with."""
-        return cls.method_name.lower()
 
     @property
     def dropout(self) -> float:
         """The probability of dropout on the input of the update."""
         return getattr(self, f"{self.method()}_dropout")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType[self.method_name]
+    def check_fields(self) -> None:
         self.seed = randomness.check_seed(self.seed)
         check_fingerprint(self.seed, self.generator_version, self.fingerprint)
         if self.bias not in ("none", "all", f"{self.method()}_only"):
@@ -183,12 +322,7 @@ class SeededConfig(PeftConfig):
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        shapes = self.__dict__.get("_saved_shapes")  # set when an adapter's state is collected for saving
-        return {
-            **super().to_dict(),
-            "fingerprint": randomness.fingerprint(self.seed, self.generator_version),
-            "target_shapes": shapes or self.target_shapes,
-        }
+        return {**super().to_dict(), "fingerprint": randomness.fingerprint(self.seed, self.generator_version)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and describes the adapter in the model card beside it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class SharedExpansion:
         self.span = span
         self.one_vector = one_vector
         self.containers: list[nn.ParameterDict] = []
+        self.settle: Callable[[], None] | None = None  # verifies loaded coefficients before their first use
         self._ready: dict[torch.device, _Expanded] = {}
         self._verified = False
         self._sharded = False
@@ -70,6 +71,9 @@ class SharedExpansion:
             ValueError: the coefficients hold NaN or infinity when they are expanded for the first time.
             RuntimeError: one vector for many layers, where its gradient would be wrong or it cannot be read.
         """
+        if self.settle is not None:
+            self.settle()
+            self.settle = None
         parameter = container[self.adapter_name]
         if self.one_vector:
             self._check_whole(parameter)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Union, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..generators import Generator
+from .checkpointed import CheckpointedLayer
 from .config import SeededConfig, Target
 from .expansion import SharedExpansion
 
@@ -68,6 +69,13 @@ def fans(base_layer: nn.Module) -> tuple[int, int]:
     return fan_out, fan_in
 
 
+def target_of(name: str, base_layer: nn.Module) -> Target:
+    """A layer that can be adapted, as coefficients see it."""
+    fan_out, fan_in = fans(base_layer)
+    has_bias = layer_kind(base_layer) != "vector" and getattr(base_layer, "bias", None) is not None
+    return Target(name, fan_out, fan_in, fan_out if has_bias else 0)
+
+
 def _is_hooked(module: nn.Module) -> bool:
     """Whether a call does more than the `forward` of the module's class (accelerate replaces that of an object)."""
     return bool(
@@ -80,7 +88,7 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-class SeededLayer(nn.Module, BaseTunerLayer):
+class SeededLayer(CheckpointedLayer, nn.Module):
     """A layer `W` with the update `scaling * M`, where a method makes M from a seed and coefficients.
 
     A method subclasses this once for its configuration and further attributes, and once more together with each of
@@ -90,7 +98,7 @@ class SeededLayer(nn.Module, BaseTunerLayer):
     `<method>_expansions`.
     """
 
-    config_class: ClassVar[type[SeededConfig]]
+    config_class: ClassVar[type[SeededConfig]]  # type: ignore[assignment]
     more_param_names: ClassVar[tuple[str, ...]] = ()  # further dictionaries by adapter name
     fan_in: int  # columns of M
     fan_out: int  # rows of M
@@ -100,13 +108,15 @@ class SeededLayer(nn.Module, BaseTunerLayer):
         if "config_class" in cls.__dict__:
             method = cls.config_class.method()
             cls.adapter_layer_names = (f"{method}_coefficients",)
-            cls.other_param_names = ("scaling", f"{method}_dropout", f"{method}_expansions", *cls.more_param_names)
+            names = (*cls.record_names, "dropout", "expansions")
+            cls.other_param_names = ("scaling", *(f"{method}_{name}" for name in names), *cls.more_param_names)
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         for name, empty in (("coefficients", nn.ParameterDict()), ("dropout", nn.ModuleDict()), ("expansions", {})):
             setattr(self, f"{self.method}_{name}", empty)
+        self.make_records()
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -120,11 +130,6 @@ class SeededLayer(nn.Module, BaseTunerLayer):
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D) or (
             fan_in_fan_out and not isinstance(self.get_base_layer(), nn.Linear)
         )
-
-    @property
-    def method(self) -> str:
-        """The method's name in lower case."""
-        return self.config_class.method()
 
     @property
     def coefficients(self) -> nn.ParameterDict:
@@ -141,11 +146,6 @@ class SeededLayer(nn.Module, BaseTunerLayer):
         return self.coefficients
 
     @property
-    def num_biases(self) -> int:
-        """Numbers in the bias of the base layer."""
-        return 0 if getattr(self.get_base_layer(), "bias", None) is None else self.fan_out
-
-    @property
     def expansions(self) -> dict[str, tuple[SharedExpansion, ...]]:
         """What makes the weights from the coefficients, by adapter name."""
         return getattr(self, f"{self.method}_expansions")
@@ -158,18 +158,17 @@ class SeededLayer(nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         config: Any,
-        module_name: str,
+        target: Target,
         expansions: dict[Generator, SharedExpansion],
         inference_mode: bool = False,
     ) -> None:
         """Adds an adapter to this layer.
 
         Args:
-            module_name: name of the base layer in the model; names the layer's own basis if none is shared.
+            target: the base layer; its name names the layer's own basis if none is shared.
             expansions: those of the adapter's other layers, joined or added to.
         """
         self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        target = Target(module_name, self.fan_out, self.fan_in, self.num_biases)
         self.expansions[adapter_name] = self.add_adapter(adapter_name, config, target, expansions)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from ..checkpoint.identity import check_coefficients, check_target_shapes, shape_name
+from ..checkpoint.identity import Identity, check_identity, check_target_shapes, unfold_names
 from ..generators import Generator
+from .checkpointed import CheckpointedModel
+from .config import Target, shape_counts
 from .expansion import SharedExpansion
-from .layers import SeededLayer, fans, layer_kind
+from .layers import SeededLayer, layer_kind, target_of
 
 _KINDS = {
     "linear": "nn.Linear, transformers' Conv1D, quantized linear layers",
@@ -27,13 +27,13 @@ _KINDS = {
 _VISION_TARGETS = ["query", "value", "q_proj", "v_proj"]  # names in transformers 4 and 5
 
 
-class SeededModel(BaseTuner):
+class SeededModel(CheckpointedModel):
     """Base of the tuners whose layers expand coefficients with a frozen generator.
 
     A method sets `tuner_layer_cls` and `layer_classes`, the layer class for every kind of layer that it can adapt.
     """
 
-    tuner_layer_cls: type[SeededLayer]
+    tuner_layer_cls: type[SeededLayer]  # type: ignore[assignment]
     layer_classes: ClassVar[dict[str, type[SeededLayer]]]
     target_module_mapping: dict[str, Any] = {  # lists of names, or a regular expression
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -55,6 +55,7 @@ class SeededModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._expansions: dict[Generator, SharedExpansion] = {}
+        self._saved_names: dict[str, str] = {}
         self._targets_from_state_dict = state_dict is not None
         super().inject_adapter(
             model,
@@ -106,13 +107,34 @@ class SeededModel(BaseTuner):
                 )
                 + f". Names that can be adapted here: {', '.join(sorted(adaptable)) or 'none'}."
             )
-        shapes = Counter(shape_name(*fans(base_layer)) for base_layer in targets.values())
-        check_target_shapes(peft_config.target_shapes, shapes)
-        if targets:
-            self._check_sizes(peft_config, list(targets.values()))
+        found = [target_of(name.removeprefix("_orig_mod."), base_layer) for name, base_layer in targets.items()]
+        check_target_shapes(peft_config.target_shapes, shape_counts(found))
+        saved = [target._replace(name=name) for target, name in zip(found, self._saved_order(peft_config, found))]
+        if peft_config.identity is not None:
+            identity = Identity(peft_config.generating(), [peft_config.described(target) for target in saved])
+            check_identity(peft_config.identity, identity, "in adapter_config.json")
+        self._saved_names = {target.name: name.name for target, name in zip(found, saved)}
+        if found:
+            peft_config.check_sizes(found)
 
-    def _check_sizes(self, peft_config: Any, targets: list[nn.Module]) -> None:
-        """Raises a ValueError if the configuration does not fit the sizes of the base layers that it targets."""
+    def _saved_order(self, peft_config: Any, found: list[Target]) -> list[str]:
+        """The names by which the adapted modules were saved, in the order of the model: streams are drawn by them.
+
+        Renamed modules are known by their order and shapes, which the identity then verifies; that somebody meant it
+        shows when the weights are loaded, whose names must have been mapped.
+        """
+        names = [target.name for target in found]
+        if peft_config.target_names is None:
+            return names
+        saved = unfold_names(peft_config.target_names)
+        return saved if len(saved) == len(names) and set(saved) != set(names) else names
+
+    def _record(self, config: Any, adapter_name: str, layer: Any, target: Target) -> None:
+        super()._record(config, adapter_name, layer, target)
+        provenance = layer.provenances[adapter_name]
+        if provenance.pending:
+            for expansion in layer.expansions[adapter_name]:
+                expansion.settle = provenance.settle
 
     def _create_and_replace(
         self,
@@ -125,75 +147,27 @@ class SeededModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         module_name = current_key.removeprefix("_orig_mod.")
+        saved_name = self._saved_names.get(module_name, module_name)
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, module_name, self._expansions)
+            described = target_of(saved_name, target.get_base_layer())
+            target.update_layer(adapter_name, peft_config, described, self._expansions)
+            self._record(peft_config, adapter_name, target, described)
             return
         kind = layer_kind(base_layer_of(target))
         if kind not in self.layer_classes:
             raise ValueError(
                 f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {peft_config.method_name}."
             )
+        described = target_of(saved_name, base_layer_of(target))
         layer = self.layer_classes[kind](
             target, fan_in_fan_out=peft_config.fan_in_fan_out, **get_quantization_kwargs(self)
         )
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config, module_name, self._expansions)
+        layer.update_layer(adapter_name, peft_config, described, self._expansions)
+        self._record(peft_config, adapter_name, layer, described)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable before it is activated
         self._replace_module(parent, target_name, layer, target)
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
-        # The configuration is saved after the state. It is also the user's object, perhaps used for another model
-        # next: what belongs to this model's checkpoint stays out of its fields.
-        config._saved_shapes = dict(  # type: ignore[attr-defined]
-            Counter(shape_name(layer.fan_out, layer.fan_in) for layer in _layers(model, adapter_name))
-        )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        names = {id(module): name for name, module in model.named_modules()}
-        containers = [layer.container(adapter_name) for layer in _layers(model, adapter_name)]
-        expected = {
-            f"{names[id(container)]}.{adapter_name}": container[adapter_name].shape
-            for container in containers
-            if container is not None
-        }
-        try:
-            check_coefficients(state_dict, expected, f".{cls.prefix}", config.size_fields)
-        except ValueError:
-            withdraw(model, adapter_name)
-            raise
-        return state_dict
-
-
-def withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Takes off the adapter that PEFT has put into a model before its coefficients were looked at."""
-    if not isinstance(model, PeftModel):
-        return
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    elif isinstance(model.base_model, BaseTuner):
-        model.base_model.unload()
-
-
-def _layers(model: nn.Module, adapter_name: str) -> list[SeededLayer]:
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, SeededLayer) and module.container(adapter_name) is not None
-    ]
 
 
 def base_layer_of(module: nn.Module) -> nn.Module:

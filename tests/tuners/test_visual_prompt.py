@@ -232,6 +232,7 @@ def test_saved_and_loaded_it_computes_the_same(name: str, deep: bool, low_cpu_me
     x = images()
     model.save_pretrained(str(tmp_path))
     saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.pop(next(key for key in saved if key.endswith("visual_prompt_identity"))).dtype == torch.uint8
     prompts = {key: value for key, value in saved.items() if "visual_prompt" in key}
     assert len(prompts) == (3 if deep else 1) and len(saved) == len(prompts) + 2
     assert all(value.shape == (3, HIDDEN) and value.dtype == torch.float32 for value in prompts.values())
@@ -280,7 +281,8 @@ def test_injected_by_a_state_dict_all_blocks_are_adapted(deep: bool) -> None:
     model = adapt(base, deep=deep)
     prompts = get_peft_model_state_dict(model)
     injected = inject_adapter_in_model(VisualPromptConfig(num_prompts=3, deep=deep), base, state_dict=prompts)
-    for found, expected in zip(tokens_of(injected).values(), prompts.values(), strict=True):
+    tokens = [value for key, value in prompts.items() if key.endswith("tokens")]
+    for found, expected in zip(tokens_of(injected).values(), tokens, strict=True):
         found.data.copy_(expected)
     assert torch.equal(injected(images()).logits, model(images()).logits)
 
@@ -305,9 +307,9 @@ def _nan(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop, r"expects tokens of shape \(3, 16\) for '.*\.2\..*', got nothing.*`num_prompts` and `deep`"),
-        (_other_size, r"expects tokens of shape \(3, 16\) for '.*\.2\..*', got tokens of shape \(4, 16\)"),
-        (_unknown, r"expects nothing for '.*\.3\..*', got tokens of shape \(3, 16\)"),
+        (_drop, r"1 adapted layers find no coefficients \(first: '.*\.2\.visual_prompt_tokens"),
+        (_other_size, r"'.*\.2\..*' must have shape \(3, 16\), got \(4, 16\). `num_prompts` and `deep`"),
+        (_unknown, r"1 saved coefficients find no layer \(first: '.*\.3\.visual_prompt_tokens"),
         (_nan, r"must be finite, got NaN or infinity in '.*\.2\.visual_prompt_tokens"),
     ],
 )

@@ -14,7 +14,9 @@ from ...checkpoint.identity import parse_shape
 from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SeededConfig, Target, documented
+from ..config import SeededConfig, Target, check_memory, check_multiple, documented
+
+_MOST_LAYERS = 64  # hidden ones of the frozen network
 
 
 @documented
@@ -30,14 +32,15 @@ class McncConfig(SeededConfig):
     A patent application covers the method (US 20250384255 A1).
     """
 
-    k: int = field(default=5, metadata={"help": "Inputs of the frozen network for a chunk."})
+    k: int = field(default=5, metadata={"help": "Inputs of the frozen network for a chunk.", "generates": True})
     d: Optional[int] = field(
         default=None,
         metadata={
             "help": (
                 "Outputs of the frozen network, the numbers in a chunk; 5000 by default. Chunks are cut layer by "
                 "layer, the last one of a layer may be shorter. If given, at most what the largest layer needs."
-            )
+            ),
+            "generates": True,
         },
     )
     widths: Sequence[int] = field(
@@ -46,11 +49,13 @@ class McncConfig(SeededConfig):
             "help": (
                 "Widths of the hidden layers of the frozen network, which costs memory, once for the whole adapter, "
                 "and nothing in a checkpoint."
-            )
+            ),
+            "generates": True,
         },
     )
     activation: str = field(
-        default="sine", metadata={"help": "Of the frozen network: 'sine', 'relu', 'tanh', or 'none' (linear)."}
+        default="sine",
+        metadata={"help": "Of the frozen network: 'sine', 'relu', 'tanh', or 'none' (linear).", "generates": True},
     )
     frequency: float = field(
         default=5.0,
@@ -58,7 +63,8 @@ class McncConfig(SeededConfig):
             "help": (
                 "Factor on the inputs of the first activation: how much the surface is curved. In a small experiment "
                 "(benchmarks/seeded_digits.py) 5 and 10 did better than 1 with few coefficients."
-            )
+            ),
+            "generates": True,
         },
     )
     normalize: bool = field(
@@ -67,7 +73,8 @@ class McncConfig(SeededConfig):
             "help": (
                 "Scale the outputs of the frozen network to a root mean square of 1, so that the amplitude alone is "
                 "the size of a chunk. The paper does not say whether it does."
-            )
+            ),
+            "generates": True,
         },
     )
     apply_to: str = field(
@@ -76,11 +83,14 @@ class McncConfig(SeededConfig):
             "help": (
                 "What the chunks fill: 'factors' (default), the LoRA factors A, beside a frozen random start, and B of "
                 "an update of rank r; 'weight', the update of the whole weight, scaled by 1 / sqrt(fan_in)."
-            )
+            ),
+            "generates": True,
         },
     )
-    r: int = field(default=8, metadata={"help": "Rank of the update, for apply_to='factors'."})
-    alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha / r, for apply_to='factors'."})
+    r: int = field(default=8, metadata={"help": "Rank of the update, for apply_to='factors'.", "generates": True})
+    alpha: float = field(
+        default=8.0, metadata={"help": "The update is scaled by alpha / r, for apply_to='factors'.", "generates": True}
+    )
     mcnc_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
 
     method_name = "MCNC"
@@ -88,13 +98,15 @@ class McncConfig(SeededConfig):
     size_fields = ("k", "d", "r", "apply_to")
     notice = "A patent application covers the method (US 20250384255 A1)."
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_fields(self) -> None:
+        super().check_fields()
         for name, value in (("k", self.k), ("d", self.chunk_size), ("r", self.r)):
             check_positive_integer(name, value)
         if isinstance(self.widths, str) or not isinstance(self.widths, Sequence):
             raise ValueError(f"`widths` must be a list of positive integers, got {self.widths!r}.")
         self.widths = tuple(self.widths)
+        if len(self.widths) > _MOST_LAYERS:
+            raise ValueError(f"`widths` must have at most {_MOST_LAYERS} entries, got {len(self.widths)}.")
         for width in self.widths:
             check_positive_integer("widths", width)
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
@@ -109,6 +121,10 @@ class McncConfig(SeededConfig):
                 f"{self.chunk_size}."
             )
 
+    def kinds(self, size: int) -> list[torch.Tensor]:
+        places = torch.arange(size).view(-1, self.k + 1)
+        return [places[:, : self.k].flatten(), places[:, self.k]]  # inputs and amplitudes
+
     @property
     def chunk_size(self) -> int:
         """`d`, or its default."""
@@ -117,6 +133,32 @@ class McncConfig(SeededConfig):
     def layer_size(self, fan_out: int, fan_in: int) -> int:
         """The numbers that chunks make for a layer with a weight of that shape."""
         return self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in
+
+    def check_sizes(self, targets: Sequence[Target]) -> None:
+        sizes = [self.layer_size(target.fan_out, target.fan_in) for target in targets]
+        factors = self.apply_to == "factors"
+        if factors:
+            widest = max(max(target.fan_out, target.fan_in) for target in targets)
+            check_multiple("r", self.r, widest, "columns or rows of the largest module")
+            check_memory("`r`", "the factors", sum(sizes), targets)
+        if self.d is not None and self.d > max(sizes):
+            raise ValueError(
+                f"`d` must be at most the numbers that a target module needs, {max(sizes)} for the largest of the "
+                f"{len(targets)} with `apply_to={self.apply_to!r}`"
+                + (f" and `r={self.r}`" if factors else "")
+                + f", got {self.d}: a longer chunk would be cut off everywhere."
+            )
+        check_memory("`widths`, `k` and `d`", "the frozen network", self._network_size, targets)
+        chunks = sum(-(-size // self.chunk_size) for size in sizes)
+        check_memory("`k` and `d`", "the coefficients", chunks * (self.k + 1), targets)
+        if self.widths:
+            check_memory("`widths` and `d`", "the hidden layers", chunks * max(self.widths), targets)
+
+    @property
+    def _network_size(self) -> int:
+        """Weights of the frozen network."""
+        sizes = (self.k, *self.widths, self.chunk_size)
+        return sum(fan_in * fan_out for fan_in, fan_out in zip(sizes, sizes[1:]))
 
     def generators(self, target: Target) -> tuple[SineManifold]:
         """What fills the factors of a module, A `(r, fan_in)` and then B `(fan_out, r)`, or its update."""
@@ -171,9 +213,8 @@ class McncConfig(SeededConfig):
             size = self.layer_size(*parse_shape(shape))
             numbers += layers * size
             coefficients += layers * -(-size // self.chunk_size) * (self.k + 1)
-        sizes = (self.k, *self.widths, self.chunk_size)
-        network = sum(fan_in * fan_out for fan_in, fan_out in zip(sizes, sizes[1:]))
+        ratio = numbers / max(coefficients, 1)
         return {
-            "compression": f"{numbers:,} numbers from {coefficients:,} coefficients "
-            f"({numbers / max(coefficients, 1):.0f} to 1), by a frozen network of {network:,} weights that is not saved"
+            "compression": f"{numbers:,} numbers from {coefficients:,} coefficients ({ratio:.0f} to 1), by a frozen "
+            f"network of {self._network_size:,} weights that is not saved"
         }

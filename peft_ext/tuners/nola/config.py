@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
 
+import torch
 from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
 from ...generators import RandomBasis
-from ..config import SeededConfig, Target, documented
+from ..config import SeededConfig, Target, check_memory, check_multiple, documented
 
 
 @documented
@@ -24,17 +26,18 @@ class NolaConfig(SeededConfig):
     size, and a checkpoint holds those and the seed.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the update."})
+    r: int = field(default=8, metadata={"help": "Rank of the update.", "generates": True})
     num_basis: Union[int, tuple[int, int]] = field(
         default=256,
         metadata={
             "help": (
                 "Number of random matrices that are combined, that is of trained coefficients: one number for each of "
                 "the factors A and B, or a pair (A, B)."
-            )
+            ),
+            "generates": True,
         },
     )
-    alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha / r."})
+    alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha / r.", "generates": True})
     nola_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
     share_basis: bool = field(
         default=True,
@@ -44,24 +47,28 @@ class NolaConfig(SeededConfig):
                 "all layers are computed in one product. False gives each layer its own, named after its module: they "
                 "are drawn again at each use, which keeps memory small and makes a training step two to three times "
                 "as long."
-            )
+            ),
+            "generates": True,
         },
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "Ranks of single modules, by name or regular expression, in place of r."},
+        metadata={"help": "Ranks of single modules, by name or regular expression, in place of r.", "generates": True},
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "Alphas of single modules, by name or regular expression, in place of alpha."},
+        metadata={
+            "help": "Alphas of single modules, by name or regular expression, in place of alpha.",
+            "generates": True,
+        },
     )
 
     method_name = "NOLA"
     paper = "https://huggingface.co/papers/2310.02556"
     size_fields = ("num_basis",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_fields(self) -> None:
+        super().check_fields()
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_positive_integer("r", self.r)
@@ -84,6 +91,9 @@ class NolaConfig(SeededConfig):
         """Numbers of coefficients of A and of B in a layer."""
         return self.num_basis if isinstance(self.num_basis, tuple) else (self.num_basis, self.num_basis)
 
+    def kinds(self, size: int) -> list[torch.Tensor]:
+        return list(torch.arange(size).split(self.num_basis_per_factor))
+
     def rank(self, module_name: str) -> int:
         """The rank of a module: that of its pattern, or `r`."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
@@ -91,6 +101,23 @@ class NolaConfig(SeededConfig):
     def alpha_of(self, module_name: str) -> float:
         """The alpha of a module: that of its pattern, or `alpha`."""
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.alpha)
+
+    def check_sizes(self, targets: Sequence[Target]) -> None:
+        num_A, num_B = self.num_basis_per_factor
+        bases: set[tuple[str, int]] = set()
+        factors = 0
+        largest = max(r * max(t.fan_in, t.fan_out) for t in targets if (r := self.rank(t.name)))
+        for target in targets:
+            r = self.rank(target.name)
+            field = "r" if r == self.r else "rank_pattern"
+            check_multiple(field, r, max(target.fan_out, target.fan_in), f"columns or rows of {target.name!r}")
+            bases |= {("A", num_A * r * target.fan_in), ("B", num_B * r * target.fan_out)}
+            factors += r * (target.fan_in + target.fan_out)
+        check_multiple("num_basis", max(num_A, num_B), largest, "numbers in the largest factor")
+        check_memory("`r` and `rank_pattern`", "the factors", factors, targets)
+        check_memory("`num_basis`", "the coefficients", (num_A + num_B) * len(targets), targets)
+        if self.share_basis:
+            check_memory("`num_basis` and `r`", "the random matrices", sum(size for _, size in bases), targets)
 
     def generators(self, target: Target) -> tuple[RandomBasis, RandomBasis]:
         """What makes the factors A `(r, fan_in)` and B `(fan_out, r)` of a module.

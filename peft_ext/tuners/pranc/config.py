@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...checks import check_choice, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator
-from ..config import SeededConfig, Target, documented
+from ..config import SeededConfig, Target, check_memory, documented
 
 
 @documented
@@ -29,7 +31,8 @@ class PrancConfig(SeededConfig):
             "help": (
                 "Length of the one vector that all layers read, that is the number of trained parameters. At most the "
                 "number of target weights."
-            )
+            ),
+            "generates": True,
         },
     )
     basis: str = field(
@@ -40,16 +43,20 @@ class PrancConfig(SeededConfig):
                 "by equally many weights of a layer; four bytes a weight and number read are kept in memory. 'dense', "
                 "as published: every weight reads all of them with random factors of variance 1 / num_coefficients, "
                 "drawn again at every use: steps take num_coefficients random numbers a weight, twice."
-            )
+            ),
+            "generates": True,
         },
     )
-    nnz: int = field(default=1, metadata={"help": "Coefficients that a weight reads with the sparse basis."})
+    nnz: int = field(
+        default=1, metadata={"help": "Coefficients that a weight reads with the sparse basis.", "generates": True}
+    )
     adapt_bias: bool = field(
         default=False,
         metadata={
             "help": (
                 "Update the biases of the target layers too. (Name norms in target_modules to update their weights.)"
-            )
+            ),
+            "generates": True,
         },
     )
     pranc_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
@@ -58,8 +65,8 @@ class PrancConfig(SeededConfig):
     paper = "https://huggingface.co/papers/2206.08464"
     size_fields = ("num_coefficients",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_fields(self) -> None:
+        super().check_fields()
         check_positive_integer("num_coefficients", self.num_coefficients)
         check_choice("basis", self.basis, ("sparse", "dense"))
         check_positive_integer("nnz", self.nnz)
@@ -68,6 +75,19 @@ class PrancConfig(SeededConfig):
                 f"`nnz` must be at most `num_coefficients` ({self.num_coefficients}), the coefficients that a weight "
                 f"can read, got {self.nnz}."
             )
+
+    def described(self, target: Target) -> list[Any]:
+        return [*super().described(target), target.biases] if self.adapt_bias else super().described(target)
+
+    def check_sizes(self, targets: Sequence[Target]) -> None:
+        weights = sum(target.fan_out * target.fan_in for target in targets)
+        if self.num_coefficients > weights:
+            raise ValueError(
+                f"`num_coefficients` must be at most the number of weights that they update, {weights} in the "
+                f"{len(targets)} target modules, got {self.num_coefficients}."
+            )
+        if self.basis == "sparse":
+            check_memory("`nnz`", "the tables of what weights read", self.nnz * weights, targets)
 
     def generators(self, target: Target) -> tuple[LinearGenerator]:
         """What makes the update of a module's weights, and of its biases behind them with `adapt_bias`."""

@@ -83,10 +83,6 @@ class PrancEmbedding(PrancLayer, SeededEmbedding):
 class PrancVector(PrancLayer):
     """A module whose parameters are all vectors, such as a norm: its weight, bias and whatever else it has."""
 
-    @property
-    def num_biases(self) -> int:
-        return 0  # a bias is one of the vectors
-
     def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         updated: dict[str, torch.Tensor] = dict(self.base_layer.named_parameters())
         for adapter in adapters:

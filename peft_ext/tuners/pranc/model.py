@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
-
-from ..layers import fans
 from ..model import SeededModel
 from .layer import PrancConv2d, PrancEmbedding, PrancLayer, PrancLinear, PrancVector
 
@@ -32,11 +29,3 @@ class PrancModel(SeededModel):
                 "Give the configuration with its `target_modules` instead."
             )
         super().inject_adapter(*args, **kwargs)
-
-    def _check_sizes(self, peft_config: Any, targets: list[nn.Module]) -> None:
-        weights = sum(fan_out * fan_in for fan_out, fan_in in map(fans, targets))
-        if peft_config.num_coefficients > weights:
-            raise ValueError(
-                f"`num_coefficients` must be at most the number of weights that they update, {weights} in the "
-                f"{len(targets)} target modules, got {peft_config.num_coefficients}."
-            )

@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
-from peft import PeftConfig
-from peft.utils import PeftType
-
 from ... import randomness
 from ...checks import check_boolean, check_positive_integer, check_probability
-from ..config import documented
+from ..config import CheckpointedConfig, documented
 
 
 @documented
 @dataclass
-class VisualPromptConfig(PeftConfig):
+class VisualPromptConfig(CheckpointedConfig):
     """
     Configuration of a [`VisualPromptModel`]: learnable tokens in the input of a frozen vision transformer.
 
@@ -24,10 +21,13 @@ class VisualPromptConfig(PeftConfig):
     published; they are trained and saved whole.
     """
 
-    num_prompts: int = field(default=10, metadata={"help": "Number of tokens."})
+    num_prompts: int = field(default=10, metadata={"help": "Number of tokens.", "generates": True})
     deep: bool = field(
         default=False,
-        metadata={"help": "Every block gets tokens of its own (VPT-deep), instead of the first alone (VPT-shallow)."},
+        metadata={
+            "help": "Every block gets tokens of its own (VPT-deep), instead of the first alone (VPT-shallow).",
+            "generates": True,
+        },
     )
     prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the tokens."})
     seed: int = field(
@@ -39,13 +39,13 @@ class VisualPromptConfig(PeftConfig):
         metadata={"help": "Modules that are trained and saved whole beside the tokens, such as a new classifier."},
     )
 
-    method_name: ClassVar[str] = "VISUAL_PROMPT"
-    paper: ClassVar[str] = "https://huggingface.co/papers/2203.12119"
+    size_fields = ("num_prompts", "deep")
+    method_name = "VISUAL_PROMPT"
+    paper = "https://huggingface.co/papers/2203.12119"
     target_modules: ClassVar[Any] = None  # PEFT reads it; the targets are always the blocks
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType[self.method_name]
+    def check_fields(self) -> None:
+        super().check_fields()
         check_positive_integer("num_prompts", self.num_prompts)
         check_boolean("deep", self.deep)
         check_probability("prompt_dropout", self.prompt_dropout)

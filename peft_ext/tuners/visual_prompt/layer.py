@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from ..checkpointed import CheckpointedLayer
+from .config import VisualPromptConfig
 
 NO_MERGE = (
     "Visual prompts are tokens in the input of the blocks: they cannot be merged into the weights. Keep the adapter to "
@@ -14,7 +16,7 @@ NO_MERGE = (
 )
 
 
-class VisualPromptLayer(nn.Module, BaseTunerLayer):
+class VisualPromptLayer(CheckpointedLayer, nn.Module):
     """A block that gets prompts, passes on those of an earlier block, or cuts prompts off its output.
 
     A block of shape `(batch, tokens, hidden) -> (batch, tokens, hidden)` is called with the prompts at the end of the
@@ -25,10 +27,16 @@ class VisualPromptLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("visual_prompt_tokens",)
-    other_param_names = ("visual_prompt_dropout", "visual_prompt_cut")
+    other_param_names = (
+        "visual_prompt_dropout",
+        "visual_prompt_cut",
+        *(f"visual_prompt_{name}" for name in CheckpointedLayer.record_names),
+    )
+    config_class = VisualPromptConfig
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.make_records()
         self.base_layer = base_layer
         self.visual_prompt_tokens = nn.ParameterDict()
         self.visual_prompt_dropout = nn.ModuleDict()
@@ -49,6 +57,9 @@ class VisualPromptLayer(nn.Module, BaseTunerLayer):
             self.visual_prompt_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
             device = next(self.base_layer.parameters()).device
             self.visual_prompt_tokens[adapter_name] = nn.Parameter(tokens.to(device))
+
+    def container(self, adapter: str) -> nn.ParameterDict | None:
+        return self.visual_prompt_tokens if adapter in self.visual_prompt_tokens else None
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.visual_prompt_cut)
@@ -71,6 +82,7 @@ class VisualPromptLayer(nn.Module, BaseTunerLayer):
 
     def _prompts(self, adapter: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shape `(batch, num_prompts, hidden)`, in the dtype and on the device of the hidden states."""
+        self.provenances[adapter].settle()
         tokens = self.visual_prompt_tokens[adapter].to(hidden_states)
         return self.visual_prompt_dropout[adapter](tokens.expand(hidden_states.shape[0], -1, -1))
 

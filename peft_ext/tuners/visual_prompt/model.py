@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ... import randomness
-from ...checkpoint.identity import check_finite
-from ..model import base_layer_of, withdraw
+from ...checkpoint.identity import Identity, check_identity
+from ..checkpointed import CheckpointedModel
+from ..config import Target, check_multiple
+from ..model import base_layer_of
 from .config import VisualPromptConfig
 from .layer import NO_MERGE, VisualPromptLayer
 
@@ -20,7 +21,7 @@ MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 """Architectures whose positions are added before the first block, so that the place of a prompt does not matter."""
 
 
-class VisualPromptModel(BaseTuner):
+class VisualPromptModel(CheckpointedModel):
     """Adapts a vision transformer with visual prompts; see [`VisualPromptConfig`].
 
     Made by `peft.get_peft_model(model, VisualPromptConfig(...))`. `last_hidden_state` and the outputs of a head have
@@ -52,6 +53,18 @@ class VisualPromptModel(BaseTuner):
             ValueError: the architecture cannot have prompts.
         """
         self._blocks = {name: index for index, name in enumerate(_blocks(model))}
+        targets = [
+            Target(name, peft_config.num_prompts, model.config.hidden_size)  # type: ignore[arg-type, union-attr]
+            for name, index in self._blocks.items()
+            if peft_config.deep or index == 0
+        ]
+        if peft_config.identity is not None:
+            identity = Identity(peft_config.generating(), [peft_config.described(target) for target in targets])
+            check_identity(peft_config.identity, identity, "in adapter_config.json")
+        height, width = _pair(model.config.image_size)  # type: ignore[union-attr, arg-type]
+        patch = _pair(model.config.patch_size)  # type: ignore[union-attr, arg-type]
+        check_multiple("num_prompts", peft_config.num_prompts, height // patch[0] * (width // patch[1]), "patches")
+        self._targets = {target.name: target for target in targets}
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._blocks
@@ -75,6 +88,8 @@ class VisualPromptModel(BaseTuner):
             cut=peft_config.num_prompts if ends else 0,
             dropout=peft_config.prompt_dropout,
         )
+        if current_key in self._targets:
+            self._record(peft_config, adapter_name, layer, self._targets[current_key])
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -83,23 +98,6 @@ class VisualPromptModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{name}.visual_prompt_tokens.{adapter_name}": module.visual_prompt_tokens[adapter_name].shape
-            for name, module in model.named_modules()
-            if isinstance(module, VisualPromptLayer) and adapter_name in module.visual_prompt_tokens
-        }
-        try:
-            _check_tokens({key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}, expected)
-        except ValueError:
-            withdraw(model, adapter_name)
-            raise
-        return state_dict
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -133,27 +131,12 @@ def _blocks(model: nn.Module) -> list[str]:
 
 def _initial_tokens(config: VisualPromptConfig, model_config: Any, block: int) -> torch.Tensor:
     """Uniform with the variance that a Glorot initialisation of the patch embedding has: `(num_prompts, hidden)`."""
-    size, hidden = model_config.patch_size, model_config.hidden_size
-    height, width = (size, size) if isinstance(size, int) else size
+    hidden = model_config.hidden_size
+    height, width = _pair(model_config.patch_size)
     bound = math.sqrt(6 / (model_config.num_channels * height * width + hidden))
     numbers = randomness.uniform(config.seed, ("visual_prompt", block), config.num_prompts * hidden)
     return numbers.mul_(bound).view(config.num_prompts, hidden)
 
 
-def _check_tokens(saved: dict[str, torch.Tensor], expected: dict[str, torch.Size]) -> None:
-    """Raises a ValueError unless the saved tokens are those that the model expects, and finite."""
-    found = {key: tokens.shape for key, tokens in saved.items()}
-    if found != expected:
-        wrong = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-        raise ValueError(
-            f"The saved visual prompts do not fit the model: it expects {_shape(expected.get(wrong))} for {wrong!r}, "
-            f"got {_shape(found.get(wrong))}. The base model, and `num_prompts` and `deep` in adapter_config.json, "
-            "must be what they were trained with; the names of blocks can also differ between releases of "
-            "transformers."
-        )
-    for key, tokens in saved.items():
-        check_finite(tokens, f" in {key!r}")
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else f"tokens of shape {tuple(shape)}"
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
