@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import randomness
-from .checkpoint.identity import check_finite
+from .checkpoint import quantization
+from .checkpoint.identity import (
+    FORMAT,
+    Identity,
+    check_checksum,
+    check_finite,
+    check_identity,
+    checksum,
+    read_record,
+    write_record,
+)
 from .generators.base import Frozen
 from .tuners.config import SeededConfig, Target
 from .tuners.expansion import SharedExpansion
@@ -29,6 +39,8 @@ CONFIG_NAME = "seed_config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 _ADAPTER = "network"
+_COEFFICIENTS = f"coefficients.{_ADAPTER}"
+_RECORD = "_extra_state"
 _VECTOR_SPREAD = 0.1  # of updates of norm weights and biases, which start at 1 and 0
 
 
@@ -58,7 +70,8 @@ class SeededNetwork(nn.Module):
     deviation of 0.02 for all else. An update is as large as theta0's standard deviation where the coefficients are 1
     (0.1 for norm weights and biases).
 
-    Only `coefficients` is trained. It and the network's buffers (batch-norm statistics) are the state dict.
+    Only `coefficients` is trained. It, the network's buffers (batch-norm statistics) and a record that identifies them
+    are the state dict; loading one into a network of another seed, size or architecture raises a ValueError.
 
     Args:
         network: any module; its weights are dropped, and it is used as it is afterwards by this object alone. Buffers
@@ -80,7 +93,7 @@ class SeededNetwork(nn.Module):
         if not isinstance(config, SeededConfig):
             raise ValueError(f"`config` must be a PrancConfig or a McncConfig, got {type(config).__name__}.")
         self.generator = config.network_generator(size, keep_basis)
-        start = config.initial(Target("", size, 1), (self.generator,))
+        start = config.initial(Target("", size, 1), (self.generator,)).float()
         self._slots = _take_parameters(network)
         self.network = network
         # transformers' Trainer looks at the signature of `forward`, which is the network's behind `*args, **kwargs`.
@@ -90,6 +103,20 @@ class SeededNetwork(nn.Module):
         self.coefficients = nn.ParameterDict({_ADAPTER: nn.Parameter(start)})
         self._expansion = SharedExpansion(self.generator, (size,), _ADAPTER, slice(0, self.generator.num_coefficients))
         self._expansion.add(self.coefficients)
+        self.register_load_state_dict_pre_hook(_verify)
+
+    @property
+    def identity(self) -> Identity:
+        """All that turns the coefficients into weights."""
+        return _identity(self.config, self._weights)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The record of the coefficients and buffers, which state dicts hold as `_extra_state`."""
+        buffers = {name: buffer for name, buffer in self.named_buffers()}
+        return _record(self.identity, "float32", self.coefficients[_ADAPTER], buffers)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Does nothing: what is loaded has been verified."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The network's parameters by name, differentiable in the coefficients."""
@@ -129,16 +156,28 @@ class SeededNetwork(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes coefficients and buffers to `model.safetensors`, seed and sizes to `seed_config.json`.
 
-        The configuration of a network of transformers is written to `config.json` beside them.
+        The coefficients are saved in the `coefficient_dtype` of the configuration. The configuration of a network of
+        transformers is written to `config.json` beside them.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
+        del state[_RECORD]
+        dtype = self.config.coefficient_dtype
+        coefficients = state.pop(_COEFFICIENTS)
+        buffers = {name: state[name] for name, _ in self.named_buffers() if name in state}
+        if quantization.is_integer(dtype):
+            parts = [coefficients[places] for places in self.config.kinds(len(coefficients))]
+            state["packed"] = quantization.encode(parts, dtype)
+        else:
+            state[_COEFFICIENTS] = quantization.cast(coefficients, dtype)
+        state["identity"] = _record(self.identity, dtype, state.get("packed", state.get(_COEFFICIENTS)), buffers)
         save_file(state, path / WEIGHTS_NAME, metadata={"format": "pt"})
         described = {
             "network": type(self.network).__name__,
             "weights": {weight.name: list(weight.shape) for weight in self._weights},
             "method": {key: value for key, value in self.config.to_dict().items() if value is not None},
+            "identity": self.identity.to_dict(),
         }
         (path / CONFIG_NAME).write_text(json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8")
         if isinstance(self.network, transformers.PreTrainedModel):
@@ -162,29 +201,120 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
             not fit or are not finite, or no `network` where one is needed.
     """
     path = Path(folder)
-    described = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    config = PeftConfig.from_peft_type(**described["method"])
-    network = _make_network(path, described["network"]) if network is None else network
-    found = {weight.name: list(weight.shape) for weight in _weights(network)}
-    saved = described["weights"]
-    if found != saved:
-        differing = sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name))
-        raise ValueError(
-            f"`network` must be the {described['network']} that was saved: {len(differing)} parameters differ, the "
-            f"first is {differing[0]!r} with shape {saved.get(differing[0])} in the checkpoint and "
-            f"{found.get(differing[0])} in the network given."
-        )
-    seeded = SeededNetwork(network, config)
+    described, config = _read_config(path)
     state = load_file(path / WEIGHTS_NAME)
-    expected = {name: tensor.shape for name, tensor in seeded.state_dict().items()}
-    if {name: tensor.shape for name, tensor in state.items()} != expected:
+    content = read_record(state.pop("identity", None), "identity")
+    saved, name = described["weights"], described["network"]
+    if network is None:
+        with torch.device("meta"):
+            _check_weights(saved, name, list(_weights(_make_network(path, name))))
+        with _float32():
+            network = _make_network(path, name)
+    weights = list(_weights(network))
+    _check_weights(saved, name, weights)
+    identity = _identity(config, weights)
+    check_identity(described["identity"], identity, f"in {CONFIG_NAME}")
+    check_identity(content.get("identity"), identity, f"in {WEIGHTS_NAME}")
+    seeded = SeededNetwork(network, config)
+    coefficients = seeded.coefficients[_ADAPTER]
+    found = "packed" if "packed" in state else _COEFFICIENTS
+    expected = {key: buffer.shape for key, buffer in seeded.named_buffers() if key in seeded.state_dict()}
+    shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed"}
+    if shapes != expected | ({} if found == "packed" else {_COEFFICIENTS: coefficients.shape}):
+        expected = {_COEFFICIENTS: coefficients.shape, **expected}
         raise ValueError(
             f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: it must hold "
-            f"{', '.join(f'{name} {tuple(shape)}' for name, shape in expected.items())}."
+            f"{', '.join(f'{key} {tuple(shape)}' for key, shape in expected.items())}."
         )
-    check_finite(state[f"coefficients.{_ADAPTER}"], f" in {WEIGHTS_NAME}")
-    seeded.load_state_dict(state)
+    check_finite(state[found], f" in {WEIGHTS_NAME}")
+    buffers = {key: tensor for key, tensor in state.items() if key != found}
+    check_checksum(content.get("coefficients"), checksum([("coefficients", state[found])]), f"{found!r}")
+    check_checksum(content.get("others"), checksum(buffers.items()), "the buffers")
+    with torch.no_grad():
+        if found == "packed":
+            kinds = config.kinds(len(coefficients))
+            parts = quantization.decode(state["packed"], [len(places) for places in kinds], str(content.get("dtype")))
+            for places, part in zip(kinds, parts):
+                coefficients[places] = part
+        else:
+            coefficients.copy_(state[found])
+        for key, buffer in seeded.named_buffers():
+            if key in buffers:
+                buffer.copy_(buffers[key])
     return seeded.to_plain().eval()
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
+    """What `seed_config.json` says, and the configuration in it."""
+    try:
+        described = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        weights, method = described["weights"], described["method"]
+        shapes = [[int(size) for size in shape] for shape in weights.values()]
+        if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
+            raise ValueError("a name or a shape is none")
+        config = PeftConfig.from_peft_type(**method)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{str(path / CONFIG_NAME)!r} is damaged: {error!r}.") from error
+    if not isinstance(config, SeededConfig):
+        raise ValueError(
+            f"`peft_type` in {CONFIG_NAME} must be a method that makes networks, got {method['peft_type']!r}."
+        )
+    parameters = sum(math.prod(shape) for shape in shapes)
+    config.network_generator(parameters)  # whether it makes networks, and has fewer coefficients than parameters
+    return described, config
+
+
+def _check_weights(saved: Mapping[str, Any], name: str, weights: Sequence[_Weight]) -> None:
+    found = {weight.name: list(weight.shape) for weight in weights}
+    if found != saved:
+        differing = sorted(each for each in found.keys() | saved.keys() if found.get(each) != saved.get(each))
+        raise ValueError(
+            f"`network` must be the {name} that was saved: {len(differing)} parameters differ, the first is "
+            f"{differing[0]!r} with shape {saved.get(differing[0])} in the checkpoint and {found.get(differing[0])} in "
+            "the network given."
+        )
+
+
+def _identity(config: SeededConfig, weights: Sequence[_Weight]) -> Identity:
+    """The parameters are known by their place in the sequence, name, shape and start."""
+    described = [[i, weight.name, *weight.shape, *weight[2:]] for i, weight in enumerate(weights)]
+    return Identity(config.generating(), described)
+
+
+def _record(
+    identity: Identity, dtype: str, coefficients: torch.Tensor | None, buffers: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    assert coefficients is not None
+    return write_record(
+        {
+            "format": FORMAT,
+            "identity": identity.to_dict(),
+            "dtype": dtype,
+            "coefficients": checksum([("coefficients", coefficients)]),
+            "others": checksum(buffers.items()),
+        }
+    )
+
+
+def _verify(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Verifies a state dict before any of it reaches the network."""
+    content = read_record(state_dict.get(prefix + _RECORD), _RECORD)
+    check_identity(content.get("identity"), module.identity, "in the state dict")
+    coefficients = state_dict.get(prefix + _COEFFICIENTS)
+    if coefficients is not None:
+        check_checksum(content.get("coefficients"), checksum([("coefficients", coefficients)]), "the coefficients")
+    buffers = {name: state_dict[prefix + name] for name, _ in module.named_buffers() if prefix + name in state_dict}
+    check_checksum(content.get("others"), checksum(buffers.items()), "the buffers")
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _make_network(path: Path, name: str) -> nn.Module:
@@ -215,7 +345,7 @@ def _weights(network: nn.Module) -> Iterator[_Weight]:
 
 
 def _initial(seed: int, weights: tuple[_Weight, ...], version: int) -> torch.Tensor:
-    flat = torch.empty(sum(weight.size for weight in weights))
+    flat = torch.empty(sum(weight.size for weight in weights), dtype=torch.float32)
     for weight, part in zip(weights, flat.split([weight.size for weight in weights])):
         part.fill_(weight.mean)
         if weight.width:

@@ -9,7 +9,7 @@ import torch
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 """What coefficients can be saved in."""
 
-GROUP = 64
+GROUP = 128
 """Numbers that share a scale."""
 
 _LARGEST = {"int8": 127, "int4": 7}
@@ -18,6 +18,11 @@ _LARGEST = {"int8": 127, "int4": 7}
 def is_integer(dtype: str) -> bool:
     """Whether coefficients of a dtype of `DTYPES` are packed into bytes by `encode`."""
     return dtype in _LARGEST
+
+
+def cast(coefficients: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Coefficients in a floating-point dtype of `DTYPES`; those in float64 lose nothing."""
+    return coefficients if coefficients.dtype == torch.float64 else coefficients.to(getattr(torch, dtype))
 
 
 def size_of(sizes: Sequence[int], dtype: str) -> int:

@@ -167,8 +167,7 @@ class Provenance:
             tensors[keys.packed] = packed
             labelled = {"packed": packed}
         else:
-            wanted = getattr(torch, dtype)
-            stored = [each if each.dtype == torch.float64 else each.to(wanted) for each in coefficients]
+            stored = [quantization.cast(each, dtype) for each in coefficients]
             tensors |= dict(zip(keys.coefficients, stored))
             labelled = _labelled(stored)
         kept = {key: tensor for key, tensor in tensors.items() if key not in (*keys.coefficients, keys.packed)}

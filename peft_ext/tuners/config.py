@@ -108,8 +108,8 @@ class CheckpointedConfig(PeftConfig):
         default="float32",
         metadata={
             "help": (
-                "What the coefficients are saved in: 'float32', 'bfloat16', 'float16', 'int8' or 'int4' (symmetric, 64 "
-                "numbers share a scale). They are trained in float32, also after loading."
+                "What the coefficients are saved in: 'float32', 'bfloat16', 'float16', 'int8' or 'int4' (symmetric, "
+                "128 numbers share a scale). They are trained in float32, also after loading."
             )
         },
     )
