@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -138,3 +139,29 @@ def ridge_solution(rows, reference: torch.Tensor, ridge: float, scale: float = 1
 
 def matrix(model: nn.Module) -> torch.Tensor:
     return torch.cat((model.linear.weight, model.linear.bias[:, None]), 1).detach()
+
+
+def dense_curvature(model: nn.Module, rows, loss: str) -> torch.Tensor:
+    """`sum_i J_i^T H_i J_i` sample by sample, from torch's own Jacobian and second derivative of the loss."""
+    parameters = trainable(model)
+    sizes = [p.numel() for p in parameters.values()]
+    total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
+    for row in rows:
+        inputs = {name: value[None] for name, value in row.items() if name != "labels"}
+        labels = row["labels"].view(-1)
+        keep = labels[-(len(labels) - 1) :] != -100 if len(labels) > 1 else torch.tensor([True])
+
+        def logits(vector, inputs=inputs, keep=keep, labels=labels):
+            parts = {n: v.view_as(p) for (n, p), v in zip(parameters.items(), vector.split(sizes))}
+            found = functional_call(model, parts, (), inputs).logits
+            return found.view(-1, found.shape[-1])[-len(labels) :][: len(keep)][keep]
+
+        vector = torch.cat([p.flatten() for p in parameters.values()])
+        J = torch.autograd.functional.jacobian(logits, vector)
+        for place, outputs in enumerate(logits(vector)):
+            if loss == "cross_entropy":
+                H = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z[None], torch.tensor([0])), outputs)
+            else:
+                H = torch.eye(len(outputs)).double()
+            total += J[place].T @ H @ J[place]
+    return total
