@@ -54,6 +54,29 @@ def test_kernel_and_parameter_forms_of_the_closed_form_agree(name):
     assert (shifts[0] - shifts[1]).norm() <= 1e-8 * shifts[0].norm()
 
 
+MODELS_OF_TOKENS = ["GPT-2, NOLA", "GPT-2, prompt, whole texts", "BERT, token classes", "BERT, masked tokens", "T5"]
+
+
+@torch.no_grad()
+def own_loss(model: nn.Module, rows) -> float:
+    """The model's own mean loss over all targets of some samples."""
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return float(model.eval()(**batch).loss)
+
+
+@pytest.mark.parametrize("name", MODELS_OF_TOKENS)
+def test_losses_are_the_models_own(name):
+    make, samples = PROBLEMS[name]
+    model, retain, forget = make(), samples(6, 1), samples(3, 2)
+    before = own_loss(model, retain), own_loss(model, forget)
+    report = GaussNewton(max_steps=2, tolerance=0.0).fit(model, loader(retain), loader(forget))
+    after = own_loss(model, retain), own_loss(model, forget)
+    found = [*report.retain_loss, *report.forget_loss]
+    assert found == pytest.approx([before[0], after[0], before[1], after[1]], abs=1e-5)
+    assert after[1] > before[1] and after[0] <= before[0] + 0.05
+    assert sum(step.accepted for step in report.solution.steps) > 0
+
+
 @pytest.mark.parametrize("form", ["parameter", "kernel", "matrix_free"])
 def test_one_gauss_newton_step_solves_a_linear_problem(form):
     torch.manual_seed(1)
