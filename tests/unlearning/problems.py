@@ -130,6 +130,11 @@ def changing(model: nn.Module, names: str) -> nn.Module:
     return model.double().eval()
 
 
+def classified_texts(n: int, seed: int = 0):
+    """Texts with a class each."""
+    return [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(texts(n, seed))]
+
+
 def token_classes(n: int, seed: int = 0):
     """Texts with a class for every token but some, the first among them in half of the rows."""
     rows = texts(n, seed)
@@ -184,6 +189,7 @@ PROBLEMS = {
         lambda: language_model(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
         whole_texts,
     ),
+    "BERT, texts": (lambda: bert("BertForSequenceClassification"), classified_texts),
     "BERT, token classes": (lambda: bert("BertForTokenClassification"), token_classes),
     "BERT, masked tokens": (lambda: bert("BertForMaskedLM"), masked_tokens),
     "T5": (t5, translations),
