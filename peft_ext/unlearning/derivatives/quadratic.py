@@ -145,7 +145,7 @@ def estimated_curvature(
 def _products(
     function: AdapterFunction, loader: Loader, samples: int, share: float
 ) -> tuple[Curvature, CurvatureEstimate]:
-    """Exact products. The mean of the diagonal, which only scales the damping, is estimated from single draws."""
+    """Returns exact products; the mean of the diagonal, which only scales the damping, comes from single draws."""
     sums = torch.zeros(3, dtype=torch.float64)
     for found in function.linearise(loader, 1, share):
         sums += torch.tensor([float(found.rows.square().sum()), found.num_targets, len(found.rows)])

@@ -55,7 +55,7 @@ class GaussNewton(Solver):
 
     name: ClassVar[str] = "gauss_newton"
     forms: ClassVar[tuple[str, ...]] = ("parameter", "kernel", "matrix_free")
-    smaller: ClassVar[str] = ", or lower `curvature_samples` or `draws`"
+    saving: ClassVar[str] = ", or lower `curvature_samples` or `draws`"
 
     loss: str = "cross_entropy"
     damping: float = 0.3
@@ -206,11 +206,12 @@ class Objective:
         return Point(weights, mean + self.beside(weights), mean, gradient)
 
     def evaluate(self, weights: torch.Tensor, most: float, gradient: bool) -> Point:
-        """Gives the model some weights and returns what is found at them, once the retain loss is above `most` less.
+        """Gives the model some weights and returns what is found at them.
 
         Args:
             weights: `(size,)`.
-            most: the retain loss is added up no further than to this; the rest of the point is of no use then.
+            most: the retain loss is added up no further than to this. The point's loss and value are lower bounds then,
+                and its gradient is of no use.
             gradient: whether the gradient is wanted.
         """
         self.function.vector = weights

@@ -53,8 +53,8 @@ class Solver(UnlearningMethod):
     """
 
     forms: ClassVar[tuple[str, ...]] = ("parameter", "kernel")
-    smaller: ClassVar[str] = ""
-    """What else lowers the memory, for a message."""
+    saving: ClassVar[str] = ""
+    """What else lowers the memory that a form needs, as the end of a sentence."""
 
     form: str = "auto"
     memory: float = MEMORY
@@ -138,7 +138,7 @@ class Solver(UnlearningMethod):
                 return self.form
             fits = [form for form in self.forms if need[form] <= self.memory]
             less = f"form={' or '.join(map(repr, fits))} needs less, or raise `memory`" if fits else "Raise `memory`"
-            raise ValueError(f"form={self.form!r} needs {need[self.form] / 1e9:.3g} GB {what}. {less}{self.smaller}.")
+            raise ValueError(f"form={self.form!r} needs {need[self.form] / 1e9:.3g} GB {what}. {less}{self.saving}.")
         form, need_of_it = smaller_form(size, rows)
         if need_of_it <= self.memory:
             return form
