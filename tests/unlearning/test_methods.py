@@ -262,7 +262,7 @@ def test_what_cannot_be_is_refused(request_: Request) -> None:
         GradientAscent(learning_rate=-1)
 
 
-def test_a_ridge_pulls_to_the_initial_parameters():
+def test_a_ridge_pulls_to_the_initial_parameters(tmp_path: Path) -> None:
     """With plain SGD a step of the ridge alone is known: with no loss left, the distance shrinks by a fixed factor."""
     model = problems.Regression()
     reference = {name: value + 1 for name, value in trainable_state(model).items()}
@@ -273,7 +273,7 @@ def test_a_ridge_pulls_to_the_initial_parameters():
             return 0.0 * sum(p.sum() for p in model.parameters())
 
     training = TrainingArguments(
-        output_dir="unused", optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=3,
+        output_dir=str(tmp_path), optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=3,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True, max_grad_norm=1e-3,
     )  # fmt: skip
     before = trainable_state(model)
