@@ -16,7 +16,6 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +23,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import HfArgumentParser
 
-from peft_ext.unlearning import NTKUnlearner
+from peft_ext.unlearning import GaussNewton
 from recipes.support.usage import Usage
 from recipes.tasks.resnet import CifarResNet
 
@@ -59,7 +58,7 @@ def images(dataset_name: str | None, size: int) -> tuple[torch.Tensor, torch.Ten
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(rows["label"])
 
 
-def measure(arguments: Arguments, form: Any, size: int) -> None:
+def measure(arguments: Arguments, form: str, size: int) -> None:
     """Prints one result as JSON; an error that says that the form does not fit is one too."""
     torch.set_num_threads(arguments.threads)
     x, y = images(arguments.dataset_name, size)
@@ -73,11 +72,10 @@ def measure(arguments: Arguments, form: Any, size: int) -> None:
 
         return DataLoader(TensorDataset(x[chosen], y[chosen]), batch_size=16, collate_fn=collate)
 
-    options: dict[str, Any] = {"form": form, "parameters": "bn|linear", "memory": arguments.memory, "draws": 1}
-    unlearner = NTKUnlearner(model, max_steps=1, retain_tolerance=1e9, **options)
+    method = GaussNewton(form=form, memory=arguments.memory, draws=1, max_steps=1, retain_tolerance=1e9)
     try:
         with Usage(torch.device("cpu")) as usage:
-            unlearner.fit(loader(y != 0), loader(y == 0))
+            method.fit(model, loader(y != 0), loader(y == 0), parameters="bn|linear")
     except ValueError as error:
         print(json.dumps({"form": form, "images": size, "error": str(error)}))
         return

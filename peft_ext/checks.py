@@ -40,6 +40,12 @@ def check_probability(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a number from 0 to below 1, got {value!r}.")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raises a ValueError unless `value` is a number above 0 and at most 1."""
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be a number above 0 and at most 1, got {value!r}.")
+
+
 def check_positive_integer(name: str, value: Any) -> None:
     """Raises a ValueError unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.register_assert_rewrite("dense", "generator_cases")
+pytest.register_assert_rewrite("dense", "generator_cases", "method_cases")
 
 # The models are so small that threads cost more than they save.
 torch.set_num_threads(1)

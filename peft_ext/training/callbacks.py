@@ -11,12 +11,15 @@ from transformers import TrainerCallback
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters with `requires_grad`, by name."""
+    """Returns the parameters with `requires_grad`, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the trainable parameters, by name: the `initial` of a `Request` if taken before the training."""
+    """Returns copies of the trainable parameters, by name.
+
+    Taken before a training, they are what unlearning methods call `reference` or `initial`.
+    """
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
 
@@ -26,9 +29,9 @@ class Ridge(TrainerCallback):
     Unlike AdamW's weight decay it is part of what is minimised, and pulls to where the training began.
 
     Args:
-        model: Its trainable parameters are pulled.
-        reference: To where, by name.
-        strength: How much.
+        model: its trainable parameters are pulled.
+        reference: where to, by name.
+        strength: how strongly.
     """
 
     def __init__(self, model: nn.Module, reference: Mapping[str, torch.Tensor], strength: float) -> None:
@@ -38,7 +41,6 @@ class Ridge(TrainerCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add it."""
         for parameter, reference in self.pairs:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter - reference.to(parameter.device), alpha=self.strength)
@@ -48,8 +50,8 @@ class KeepMasked(TrainerCallback):
     """Puts parameters outside a mask back after every step: weight decay and momentum must not move them either.
 
     Args:
-        parameters: The trainable parameters, by name.
-        masks: True where a parameter may change.
+        parameters: the trainable parameters, by name.
+        masks: tensors of the parameters' shapes, by name: True where a parameter may change.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], masks: dict[str, torch.Tensor]) -> None:
@@ -57,6 +59,5 @@ class KeepMasked(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put them back."""
         for parameter, mask, value in self.kept:
             parameter.copy_(torch.where(mask, parameter, value))

@@ -20,7 +20,7 @@ class EvaluationTrainer(Trainer):
     """
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; a method that descends another one overrides this."""
+        """Returns the model's loss; a method that descends another one overrides this."""
         model.eval()  # the Trainer has just put it in training mode
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -34,16 +34,16 @@ def fit(
     ridge: Ridge | None = None,
     **options: Any,
 ) -> Trainer:
-    """Train a model on some rows, without a word, a file or an evaluation.
+    """Trains a model on some rows, without a word, a file or an evaluation.
 
     Args:
-        model: Changed in place.
-        dataset: What it is trained on.
-        collator: Makes a batch of rows.
-        training: How. It is left as it is.
-        trainer_class: What computes the loss.
-        ridge: What pulls the parameters back.
-        **options: What else the Trainer takes.
+        model: changed in place.
+        dataset: rows that it is trained on.
+        collator: makes a batch of rows.
+        training: arguments of the training, which are left as they are.
+        trainer_class: makes the Trainer, which computes the loss.
+        ridge: pulls the parameters back.
+        **options: what else the Trainer takes.
 
     Returns:
         The Trainer; its state says how many steps it took.

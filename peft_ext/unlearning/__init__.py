@@ -1,6 +1,34 @@
 """Removing the influence of training data by changing an adapter, a prompt or other small parts of a model."""
 
 from .ledger import Deletion, UnlearningLedger
-from .methods.solver import NTKUnlearner, UnlearningReport
+from .methods import (
+    METHODS,
+    FastNTK,
+    Finetune,
+    GaussNewton,
+    GradientAscent,
+    Ledger,
+    RandomLabels,
+    Request,
+    Retrain,
+    SalUn,
+    UnlearningMethod,
+    UnlearningReport,
+)
 
-__all__ = ["Deletion", "NTKUnlearner", "UnlearningLedger", "UnlearningReport"]
+__all__ = [
+    "METHODS",
+    "Deletion",
+    "FastNTK",
+    "Finetune",
+    "GaussNewton",
+    "GradientAscent",
+    "Ledger",
+    "RandomLabels",
+    "Request",
+    "Retrain",
+    "SalUn",
+    "UnlearningLedger",
+    "UnlearningMethod",
+    "UnlearningReport",
+]

@@ -1,52 +1,33 @@
-"""What a fine-tuned adapter must remember of its training for deletion requests to need the forget samples alone."""
+"""What a training leaves behind for deletion requests to need the forget samples alone."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import nn
 
-from ..checks import check_choice, check_number, check_positive_integer
-from .derivatives.curvature import Curvature, KernelForm, ParameterForm
-from .derivatives.data import Loader, Selection, batches, gathered, sample_keys, total, uniform
+from ..checks import check_choice, check_not_negative, check_positive, check_positive_integer
+from .derivatives.data import Loader, Selection, batches, gathered, sample_keys, unit_uniform
 from .derivatives.function import AdapterFunction
 from .derivatives.losses import LOSSES
+from .derivatives.quadratic import DRAWS, MEMORY, SampledQuadratic, smaller_form
+from .ledger_state import FILE, Deletion, LedgerState
 
-_FILE = "ledger.json"
-_VERSION = 2
+RETAIN_TOLERANCE = 0.05
+"""How far trial deletions may raise the loss of what remains, in nats per target, unless the user says otherwise."""
+
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _UNTRIED_DAMPING = 1.0
 _TRIAL_SHARE = 0.1
-
-
-@dataclass
-class Deletion:
-    """A request that was served.
-
-    Attributes:
-        time: when, in UTC.
-        samples: how many were forgotten.
-        seconds: wall time.
-        shift: length of the change of the parameters.
-    """
-
-    time: str
-    samples: int
-    seconds: float
-    shift: float
 
 
 class UnlearningLedger:
@@ -55,12 +36,13 @@ class UnlearningLedger:
     The quadratic model of the training loss at the trained weights w is a sum over samples: curvature G, gradient g. A
     request takes the terms of the forget set off and sets the weights to
 
-        `w + (A^-1 b)(all) - (A^-1 b)(remaining)`, `A = G / N + (weight_decay + ridge) I`,
-        `b = g / N + weight_decay (w - reference)`,
+        `w + (A^-1 b)(all) - (A^-1 b)(remaining)`, `A = G / N + (ridge + shift) I`,
+        `b = g / N + ridge (w - reference)`,
 
     the difference between the damped Newton steps with and without the samples: an influence function with the softmax
-    curvature. It is always taken from the trained weights, so the order of requests does not matter. It is one step of
-    `NTKUnlearner`, linearised once; retain data is what it takes to do better.
+    curvature (Koh & Liang 2017, "Understanding black-box predictions via influence functions"). It is always taken from
+    the trained weights, so the order of requests does not matter. It is one step of `GaussNewton`, linearised once;
+    retain data is what it takes to do better.
 
     The curvature is kept as its rows, a few for every sample, or as their sum of outer products `p x p`, whichever is
     smaller. Rows of forgotten samples are deleted, their outer products are subtracted.
@@ -70,41 +52,23 @@ class UnlearningLedger:
     confidential as the adapter). A request writes a new state and then replaces `ledger.json`, so that an interruption
     leaves the ledger as it was or as it is to be; `restore` brings an adapter that was not saved in time up to it.
 
-    Made by `create`, opened by the constructor.
+    `create` makes a ledger, and the constructor opens one.
 
     Args:
-        folder: where it is.
+        folder: where the ledger is.
         memory: bytes for the derivatives of a chunk of samples, and for matrices.
+        state: what the ledger holds, if it has been read already.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is no ledger, or it is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], memory: float = 4e9) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], memory: float = MEMORY, *, state: LedgerState | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.memory = memory
-        path = self.folder / _FILE
-        if not path.is_file():
-            raise ValueError(f"There is no ledger in {str(self.folder)!r}: {_FILE} is missing. `create` makes one.")
-        try:
-            self._record = json.loads(path.read_text(encoding="utf-8"))
-            version, name, expected = (self._record[key] for key in ("version", "state", "sha256"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error!r}.") from error
-        if version != _VERSION:
-            raise ValueError(f"{str(path)!r} has version {version!r}; this release of peft_ext reads {_VERSION}.")
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{str(path)!r} names the state {name!r}, which is no file name.")
-        try:
-            data = (self.folder / name).read_bytes()
-            found = hashlib.sha256(data).hexdigest()
-            if found != expected:
-                raise ValueError(f"its SHA-256 is {found}, and {expected} was written")
-            self._state = load(data)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(
-                f"The state {name!r} of the ledger in {str(self.folder)!r} is damaged: {error}."
-            ) from error
+        self._state = LedgerState.read(self.folder) if state is None else state
 
     @classmethod
     def create(
@@ -114,26 +78,33 @@ class UnlearningLedger:
         data: Loader,
         loss: str = "cross_entropy",
         damping: float | None = None,
-        retain_tolerance: float = 0.05,
-        weight_decay: float = 0.0,
+        retain_tolerance: float = RETAIN_TOLERANCE,
+        ridge: float = 0.0,
         reference: Mapping[str, torch.Tensor] | None = None,
-        draws: int | None = 3,
+        draws: int | None = DRAWS,
         parameters: str | None = None,
-        memory: float = 4e9,
+        memory: float = MEMORY,
     ) -> UnlearningLedger:
         """Reads the training data a few times and writes a ledger of the model as it is.
 
         Args:
-            folder: where to; must not hold a ledger.
+            folder: where to write it; it must not hold a ledger.
             model: fine-tuned on the data.
-            data: batches of all training samples; see `NTKUnlearner.fit`.
+            data: batches of all training samples, as `GaussNewton.fit` takes them.
+            loss: `"cross_entropy"` or `"squared_error"`: what the model was trained with.
             damping: ridge on the curvature, in units of the mean of its diagonal. No retain data will be there to
                 steer it by, so for classifiers it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 30 with
                 which trial deletions (of a random tenth, and of the most frequent class) leave the loss of what remains
                 as it should be. Nothing is deleted. For language models it is 1 by default: there a value that does no
                 damage to the rest may still forget too much. See `UnlearningLedger.damping`.
             retain_tolerance: how far a trial deletion may raise that loss, in nats per target.
-            loss, weight_decay, reference, draws, parameters, memory: as for `NTKUnlearner`.
+            ridge: half of this times the squared distance from `reference` was added to the loss in training.
+            reference: parameters before training, by name; by default those that the model has.
+            draws: the curvature is estimated from as many random vectors a sample, see `GaussNewton`; None for the
+                exact one.
+            parameters: a regular expression that the names of the parameters to change contain; by default those that
+                require gradients.
+            memory: bytes for matrices, and for the derivatives of a chunk of samples.
 
         Raises:
             ValueError: an argument holds what it cannot, there is a ledger already, or matrices of p x p for p
@@ -146,129 +117,63 @@ class UnlearningLedger:
         start = time.perf_counter()
         folder = Path(folder)
         check_choice("loss", loss, tuple(LOSSES))
-        for name, value, zero in (
-            ("damping", 1.0 if damping is None else damping, False),
-            ("retain_tolerance", retain_tolerance, True),
-            ("weight_decay", weight_decay, True),
-            ("memory", memory, False),
-        ):
-            check_number(name, value)
-            if value < 0 or (value == 0 and not zero):
-                raise ValueError(f"`{name}` must be {'at least' if zero else 'above'} 0, got {value!r}.")
-        if draws is not None:
-            check_positive_integer("draws", draws)
-        if (folder / _FILE).exists():
+        check_options(damping, retain_tolerance, draws, memory)
+        check_not_negative("ridge", ridge)
+        if (folder / FILE).exists():
             raise ValueError(f"There is a ledger in {str(folder)!r} already: open it, or choose another folder.")
         function = AdapterFunction(model, LOSSES[loss](), parameters, memory / 4)
-        keys = sample_keys(data)
-        if not keys:
+        samples = len(sample_keys(data))
+        if not samples:
             raise ValueError("The training set is empty.")
-        rows = len(keys) * function.rows_of_a_sample(data, draws)
-        needs = {
-            "rows": KernelForm.bytes_needed(rows, function.size),
-            "gram": ParameterForm.bytes_needed(function.size),
-        }
-        form = min(needs, key=lambda name: needs[name])
-        if needs[form] > memory:
+        form, need = smaller_form(function.size, samples * function.rows_of_a_sample(data, draws))
+        if need > memory:
             raise ValueError(
-                f"A ledger of {function.size:,} parameters and {len(keys):,} samples needs {needs[form] / 1e9:.3g} GB, "
-                f"and `memory` allows {memory / 1e9:.3g} GB. Raise it, or lower `draws`, or name fewer parameters with "
+                f"A ledger of {function.size:,} parameters and {samples:,} samples needs {need / 1e9:.3g} GB, and "
+                f"`memory` allows {memory / 1e9:.3g} GB. Raise it, or lower `draws`, or name fewer parameters with "
                 "`parameters`."
             )
-        weights = function.vector
-        centre = weights if reference is None else function.flatten(reference)
+        centre = None if reference is None else function.flatten(reference)
         with function.prefix.remembering():
-            loss_sum, targets, gradient = function.loss_and_gradient(data)
-            if form == "rows":
-                found = [(key, row) for part in _linearised(function, data, draws) for key, row in zip(*part)]
-                found = sorted(gathered([(key, row.cpu()) for key, row in found]), key=lambda item: item[0])
-                curvature = torch.stack([row for _, row in found])
-            else:
-                curvature = _gram(function, data, draws).cpu()
-            if not torch.isfinite(curvature).all() or not torch.isfinite(gradient).all():
-                raise ValueError("The curvature or the gradient is not finite: the adapter or the data lead to NaN.")
-            ledger = cls.__new__(cls)
-            ledger.folder, ledger.memory = folder, memory
-            ledger._state = {
-                form: curvature,
-                "gradient": gradient.cpu(),
-                "trained": weights.cpu(),
-                "reference": centre.cpu(),
-                "weights": weights.cpu(),
-                "samples": _packed(keys),
-            }
-            trace = curvature.square().sum() if form == "rows" else curvature.trace()
-            ledger._record = {
-                "version": _VERSION,
-                "fingerprint": _fingerprint(function),
-                "loss": loss,
-                "draws": draws,
-                "parameters": parameters,
-                "weight_decay": weight_decay,
-                "mean_curvature": float(trace) / function.size / targets,
-                "targets": targets,
-                "created": _now(),
-                "seconds": 0.0,
-                "requests": [],
-            }
-            ledger._set_damping(_DAMPINGS[0] if damping is None else damping)
+            quadratic, loss_sum = SampledQuadratic.of(function, data, form, centre, ridge, draws)
+            trained = quadratic.trained
+            state = LedgerState(
+                quadratic,
+                weights=trained,
+                full_step=torch.zeros_like(trained),
+                damping=0.0,
+                mean_curvature=quadratic.mean_curvature,
+                fingerprint=_fingerprint(function),
+                loss=loss,
+                parameters=parameters,
+                created=_now(),
+                seconds=0.0,
+            )
             if damping is None:
-                try:
-                    ledger._choose_damping(function, data, loss_sum, retain_tolerance)
-                finally:
-                    function.vector = weights
-        ledger._record["seconds"] = time.perf_counter() - start
-        ledger._commit(0)
-        return ledger
+                state = _least_damped(state, function, data, loss_sum, retain_tolerance)
+            else:
+                state = state.damped(damping)
+        state = replace(state, seconds=time.perf_counter() - start)
+        state.write(folder)
+        return cls(folder, memory, state=state)
 
     @property
     def damping(self) -> float:
         """Ridge on the curvature, in units of the mean of its diagonal over all training samples."""
-        return self._record["damping"]
+        return self._state.damping
 
-    def _set_damping(self, damping: float) -> None:
-        self._record |= {"damping": damping, "ridge": damping * self._record["mean_curvature"]}
-        self._state["full_step"] = self._newton_step()
-
-    def _choose_damping(self, function: AdapterFunction, data: Loader, loss_sum: float, tolerance: float) -> None:
-        """The smallest one with which trial deletions hardly raise the loss of the remaining samples, or the last."""
-        level, keys = 0, _unpacked(self._state["samples"])
-        trials = _trials(data, keys)
-        if not trials:
-            self._set_damping(_UNTRIED_DAMPING)
-        for trial in trials:
-            gone, rest = Selection(data, trial), Selection(data, trial, without=True)
-            after, gone_loss = self._without(function, gone, Counter(key for key in keys if key in trial))
-            targets = after._record["targets"]
-            most = loss_sum - gone_loss + tolerance * targets
-            while True:
-                self._set_damping(_DAMPINGS[level])
-                after._record["ridge"] = self._record["ridge"]
-                weights = self._state["trained"] + after._newton_step() - self._state["full_step"]
-                function.vector = weights.to(function.device)
-                raised = not function.loss_and_gradient(rest, most, gradient=False)[0] <= most
-                function.vector = self._state["trained"].to(function.device)
-                if not raised:
-                    break
-                if level + 1 == len(_DAMPINGS):
-                    warnings.warn(
-                        f"A trial deletion of {len(keys) - len(after)} of {len(keys)} samples raised the loss of the "
-                        f"others by more than {tolerance:g} with every damping up to {_DAMPINGS[-1]:g}: requests that "
-                        "this ledger serves may damage the model. Measure it on data that remains after a request, or "
-                        "use NTKUnlearner.",
-                        stacklevel=3,
-                    )
-                    return
-                level += 1
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that can change."""
+        return len(self._state.weights)
 
     @property
     def requests(self) -> list[Deletion]:
         """What was forgotten so far."""
-        return [Deletion(**request) for request in self._record["requests"]]
+        return list(self._state.requests)
 
     def __len__(self) -> int:
-        """Number of samples that were learned and not forgotten."""
-        return len(self._state["samples"])
+        """Returns the number of samples that were learned and not forgotten."""
+        return len(self._state.quadratic.keys)
 
     def forget(self, model: nn.Module, data: Loader) -> Deletion:
         """Serves a request: changes the model in place and writes the ledger that follows.
@@ -282,9 +187,9 @@ class UnlearningLedger:
                 sample was never learned or is forgotten already, or none would remain. Nothing has changed then.
         """
         start = time.perf_counter()
-        function = self._function(model)
-        state = self._state
-        if not torch.equal(function.vector.cpu(), self._as_stored(function, state["weights"])):
+        function, state = self._function(model), self._state
+        before = function.vector
+        if not torch.equal(before.cpu(), _as_stored(function, state.weights)):
             raise ValueError(
                 "The adapter has other weights than the ledger left it with: it was trained on, or not saved after the "
                 "last request. `restore` gives it the ledger's."
@@ -292,7 +197,7 @@ class UnlearningLedger:
         keys = sample_keys(data)
         if not keys:
             raise ValueError("The forget set is empty.")
-        unknown = Counter(keys) - Counter(_unpacked(state["samples"]))
+        unknown = Counter(keys) - Counter(state.quadratic.keys)
         if unknown:
             raise ValueError(
                 f"{unknown.total()} of {len(keys)} samples were never learned, or are forgotten already (SHA-256 of "
@@ -301,45 +206,19 @@ class UnlearningLedger:
             )
         if len(keys) == len(self):
             raise ValueError("No sample would remain: take the adapter off the model instead.")
-        before = function.vector
-        function.vector = state["trained"].to(function.device)
+        function.vector = state.quadratic.trained.to(function.device)
         try:
-            new, _ = self._without(function, data, Counter(keys))
+            remaining, _ = state.quadratic.without(function, data, Counter(keys))
         finally:
             function.vector = before
-        weights = state["trained"] + new._newton_step() - state["full_step"]
-        new._state["weights"] = weights
-        shift = float((weights - state["weights"]).norm())
+        weights = state.weights_after(remaining)
+        shift = float((weights - state.weights).norm())
         deletion = Deletion(_now(), len(keys), time.perf_counter() - start, shift)
-        new._record["requests"] = [*self._record["requests"], asdict(deletion)]
-        new._commit(len(new._record["requests"]))
-        self._state, self._record = new._state, new._record
+        after = replace(state, quadratic=remaining, weights=weights, requests=(*state.requests, deletion))
+        after.write(self.folder)
+        self._state = after
         function.vector = weights.to(function.device)
-        deletion.seconds = time.perf_counter() - start
-        return deletion
-
-    def _without(self, function: AdapterFunction, data: Loader, keys: Counter[str]) -> tuple[UnlearningLedger, float]:
-        """The ledger less some samples, its weights still these; their loss. The model has the trained weights."""
-        loss, targets, gradient = function.loss_and_gradient(data)
-        state = self._state
-        new = UnlearningLedger.__new__(UnlearningLedger)
-        new.folder, new.memory = self.folder, self.memory
-        new._record = {**self._record, "targets": self._record["targets"] - targets}
-        gone, stays, all_keys = Counter(keys), [], _unpacked(state["samples"])
-        for i, key in enumerate(all_keys):
-            gone[key] -= 1
-            if gone[key] < 0:
-                stays.append(i)
-        new._state = {
-            **state,
-            "gradient": state["gradient"] - gradient.cpu(),
-            "samples": state["samples"][stays],
-        }
-        if "rows" in state:
-            new._state["rows"] = state["rows"][stays]
-        else:
-            new._state["gram"] = state["gram"] - _gram(function, data, self._record["draws"]).cpu()
-        return new, loss
+        return replace(deletion, seconds=time.perf_counter() - start)
 
     def restore(self, model: nn.Module) -> None:
         """Gives an adapter the weights that the ledger left it with.
@@ -348,54 +227,76 @@ class UnlearningLedger:
             ValueError: the ledger belongs to another model.
         """
         function = self._function(model)
-        function.vector = self._state["weights"].to(function.device)
+        function.vector = self._state.weights.to(function.device)
 
     def _function(self, model: nn.Module) -> AdapterFunction:
-        record = self._record
-        function = AdapterFunction(model, LOSSES[record["loss"]](), record["parameters"], self.memory / 4)
+        state = self._state
+        function = AdapterFunction(model, LOSSES[state.loss](), state.parameters, self.memory / 4)
         found = _fingerprint(function)
-        if found != record["fingerprint"]:
+        if found != state.fingerprint:
             raise ValueError(
                 f"The ledger in {str(self.folder)!r} belongs to another model: its fingerprint is "
-                f"{record['fingerprint']}, that of the model is {found}. The frozen weights, or the names or shapes of "
+                f"{state.fingerprint}, that of the model is {found}. The frozen weights, or the names or shapes of "
                 "the parameters that can change, differ."
             )
         return function
 
-    @staticmethod
-    def _as_stored(function: AdapterFunction, vector: torch.Tensor) -> torch.Tensor:
-        """A vector after rounding to the parameters' dtypes."""
-        return function.flatten(function._split(vector.to(function.device))).cpu()
 
-    def _newton_step(self) -> torch.Tensor:
-        state, record = self._state, self._record
-        decay, count = record["weight_decay"], record["targets"]
-        gradient = state["gradient"] / count + decay * (state["trained"] - state["reference"])
-        form: Curvature
-        if "gram" in state:
-            form = ParameterForm(state["gram"] / count)
-        else:
-            form = KernelForm(state["rows"].double().flatten(0, 1) / math.sqrt(count))
-        return -form.solve(gradient, decay + record["ridge"])
+def check_options(damping: float | None, retain_tolerance: float, draws: int | None, memory: float) -> None:
+    """Raises a ValueError unless these are options that `UnlearningLedger.create` takes."""
+    if damping is not None:
+        check_positive("damping", damping)
+    check_not_negative("retain_tolerance", retain_tolerance)
+    if draws is not None:
+        check_positive_integer("draws", draws)
+    check_positive("memory", memory)
 
-    def _commit(self, number: int) -> None:
-        """Makes the state on disk this one: `ledger.json` is replaced last, in one step."""
-        process = PartialState()
-        if process.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            data = save({name: tensor.clone() for name, tensor in self._state.items()})
-            name = f"state-{number:06d}.safetensors"
-            self._record |= {"state": name, "sha256": hashlib.sha256(data).hexdigest()}
-            _write(self.folder / name, data)
-            _write(self.folder / _FILE, (json.dumps(self._record, indent=1) + "\n").encode())
-            for old in self.folder.glob("state-*"):
-                if old.name != name:
-                    old.unlink()
-        process.wait_for_everyone()
+
+def _least_damped(
+    state: LedgerState, function: AdapterFunction, data: Loader, loss_sum: float, tolerance: float
+) -> LedgerState:
+    """Returns the state with the smallest damping with which trial deletions hardly raise the loss of the rest.
+
+    Args:
+        state: of all training samples.
+        function: with the trained weights; it has them again afterwards.
+        data: batches of all training samples.
+        loss_sum: the sum of their losses.
+        tolerance: how far the mean loss of what remains may rise.
+    """
+    quadratic, trained = state.quadratic, state.quadratic.trained.to(function.device)
+    trials = _trials(data, quadratic.keys)
+    if not trials:
+        return state.damped(_UNTRIED_DAMPING)
+    level, state = 0, state.damped(_DAMPINGS[0])
+    for trial in trials:
+        gone, rest = Selection(data, trial), Selection(data, trial, without=True)
+        remaining, gone_loss = quadratic.without(function, gone, Counter(key for key in quadratic.keys if key in trial))
+        most = loss_sum - gone_loss + tolerance * remaining.targets
+        while True:
+            try:
+                function.vector = state.weights_after(remaining).to(function.device)
+                raised = not function.loss_and_gradient(rest, most, gradient=False)[0] <= most
+            finally:
+                function.vector = trained
+            if not raised:
+                break
+            if level + 1 == len(_DAMPINGS):
+                samples, deleted = len(quadratic.keys), len(quadratic.keys) - len(remaining.keys)
+                warnings.warn(
+                    f"A trial deletion of {deleted} of {samples} samples raised the loss of the others by more than "
+                    f"{tolerance:g} with every damping up to {_DAMPINGS[-1]:g}: requests that this ledger serves may "
+                    "damage the model. Measure it on data that remains after a request, or use GaussNewton.",
+                    stacklevel=3,
+                )
+                return state
+            level += 1
+            state = state.damped(_DAMPINGS[level])
+    return state
 
 
 def _trials(data: Loader, keys: list[str]) -> list[set[str]]:
-    """Hashes of samples of a classifier to delete on trial: a random tenth, and the most frequent class."""
+    """Returns hashes of samples of a classifier to delete on trial: a random tenth, and the most frequent class."""
     found: list[tuple[str, int]] = []
     for batch in batches(data, torch.device("cpu")):
         labels = batch.tensors["labels"]
@@ -404,7 +305,7 @@ def _trials(data: Loader, keys: list[str]) -> list[set[str]]:
     found = gathered(found)
     if not found:
         return []
-    order = sorted(set(keys), key=lambda key: float(uniform(key, "trial")))
+    order = sorted(set(keys), key=lambda key: float(unit_uniform(key, "trial")))
     classes = Counter(label for _, label in found)
     largest = min(classes, key=lambda label: (-classes[label], label))
     trials = [
@@ -414,22 +315,13 @@ def _trials(data: Loader, keys: list[str]) -> list[set[str]]:
     return [trial for trial in trials if any(key not in trial for key in keys)]
 
 
-def _linearised(function: AdapterFunction, data: Loader, draws: int | None) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Hashes of samples, and their rows in float32, chunk by chunk."""
-    for found in function.linearise(data, draws):
-        yield found.keys, found.rows.float()
-
-
-def _gram(function: AdapterFunction, data: Loader, draws: int | None) -> torch.Tensor:
-    gram = torch.zeros(function.size, function.size, dtype=torch.float64, device=function.device)
-    for found in function.linearise(data, draws):
-        rows = found.rows.flatten(0, 1)
-        gram.addmm_(rows.T, rows)
-    return total(gram)
+def _as_stored(function: AdapterFunction, vector: torch.Tensor) -> torch.Tensor:
+    """Returns a vector after rounding to the parameters' dtypes."""
+    return function.flatten(function.split(vector.to(function.device))).cpu()
 
 
 def _fingerprint(function: AdapterFunction) -> str:
-    """A SHA-256 of the frozen weights, and of names and shapes of the others."""
+    """Returns a SHA-256 of the frozen weights, and of names and shapes of the others."""
     digest = hashlib.sha256()
     for name, tensor in sorted(function.model.state_dict(keep_vars=True).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -439,24 +331,5 @@ def _fingerprint(function: AdapterFunction) -> str:
     return digest.hexdigest()
 
 
-def _packed(keys: Iterable[str]) -> torch.Tensor:
-    data = bytearray(b"".join(bytes.fromhex(key) for key in sorted(keys)))
-    return torch.frombuffer(data, dtype=torch.uint8).view(-1, 32)
-
-
-def _unpacked(samples: torch.Tensor) -> list[str]:
-    return [bytes(row).hex() for row in samples.numpy()]
-
-
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, also when the machine stops."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

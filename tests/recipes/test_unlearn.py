@@ -371,7 +371,10 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: 
         (["--methods", "salum"], ["'salum'", "did you mean 'salun'?"]),
         (["--methods", "retrain"], ["always runs"]),
         (["--methods", "{name: salun, shar: 0.3}"], ["'shar'", "share"]),
-        (["--methods", "{name: salun, share: 3}"], ["'salun share=3'", "share is 3"]),
+        (
+            ["--methods", "{name: salun, share: 3}"],
+            ["'salun share=3'", "`share` must be a number above 0", "got 3"],
+        ),
         (["--methods", "salun", "salun"], ["two are called 'salun'"]),
         (["--trainable_parameters", "bn"], ["either --adapter", "--trainable_parameters"]),
         (["--adapter", "nolo"], ["'nolo'", "nola"]),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import tiny_models
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -94,6 +98,82 @@ def batch_norm() -> nn.Module:
     return model.eval()
 
 
+def bert(kind: str, layers: int = 2, first: int = 0) -> nn.Module:
+    """A BERT for tokens, of which what comes from the `first` layer on can change."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=24, hidden_size=8, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    return changing(
+        getattr(transformers, kind)(config), rf"layer\.[{first}-9]\.output|^classifier|transform|predictions\.bias"
+    )
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=24, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    for module in list(model.modules()):
+        for name, norm in module.named_children():
+            if "LayerNorm" in type(norm).__name__:  # T5's own computes in float32
+                own = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
+                own.weight = norm.weight
+                setattr(module, name, own)
+    return changing(model, r"DenseReluDense|EncDecAttention\.[qv]")
+
+
+def changing(model: nn.Module, names: str) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(names, name) is not None)
+    return model.double().eval()
+
+
+def classified_texts(n: int, seed: int = 0):
+    """Texts with a class each."""
+    return [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(texts(n, seed))]
+
+
+def token_classes(n: int, seed: int = 0):
+    """Texts with a class for every token but some, the first among them in half of the rows."""
+    rows = texts(n, seed)
+    for i, row in enumerate(rows):
+        ids = row["input_ids"]
+        labels = (ids % 3).masked_fill((row["attention_mask"] == 0) | (ids % 5 == 0), -100)
+        labels[:1] = -100 if i % 2 else labels[1]
+        row["labels"] = labels.masked_fill(row["attention_mask"] == 0, -100)
+    return rows
+
+
+def masked_tokens(n: int, seed: int = 0):
+    """Texts of which some tokens, the first among them, are hidden and asked for."""
+    rows = texts(n, seed)
+    for row in rows:
+        hidden = (torch.arange(6) % 3 == 0) & (row["attention_mask"] == 1)
+        row["labels"] = row["input_ids"].masked_fill(~hidden, -100)
+        row["input_ids"] = row["input_ids"].masked_fill(hidden, 3)
+    return rows
+
+
+def translations(n: int, seed: int = 0):
+    """Texts of which others are asked for, the decoder's tokens being those shifted by one."""
+    rows = texts(n, seed)
+    for row, other in zip(rows, texts(n, seed + 7)):
+        labels = other["input_ids"][:4].masked_fill(other["attention_mask"][:4] == 0, -100)
+        labels[3:] = -100 if row["attention_mask"].all() else 5
+        row["labels"], row["decoder_input_ids"] = labels, F.pad(labels.clamp(min=0)[:-1], (1, 0))
+    return rows
+
+
+def whole_texts(n: int, seed: int = 0):
+    """Texts of which all tokens are targets, the first as well."""
+    rows = texts(n, seed)
+    for row in rows:
+        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+    return rows
+
+
 # name: (makes the model, makes its samples)
 PROBLEMS = {
     "ViT, NOLA and head": (classifier, images),
@@ -105,7 +185,17 @@ PROBLEMS = {
         lambda: language_model(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
         texts,
     ),
+    "GPT-2, prompt, whole texts": (
+        lambda: language_model(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+        whole_texts,
+    ),
+    "BERT, texts": (lambda: bert("BertForSequenceClassification"), classified_texts),
+    "BERT, token classes": (lambda: bert("BertForTokenClassification"), token_classes),
+    "BERT, masked tokens": (lambda: bert("BertForMaskedLM"), masked_tokens),
+    "T5": (t5, translations),
 }
+SAME_PLACE = ("BERT, token classes", "BERT, masked tokens", "T5")
+"""Problems where the output at a token belongs to the label at the same place."""
 
 
 def trained(seed: int = 0, steps: int = 60, weight_decay: float = 0.01):
@@ -138,3 +228,37 @@ def ridge_solution(rows, reference: torch.Tensor, ridge: float, scale: float = 1
 
 def matrix(model: nn.Module) -> torch.Tensor:
     return torch.cat((model.linear.weight, model.linear.bias[:, None]), 1).detach()
+
+
+def dense_curvature(model: nn.Module, rows, loss: str, same_place: bool = False) -> torch.Tensor:
+    """`sum_i J_i^T H_i J_i` sample by sample, from torch's own Jacobian and second derivative of the loss.
+
+    Args:
+        model, rows, loss: what it is about.
+        same_place: whether the outputs of tokens belong to their own labels, not to those of the next tokens.
+    """
+    parameters = trainable(model)
+    sizes = [p.numel() for p in parameters.values()]
+    total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
+    for row in rows:
+        inputs = {name: value[None] for name, value in row.items() if name != "labels"}
+        labels = row["labels"].view(-1)
+
+        def logits(vector, inputs=inputs, labels=labels):
+            parts = {n: v.view_as(p) for (n, p), v in zip(parameters.items(), vector.split(sizes))}
+            found = functional_call(model, parts, (), inputs).logits
+            found = found.view(-1, found.shape[-1])
+            # Where outputs predict the next label, the last one predicts none; those of a soft prompt come first.
+            outputs = found if same_place or len(labels) == 1 else found[:-1]
+            kept = labels[-len(outputs) :]
+            return outputs[-len(kept) :][kept != -100]
+
+        vector = torch.cat([p.flatten() for p in parameters.values()])
+        J = torch.autograd.functional.jacobian(logits, vector)
+        for place, outputs in enumerate(logits(vector)):
+            if loss == "cross_entropy":
+                H = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z[None], torch.tensor([0])), outputs)
+            else:
+                H = torch.eye(len(outputs)).double()
+            total += J[place].T @ H @ J[place]
+    return total

@@ -1,4 +1,4 @@
-"""The unlearning methods on a small network with everything that must not move: frozen weights, batch-norm, dropout."""
+"""The unlearning methods: what each promises, and what is its own."""
 
 from __future__ import annotations
 
@@ -12,108 +12,99 @@ import numpy as np
 import problems
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import llama
-from torch import nn
-from torch.utils.data import Subset
+from method_cases import (
+    CLASSES,
+    MethodCases,
+    Network,
+    RestoringCases,
+    arguments,
+    changed,
+    loaders,
+    loss,
+    padded,
+    samples,
+    text_row,
+)
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
-from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_ext import NolaConfig
 from peft_ext.training.callbacks import Ridge, trainable_state
 from peft_ext.training.trainer import EvaluationTrainer, fit
-from peft_ext.unlearning import NTKUnlearner
-from peft_ext.unlearning.methods import (
+from peft_ext.unlearning import (
     METHODS,
+    FastNTK,
+    Finetune,
+    GaussNewton,
     GradientAscent,
     Ledger,
     RandomLabels,
     Request,
     Retrain,
     SalUn,
+    UnlearningReport,
 )
-from peft_ext.unlearning.methods.relabelling import OthersTargets, WrongLabels
+from peft_ext.unlearning.derivatives.quadratic import CurvatureEstimate
+from peft_ext.unlearning.methods.base import Solution, Step
+from peft_ext.unlearning.methods.relabelling import OthersTargets, WrongLabels, count_classes, mislabelled
+from peft_ext.unlearning.methods.rows import rows_of
 from peft_ext.unlearning.methods.salun import forget_gradient, saliency_masks
 
-CLASSES = 4
+TUNING: list[dict[str, Any]] = [
+    {"epochs": 0}, {"max_steps": 0}, {"max_steps": 1.5}, {"learning_rate": -1}, {"batch_size": 0}
+]  # fmt: skip
 
 
-class Network(nn.Module):
-    """A frozen layer, batch-norm with statistics that training mode would move, dropout, a trainable layer."""
+class TestRetrain(MethodCases):
+    method, trains = Retrain, True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = nn.Linear(6, 16).requires_grad_(False)
-        self.norm = nn.BatchNorm1d(16)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        logits = self.head(self.dropout(torch.relu(self.norm(self.frozen(x)))))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+    def test_it_needs_to_know_how_the_model_was_trained(self, request_: Request) -> None:
+        for context in ({"reference": request_.initial}, {"training": request_.training}):
+            with pytest.raises(ValueError, match="needs `reference`.* and `training`"):
+                Retrain().fit(request_.model, *loaders(request_), **context)
 
 
-def samples() -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(3)
-    centres = 2 * torch.randn(CLASSES, 6, generator=generator)
-    return [{"x": centres[i % CLASSES] + torch.randn(6, generator=generator), "labels": i % CLASSES} for i in range(64)]
+class TestFinetune(MethodCases):
+    method, trains, wrong = Finetune, True, TUNING
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "num_train_epochs": 8,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.05,
-        "weight_decay": 0.1,
-        "seed": 5,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "report_to": [],
-    }
-    return TrainingArguments(output_dir=str(folder), **{**settings, **options})
+class TestGradientAscent(MethodCases):
+    method, trains = GradientAscent, True
+    wrong = [*TUNING, {"max_loss": 0}]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Request:
-    """A network that was trained on four classes, the first of which is to be forgotten."""
-    torch.manual_seed(0)
-    model, rows = Network(), samples()
-    initial = trainable_state(model)
-    forget = [i for i, row in enumerate(rows) if row["labels"] == 0]
-    retain = [i for i, row in enumerate(rows) if row["labels"] != 0]
-    training = arguments(tmp_path_factory.mktemp("run"))
-    request = Request(model, Subset(rows, retain), Subset(rows, forget), default_data_collator, training, initial)
-    fit(model, rows, default_data_collator, copy.copy(training))
-    assert loss(request, request.forget) < 0.2 and loss(request, request.retain) < 0.2
-    return request
+class TestRandomLabels(MethodCases):
+    method, trains = RandomLabels, True
+    wrong = [*TUNING, {"retain_share": 0}, {"retain_share": 1.5}]
 
 
-@pytest.fixture
-def request_(trained: Request) -> Request:
-    """A fresh copy of it."""
-    return dataclasses.replace(trained, model=copy.deepcopy(trained.model))
+class TestSalUn(MethodCases):
+    method, trains = SalUn, True
+    wrong = [*TUNING, {"retain_share": 0}, {"share": 0}, {"share": 3}]
 
 
-@torch.no_grad()
-def loss(request: Request, dataset: Any) -> float:
-    batch = request.collator([dataset[i] for i in range(len(dataset))])
-    return float(request.model.eval()(**batch).loss)
+class TestFastNTK(RestoringCases):
+    method = FastNTK
+    wrong = [{"form": "matrix_free"}, {"damping": 0}, {"memory": 0}, {"batch_size": 0}]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_only_trainable_parameters_change(name: str, request_: Request) -> None:
-    before = {key: value.clone() for key, value in request_.model.state_dict().items()}
-    settings = request_.training.to_dict()
-    method = METHODS[name]()
-    method.prepare(request_)
-    notes = method.unlearn(request_)
-    after = request_.model.state_dict()
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-    assert not request_.model.training
-    assert request_.training.to_dict() == settings
-    assert notes and all(isinstance(note, str) for note in notes)
+class TestGaussNewton(RestoringCases):
+    method = GaussNewton
+    # A model so small is certain of all it knows after a step, and has no curvature then.
+    text_options = {"max_steps": 1}
+    wrong = [
+        {"form": "dense"}, {"loss": "hinge"}, {"damping": 0}, {"max_steps": 0}, {"tolerance": -1}, {"draws": 0},
+        {"retain_tolerance": -1}, {"estimator": "guess"}, {"curvature_samples": 0}, {"memory": 0}, {"batch_size": 0},
+    ]  # fmt: skip
+
+
+class TestLedger(RestoringCases):
+    method, exact = Ledger, False
+    wrong = [{"damping": 0}, {"retain_tolerance": -1}, {"draws": 0}, {"memory": 0}, {"batch_size": 0}]
+
+
+def test_every_method_keeps_the_promises() -> None:
+    cases = [*MethodCases.__subclasses__(), *RestoringCases.__subclasses__()]
+    assert {case.method for case in cases if case is not RestoringCases} == set(METHODS.values())
 
 
 def test_retrain_is_the_training_without_the_forget_set(request_: Request) -> None:
@@ -141,8 +132,9 @@ def test_retrain_in_training_mode_is_the_plain_trainers(request_: Request) -> No
 
 def test_gradient_ascent_raises_the_loss_to_its_bound(request_: Request) -> None:
     before = loss(request_, request_.forget)
-    (note,) = GradientAscent(epochs=500, max_loss=1.0, batch_size=16).unlearn(request_)
-    assert "ended by the bound" in note
+    report = GradientAscent(epochs=500, max_loss=1.0, batch_size=16).unlearn(request_)
+    assert report.training.ended == "bound" and report.training.last_loss >= 1
+    assert "ended by the bound" in report.notes()[0]
     assert before < 1 < loss(request_, request_.forget) < 1.5
     assert loss(request_, request_.retain) < 0.5
 
@@ -204,9 +196,10 @@ def test_the_solver_gets_the_options(method: Any, request_: Request) -> None:
     settings |= {"max_steps": 1, "draws": None} if method == "gauss_newton" else {}
     request_.ridge = 0.01
     direct = copy.deepcopy(request_.model)
-    solver = NTKUnlearner(direct, method=method, reference=request_.initial, weight_decay=0.01, **settings)
-    solver.fit(request_.loader(request_.retain, 5), request_.loader(request_.forget, 5))
-    (note,) = [note for note in METHODS[method](**settings).unlearn(request_) if "kernel form" in note]
+    loaders = request_.loader(request_.retain, 5), request_.loader(request_.forget, 5)
+    METHODS[method](**settings).fit(direct, *loaders, reference=request_.initial, ridge=0.01)
+    notes = METHODS[method](**settings).unlearn(request_).notes()
+    (note,) = [note for note in notes if "kernel form" in note]
     for name, value in trainable_state(direct).items():
         torch.testing.assert_close(trainable_state(request_.model)[name], value)
     assert ("1 of 1 steps kept" in note) == (method == "gauss_newton")
@@ -227,15 +220,10 @@ def test_the_ledger_needs_the_forget_set_alone(request_: Request) -> None:
     method.prepare(request_)
     before = loss(request_, request_.forget)
     retain, request_.retain = request_.retain, Unreadable()
-    (note,) = method.unlearn(request_)
+    (note,) = method.unlearn(request_).notes()
     assert loss(request_, request_.forget) > before
     assert loss(request_, retain) < 0.5
     assert note.startswith("16 of 64 samples")
-
-
-def text_row(prompt: list[int], target: list[int]) -> dict[str, list[int]]:
-    ids = prompt + target
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + target}
 
 
 def test_prompts_get_the_targets_of_retain_samples() -> None:
@@ -249,37 +237,6 @@ def test_prompts_get_the_targets_of_retain_samples() -> None:
         assert row == text_row([5, i], target)
     with pytest.raises(ValueError, match="every retain sample has the target"):
         OthersTargets(forget[1:2], retain[-1:], np.random.default_rng(1))[0]
-
-
-def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    length = max(len(row["labels"]) for row in rows)
-    filling = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {
-        key: torch.tensor([row[key] + [value] * (length - len(row[key])) for row in rows])
-        for key, value in filling.items()
-    }
-
-
-def test_a_language_model_with_an_adapter(tmp_path: Path) -> None:
-    config = NolaConfig(r=2, num_basis=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    rows = [text_row([5, i], [20 + i, 30 + i, 2][i % 2 :]) for i in range(8)]
-    training = arguments(tmp_path, num_train_epochs=1, per_device_train_batch_size=3)
-    for name in METHODS:
-        model = get_peft_model(llama(), config)
-        initial = trainable_state(model)
-        frozen = {key: value.clone() for key, value in model.state_dict().items() if key not in initial}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1)
-        request = Request(model, Subset(rows, range(5)), Subset(rows, range(5, 8)), padded, training, initial)
-        start = trainable_state(model)
-        # A model so small is certain of all it knows after a step, and has no curvature then.
-        method: Any = METHODS[name](**({"max_steps": 1} if name == "gauss_newton" else {}))
-        method.prepare(request)
-        method.unlearn(request)
-        assert all(not torch.equal(start[key], value) for key, value in trainable_state(model).items()), name
-        assert all(torch.equal(value, model.state_dict()[key]) for key, value in frozen.items()), name
 
 
 def test_what_cannot_be_is_refused(request_: Request) -> None:
@@ -299,13 +256,13 @@ def test_what_cannot_be_is_refused(request_: Request) -> None:
         dataclasses.replace(request_, initial={**request_.initial, "head.bias": torch.zeros(5)})
     with pytest.raises(ValueError, match="no trainable parameters"):
         dataclasses.replace(request_, model=request_.model.requires_grad_(False))
-    with pytest.raises(ValueError, match="salun: share is 0"):
+    with pytest.raises(ValueError, match="`share` must be a number above 0 and at most 1, got 0"):
         SalUn(share=0)
-    with pytest.raises(ValueError, match="gradient_ascent: learning_rate is -1"):
+    with pytest.raises(ValueError, match="`learning_rate` must be above 0, got -1"):
         GradientAscent(learning_rate=-1)
 
 
-def test_a_ridge_pulls_to_the_initial_parameters():
+def test_a_ridge_pulls_to_the_initial_parameters(tmp_path: Path) -> None:
     """With plain SGD a step of the ridge alone is known: with no loss left, the distance shrinks by a fixed factor."""
     model = problems.Regression()
     reference = {name: value + 1 for name, value in trainable_state(model).items()}
@@ -316,10 +273,83 @@ def test_a_ridge_pulls_to_the_initial_parameters():
             return 0.0 * sum(p.sum() for p in model.parameters())
 
     training = TrainingArguments(
-        output_dir="unused", optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=3,
+        output_dir=str(tmp_path), optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=3,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True, max_grad_norm=1e-3,
     )  # fmt: skip
     before = trainable_state(model)
     fit(model, rows, default_data_collator, training, NoLoss, ridge=Ridge(model, reference, 0.5))
     for name, value in trainable_state(model).items():
         assert torch.allclose(value, reference[name] + (before[name] - reference[name]) * 0.95**3, atol=1e-5)
+
+
+def test_reports_hold_numbers_that_are_not_finite() -> None:
+    steps = [Step(math.inf, math.inf, 0.3, False, 0.1), Step(1.0, 0.5, 1.2, True, -math.inf)]
+    solution = Solution("kernel", CurvatureEstimate(3, 4, 2, "signs", 0.1), steps, 0.05, "gain")
+    report = UnlearningReport("gauss_newton", 7, 0.1, 2.0, (0.1, math.inf), None, solution)
+    assert UnlearningReport.from_dict(report.to_dict()) == report
+
+
+def test_without_arguments_a_training_takes_the_loaders_batches(request_: Request) -> None:
+    before = loss(request_, request_.retain)
+    report = Finetune(learning_rate=0.01).fit(
+        request_.model, request_.loader(request_.retain, 6), [*loaders(request_)[1]]
+    )
+    assert report.training.steps == 2 * 8 and report.training.learning_rate == 0.01  # 48 samples twice
+    assert loss(request_, request_.retain) < before
+    assert Finetune().fit(changed(request_).model, *loaders(request_)).training.learning_rate == 1e-3
+
+
+def test_only_what_a_loader_reads_is_trained_on() -> None:
+    rows = samples()
+    plain, shuffled = DataLoader(rows, 4), DataLoader(rows, 4, shuffle=True)  # type: ignore[arg-type]
+    for loader in (plain, shuffled):
+        assert rows_of(loader)[0][0] is rows
+    part = DataLoader(rows, 4, sampler=SubsetRandomSampler([3, 5, 9]))  # type: ignore[arg-type]
+    ((found,), collator) = rows_of(part)
+    assert sorted(row["x"].tolist() for row in found) == sorted(rows[i]["x"].tolist() for i in (3, 5, 9))
+    assert collator(found)["labels"].tolist() == [row["labels"] for row in found]
+    with_rest = DataLoader(rows, 5, drop_last=True)  # type: ignore[arg-type]
+    assert len(rows_of(with_rest)[0][0]) == 60
+
+
+def test_samples_of_batches_are_padded_again() -> None:
+    batches = [padded([text_row([5], [6, 7])]), padded([text_row([5, 6], [8, 9, 2])])]
+    ((rows,), collator) = rows_of(batches)
+    found = collator(rows)
+    expected = padded([text_row([5], [6, 7]), text_row([5, 6], [8, 9, 2])])
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    for batch in batches:
+        del batch["attention_mask"]
+    ((rows,), collator) = rows_of(batches)
+    with pytest.raises(ValueError, match="different lengths"):
+        collator(rows)
+
+
+def request_of(name: str, folder: Path) -> Request:
+    make, data = problems.PROBLEMS[name]
+    model = make()
+    training = arguments(folder, per_device_train_batch_size=2)
+    return Request(model, data(6, 1), data(5, 2), default_data_collator, training, trainable_state(model))
+
+
+@pytest.mark.parametrize("name", ["GPT-2, prompt, whole texts", "BERT, token classes", "BERT, masked tokens", "T5"])
+def test_every_target_counts_once_in_the_gradient_of_the_forget_loss(name: str, tmp_path: Path) -> None:
+    request = request_of(name, tmp_path)
+    found = forget_gradient(request)
+    batch = default_data_collator(list(request.forget))
+    targets = batch["labels"] != -100
+    (targets.sum() * request.model(**batch).loss).backward()
+    for key, parameter in request.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[key], parameter.grad, msg=key)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("GPT-2, prompt", 24), ("BERT, token classes", 3), ("T5", 24)])
+def test_classes_are_counted(name: str, classes: int, tmp_path: Path) -> None:
+    assert count_classes(request_of(name, tmp_path)) == classes
+
+
+def test_wrong_labels_for_tokens_are_refused_by_name(tmp_path: Path) -> None:
+    request = request_of("BERT, token classes", tmp_path)
+    with pytest.raises(ValueError, match="BertForTokenClassification has labels for tokens"):
+        mislabelled(request, request.rng())

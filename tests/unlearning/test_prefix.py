@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 from peft import get_peft_model
-from problems import PROBLEMS, images, loader, texts
+from problems import PROBLEMS, bert, images, loader, texts, token_classes
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -39,6 +39,7 @@ CASES = {
     "GPT-2": (gpt2, texts),
     "GPT-2, left-padded": (gpt2, left_padded),
     "Llama": (llama, texts),
+    "BERT": (lambda: bert("BertForTokenClassification", 3, 2), token_classes),
 }
 
 

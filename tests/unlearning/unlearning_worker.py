@@ -41,12 +41,12 @@ def tasks() -> dict[str, tuple[nn.Module, list[dict[str, Any]]]]:
     return {"vit": (tiny_models.vit(), pictures), "llama": (tiny_models.llama(), rows(11))}
 
 
-SOLVERS: dict[str, dict[str, Any]] = {
-    "parameter": {"form": "parameter", "draws": None, "max_steps": 2},
-    "kernel": {"form": "kernel", "draws": 2, "curvature_samples": 6, "max_steps": 2},
-    "matrix_free": {"form": "matrix_free", "max_steps": 1},
-    "fast_ntk": {"method": "fast_ntk", "form": "parameter"},
-    "fast_ntk, kernel": {"method": "fast_ntk", "form": "kernel"},
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parameter": ("gauss_newton", {"form": "parameter", "draws": None, "max_steps": 2}),
+    "kernel": ("gauss_newton", {"form": "kernel", "draws": 2, "curvature_samples": 6, "max_steps": 2}),
+    "matrix_free": ("gauss_newton", {"form": "matrix_free", "max_steps": 1}),
+    "fast_ntk": ("fast_ntk", {"form": "parameter"}),
+    "fast_ntk, kernel": ("fast_ntk", {"form": "kernel"}),
 }
 
 
@@ -57,7 +57,7 @@ def forgotten(prepare: Callable[..., Any], folder: Path) -> dict[str, torch.Tens
         prepare: what is done to a model and to loaders.
         folder: for the ledgers.
     """
-    from peft_ext.unlearning import NTKUnlearner, UnlearningLedger
+    from peft_ext.unlearning import METHODS, UnlearningLedger
 
     found = {}
 
@@ -65,14 +65,14 @@ def forgotten(prepare: Callable[..., Any], folder: Path) -> dict[str, torch.Tens
         return prepare(DataLoader(rows, batch_size=2))  # type: ignore[arg-type]
 
     rows = problems.images(16, 4)
-    for name, options in SOLVERS.items():
+    for name, (method, options) in SOLVERS.items():
         model = problems.batch_norm()
-        NTKUnlearner(prepare(model), **options).fit(loader(rows[:11]), loader(rows[11:]))
+        METHODS[method](**options).fit(prepare(model), loader(rows[:11]), loader(rows[11:]))
         found[name] = torch.cat(list(map(torch.flatten, problems.trainable(model).values())))
     for name, draws in (("rows", 1), ("gram", None)):
         model = problems.batch_norm()
         ledger = UnlearningLedger.create(folder / name, model, loader(rows), draws=draws)
-        assert name in ledger._state
+        assert ledger._state.quadratic.form == {"rows": "kernel", "gram": "parameter"}[name]
         for request in (rows[:3], rows[7:8]):
             ledger.forget(model, loader(request))
         UnlearningLedger(folder / name).restore(model)

@@ -22,11 +22,19 @@ class Curvature(ABC):
 
     @abstractmethod
     def product(self, vector: torch.Tensor) -> torch.Tensor:
-        """`G v`."""
+        """Returns `G v`."""
 
     @abstractmethod
     def solve(self, vector: torch.Tensor, shift: float) -> torch.Tensor:
-        """`(G + shift I)^-1 v` for `v` of shape `(size,)` or, except matrix-free, `(size, n)`."""
+        """Returns `(G + shift I)^-1 v`.
+
+        Args:
+            vector: v, `(size,)` or, except in matrix-free form, `(size, n)`.
+            shift: what is added to the diagonal.
+
+        Raises:
+            ValueError: the sum is not positive definite in float64.
+        """
 
 
 class ParameterForm(Curvature):

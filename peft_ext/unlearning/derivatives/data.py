@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,18 @@ from accelerate import PartialState
 from accelerate.state import GradientState
 from accelerate.utils import gather_object, reduce
 
+from ...randomness import uniform
+
 _LENGTH_MASK = "attention_mask"
 
 
 @dataclass
 class Batch:
-    """Some samples.
+    """The arguments of one call of a model, which can be cut into samples.
 
     Attributes:
-        tensors: what a model is called with that has a row for every sample.
-        options: what else it is called with.
+        tensors: arguments with a row for every sample, `(n, ...)` each, `labels` among them.
+        options: the other arguments, the same for all samples.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -36,12 +38,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.options)
 
-    def chunks(self, size: int) -> Iterator[Batch]:
-        for start in range(0, len(self), size):
-            yield self.select(slice(start, start + size))
-
     def keys(self) -> list[str]:
-        """A SHA-256 of the content of each sample, without its padding: the same in whatever batch it comes.
+        """Returns a SHA-256 of each sample's content without its padding: the same in whatever batch it comes.
 
         Padding is what `attention_mask` leaves out, in all tensors of its shape.
         """
@@ -66,16 +64,17 @@ Loader = Iterable[Mapping[str, Any] | Batch]
 
 
 def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
-    """The samples of a loader that this process has to add up.
+    """Yields the samples of a loader that this process has to add up.
 
     Accelerate fills the last batch of a prepared loader up with samples that have been seen; they are left out.
 
     Args:
-        loader: of dicts with `labels` and the other arguments of the model, each either a tensor with a row for every
-            sample or something to be passed on as it is; or of what this function gave.
+        loader: gives dicts with `labels` and the other arguments of the model, each either a tensor with a row for
+            every sample or something to be passed on as it is; or gives what this function gave.
+        device: where the samples are wanted.
 
     Raises:
-        ValueError: a batch that is no dict, or has no `labels`.
+        ValueError: a batch is no dict, or has no `labels`.
     """
     gradient_state = GradientState()
     for values in loader:
@@ -103,13 +102,28 @@ def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
 
 
 @dataclass
-class Selection:
-    """The samples of a loader whose hashes are among some, or are not.
+class Chain:
+    """A loader that reads several loaders, one after the other.
 
     Attributes:
-        loader: see `batches`.
+        loaders: what `batches` takes, each.
+    """
+
+    loaders: Sequence[Loader]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any] | Batch]:
+        for loader in self.loaders:
+            yield from loader
+
+
+@dataclass
+class Selection:
+    """A loader of those samples of another loader whose hashes are among some, or are not.
+
+    Attributes:
+        loader: what `batches` takes.
         keys: the hashes.
-        without: whether the others are meant.
+        without: whether the samples with other hashes are meant.
     """
 
     loader: Loader
@@ -124,27 +138,52 @@ class Selection:
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, in each of them."""
+    """Returns the sum of a tensor over all processes, in each of them."""
     return reduce(tensor, "sum") if PartialState().num_processes > 1 else tensor
 
 
 def gathered(values: list[Any]) -> list[Any]:
-    """The items of all processes, in each of them."""
+    """Returns the items of all processes, in each of them."""
     return gather_object(values) if PartialState().num_processes > 1 else values
 
 
 def sample_keys(loader: Loader) -> list[str]:
-    """The hashes of all samples of a loader, over all processes; see `Batch.keys`."""
+    """Returns the hashes of all samples of a loader, over all processes; see `Batch.keys`."""
     return gathered([key for batch in batches(loader, torch.device("cpu")) for key in batch.keys()])
 
 
-def uniform(key: str, *purpose: str | int, shape: tuple[int, ...] = ()) -> torch.Tensor:
-    """Random numbers in [0, 1) that depend on a sample and a purpose alone: float64 of a shape.
+def check_sets(retain: Loader, forget: Loader) -> tuple[int, int]:
+    """Returns the numbers of samples to retain and to forget, over all processes.
+
+    Raises:
+        ValueError: one of the sets is empty, or they share a sample.
+    """
+    retained, forgotten = sample_keys(retain), sample_keys(forget)
+    for name, keys in (("retain", retained), ("forget", forgotten)):
+        if not keys:
+            raise ValueError(f"The {name} set is empty.")
+    both = set(retained) & set(forgotten)
+    if both:
+        raise ValueError(
+            f"The retain and the forget set overlap: {len(both)} samples are in both. Take what is to be forgotten out "
+            "of the retain set (two samples of the same content count as one)."
+        )
+    return len(retained), len(forgotten)
+
+
+def unit_uniform(key: str, *purpose: str | int, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """Returns random numbers in [0, 1) that depend on a sample and a purpose alone.
 
     Whatever the order of the samples and the number of processes, every sample has the same ones.
-    """
-    from ... import randomness
 
+    Args:
+        key: hash of the sample.
+        purpose: what the numbers are for.
+        shape: how many there are.
+
+    Returns:
+        A float64 tensor of that shape.
+    """
     seed = int.from_bytes(hashlib.sha256(f"{key} {purpose}".encode()).digest()[:8], "big")
-    numbers = randomness.uniform(seed, ("unlearning",), torch.Size(shape).numel())
+    numbers = uniform(seed, ("unlearning",), torch.Size(shape).numel())
     return ((numbers.double() + 1) / 2).view(shape)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +17,19 @@ from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...targets import IGNORED, Alignment
-from .data import Batch, Loader, batches, total, uniform
+from .data import Batch, Loader, batches, total, unit_uniform
 from .losses import Loss
-from .prefix import FEATURES, FrozenPrefix
+from .prefix import FrozenPrefix
 
 
 @dataclass
 class Linearised:
-    """Some samples.
+    """What `AdapterFunction.linearise` finds for n samples of some places with c outputs each.
 
     Attributes:
         rows: probes of the loss times the Jacobian, `(n, probes, size)` in float64.
-        outputs: `(n, places, c)`.
-        targets: `(n, places)`.
+        outputs: of the model, `(n, places, c)`.
+        targets: `(n, places)`, -100 where there is none.
         keys: hashes of the samples.
     """
 
@@ -49,12 +50,12 @@ class AdapterFunction:
     Sums are in float64.
 
     Args:
-        model: any, also one that Accelerate has prepared.
-        loss: of its outputs.
-        estimator: how random probes are made, `"signs"` or `"labels"`; see `Loss`.
+        model: any model that `Alignment` knows, also one that Accelerate has prepared.
+        loss: loss of its outputs.
         parameters: a regular expression that the names of the parameters contain; by default those that require
             gradients.
         memory: bytes that the derivatives of a chunk of samples may take, and as many again for what `prefix` keeps.
+        estimator: how random probes are made, `"signs"` or `"labels"`; see `Loss`.
 
     Attributes:
         prefix: the part of the model below the first of the parameters. Whoever passes over the same samples more than
@@ -116,14 +117,14 @@ class AdapterFunction:
     @vector.setter
     @torch.no_grad()
     def vector(self, value: torch.Tensor) -> None:
-        for name, part in self._split(value).items():
+        for name, part in self.split(value).items():
             self.parameters[name].copy_(part)
 
     def flatten(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Tensors by the names of the parameters, as one vector.
+        """Returns tensors by the names of the parameters as one vector, `(size,)` in float64.
 
         Raises:
-            ValueError: one is missing or has another shape.
+            ValueError: a tensor is missing or has another shape.
         """
         for name, parameter in self.parameters.items():
             if name not in tensors or tensors[name].shape != parameter.shape:
@@ -131,7 +132,8 @@ class AdapterFunction:
                 raise ValueError(f"There must be a tensor {name!r} of shape {tuple(parameter.shape)}, got {got}.")
         return torch.cat([tensors[name].detach().double().flatten().to(self.device) for name in self.parameters])
 
-    def _split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+    def split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns a vector as tensors by the names of the parameters, with their shapes, dtypes and devices."""
         parts = vector.split([parameter.numel() for parameter in self.parameters.values()])
         return {
             name: part.view(parameter.shape).to(parameter)
@@ -140,7 +142,7 @@ class AdapterFunction:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Eval mode, and gradients for the parameters alone; undone afterwards."""
+        """Puts the model in eval mode, with gradients for the parameters alone, and back afterwards."""
         training = [module for module in self.model.modules() if module.training]
         required = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         chosen = set(self.parameters.values())
@@ -158,24 +160,28 @@ class AdapterFunction:
     def _call(
         self, batch: Batch, parameters: dict[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs and targets, with other values of the parameters if there are any."""
-        arguments, labels = self.alignment.split({**batch.tensors, **batch.options})
-        with self.prefix.passed_over(arguments.pop(FEATURES, None)):
+        """Returns outputs `(n, places, c)` and targets `(n, places)`, with other values of the parameters if given."""
+
+        def forward(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            arguments, labels = self.alignment.split({**batch.tensors, **batch.options})
             if parameters is None:
                 found = self.model(**arguments)
             else:
                 found = functional_call(self.model, parameters, (), arguments)
-        return self.alignment.pair(found, labels)
+            return self.alignment.pair(found, labels)
+
+        return self.prefix.call(batch, forward)
 
     def loss_and_gradient(
         self, loader: Loader, limit: float = math.inf, gradient: bool = True
     ) -> tuple[float, int, torch.Tensor]:
-        """Of all samples of a loader: the sum of the losses, the number of targets, the gradient of the sum.
+        """Returns the sum of the losses of all samples, the number of targets, and the gradient of the sum `(size,)`.
 
         Args:
-            gradient: False to leave the gradient at zero and save the backward passes.
+            loader: what `batches` takes.
             limit: once the losses, which are never negative, add up to more, the rest is not computed. The sum is then
                 above the limit and the gradient is of no use.
+            gradient: whether the gradient is wanted; otherwise it is zero and backward passes are saved.
 
         Raises:
             ValueError: there is no target.
@@ -185,9 +191,7 @@ class AdapterFunction:
             for batch in batches(loader, self.device):
                 if not sums[0] <= limit:
                     continue  # to the end of the loader: Accelerate's would be left in the middle of an epoch
-                batch = self.prefix.recall(batch)
-                with self.prefix.kept(batch):
-                    outputs, targets = self._call(batch)
+                outputs, targets = self.prefix.call(batch, self._call, remember=True)
                 loss = self.loss.values(outputs, targets).sum()
                 sums[0] += loss.detach()
                 sums[1] += (targets != IGNORED).sum()
@@ -204,34 +208,46 @@ class AdapterFunction:
         return torch.cat([(torch.zeros_like(p) if part is None else part).double().flatten() for part, p in pairs])
 
     def linearise(self, loader: Loader, draws: int | None, share: float = 1.0) -> Iterator[Linearised]:
-        """Probes of the loss times the Jacobian of the outputs, for the samples of this process, chunk by chunk.
+        """Yields probes of the loss times the Jacobian of the outputs, for this process's samples, chunk by chunk.
 
         The outer products of all rows add up to the generalised Gauss-Newton matrix `sum_i J_i^T H_i J_i`, exactly or
         in expectation. By forward-mode differentiation where there are fewer parameters than probes, otherwise by
         reverse mode.
 
         Args:
-            draws: random probes for every sample, which depend on its content alone; all probes if `None`.
-            share: of the samples, chosen by their content.
+            loader: what `batches` takes.
+            draws: random probes for every sample, which depend on its content alone; all probes if None.
+            share: share of the samples that is used, chosen by their content.
         """
         with self.evaluation():
-            for batch in batches(loader, self.device):
-                keys = batch.keys()
-                if share < 1:
-                    chosen = [i for i, key in enumerate(keys) if float(uniform(key, "subset")) < share]
-                    batch, keys = batch.select(chosen), [keys[i] for i in chosen]
-                if keys:
-                    yield from self._linearise(self.prefix.recall(batch), keys, draws)
+            for batch, keys in self._chosen(loader, share):
+                # What a forward pass keeps, as much again for every vector on the way back, and rows in two precisions.
+                places, classes, kept = self.prefix.call(batch, self._measure)
+                probes = self._at_most(draws, places * classes) or places * classes
+                need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 16 * places * classes)
+                chunk = max(1, int(self.memory / need))
+                for start in range(0, len(batch), chunk):
+                    part, part_keys = batch.select(slice(start, start + chunk)), keys[start : start + chunk]
+                    rows, outputs = self.prefix.call(part, partial(self._rows, keys=part_keys, draws=draws))
+                    targets = self.alignment.targets(part.tensors["labels"], outputs.shape[1])
+                    yield Linearised(rows, outputs, targets, part_keys)
 
-    def _linearise(self, batch: Batch, keys: list[str], draws: int | None) -> Iterator[Linearised]:
+    def _chosen(self, loader: Loader, share: float) -> Iterator[tuple[Batch, list[str]]]:
+        """Yields the samples of a share of a loader, and their hashes."""
+        for batch in batches(loader, self.device):
+            keys = batch.keys()
+            if share < 1:
+                chosen = [i for i, key in enumerate(keys) if float(unit_uniform(key, "subset")) < share]
+                batch, keys = batch.select(chosen), [keys[i] for i in chosen]
+            if keys:
+                yield batch, keys
+
+    def _rows(self, batch: Batch, keys: list[str], draws: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows `(n, probes, size)` and the outputs `(n, places, c)` of a few samples."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        places, classes, kept = self._measure(batch)
+        places, classes, _ = self._measure(batch)
         draws = self._at_most(draws, places * classes)
-        probes = draws or places * classes
-        forward_mode = self.size < probes
-        # What a forward pass keeps, as much again for every vector on the way back, and rows in two precisions.
-        need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 16 * places * classes)
-        chunk = max(1, int(self.memory / need))
+        forward_mode = self.size < (draws or places * classes)
 
         def one(sample: dict[str, torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             function = self._one(sample, batch.options)
@@ -252,26 +268,22 @@ class AdapterFunction:
             (found,) = vmap(pull_back)(probe(outputs))
             return torch.cat([part.flatten(1) for part in found.values()], 1).double(), outputs
 
-        for start in range(0, len(batch), chunk):
-            part = batch.select(slice(start, start + chunk))
-            part_keys = keys[start : start + chunk]
-            shape = (places, classes) if self.estimator == "signs" else (draws or 0, places, 1)
-            u = torch.stack([uniform(key, self.estimator, shape=shape) for key in part_keys])
-            tensors = dict(part.tensors)
-            mask = tensors.get("attention_mask")
-            if mask is not None and part.tensors["labels"].dim() == 2 and (mask[:, 1:] <= mask[:, :-1]).all():
-                del tensors["attention_mask"]  # no token of a causal model sees the padding behind it
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know neither vmap nor forward mode
-                if "attention_mask" in tensors:
-                    # transformers looks at the values of a mask, which vmap does not allow.
-                    singles = [one({name: tensor[i] for name, tensor in tensors.items()}, u[i]) for i in range(len(u))]
-                    rows, outputs = (torch.stack(found) for found in zip(*singles))
-                else:
-                    rows, outputs = vmap(one)(tensors, u.to(self.device))
-            yield Linearised(rows, outputs, self.alignment.targets(part.tensors["labels"], places), part_keys)
+        shape = (places, classes) if self.estimator == "signs" else (draws or 0, places, 1)
+        u = torch.stack([unit_uniform(key, self.estimator, shape=shape) for key in keys])
+        tensors = dict(batch.tensors)
+        mask = tensors.get("attention_mask")
+        if self.alignment.kind == "next token" and mask is not None and (mask[:, 1:] <= mask[:, :-1]).all():
+            del tensors["attention_mask"]  # no token of a causal model sees the padding behind it
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know neither vmap nor forward mode
+            if any(name.endswith("attention_mask") for name in tensors):
+                # transformers looks at the values of a mask, which vmap does not allow.
+                singles = [one({name: tensor[i] for name, tensor in tensors.items()}, u[i]) for i in range(len(u))]
+                rows, outputs = (torch.stack(found) for found in zip(*singles))
+                return rows, outputs
+            return vmap(one)(tensors, u.to(self.device))
 
     def _one(self, sample: dict[str, torch.Tensor], options: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
-        """The outputs `(places, c)` of one sample as a function of the parameters by name."""
+        """Returns the outputs `(places, c)` of one sample as a function of the parameters by name."""
 
         def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
             batch = Batch({name: tensor[None] for name, tensor in sample.items()}, options)
@@ -280,19 +292,19 @@ class AdapterFunction:
         return call
 
     def rows_of_a_sample(self, loader: Loader, draws: int | None) -> int:
-        """How many rows `linearise` gives for the first sample."""
+        """Returns how many rows `linearise` gives for the first sample."""
         with self.evaluation():
             for batch in batches(loader, self.device):
-                places, classes, _ = self._measure(batch)
+                places, classes, _ = self.prefix.call(batch, self._measure)
                 return self._at_most(draws, places * classes) or places * classes
         return 0
 
     def _at_most(self, draws: int | None, outputs: int) -> int | None:
-        """As many groups as there are vectors are the vectors themselves, all probes."""
+        """Returns None, for all probes, where as many groups are drawn as there are vectors: they are the vectors."""
         return None if draws is not None and self.estimator == "signs" and draws >= outputs else draws
 
     def _measure(self, batch: Batch) -> tuple[int, int, int]:
-        """Of one sample: places, outputs at each, and bytes that a forward pass keeps for the way back."""
+        """Returns a sample's number of places, of outputs at each, and the bytes that a forward pass keeps."""
         shapes = tuple(tensor.shape[1:] for tensor in batch.tensors.values())
         if shapes not in self._measured:
             kept = 0
@@ -310,31 +322,30 @@ class AdapterFunction:
     def curvature_product(
         self, loader: Loader, weights: torch.Tensor, vector: torch.Tensor, share: float = 1.0
     ) -> torch.Tensor:
-        """`sum_i J_i^T H_i J_i v`, exactly, over the samples of all processes: one forward-mode and one reverse pass.
+        """Returns `sum_i J_i^T H_i J_i v`, exactly, over the samples of all processes.
+
+        One forward-mode and one reverse pass a batch give it.
 
         Args:
-            weights: of the parameters, where the outputs are linearised: `(size,)`.
-            vector: `(size,)`.
-            share: of the samples, chosen by their content.
+            loader: what `batches` takes.
+            weights: parameters at which the outputs are linearised, `(size,)`.
+            vector: v, `(size,)`.
+            share: share of the samples that is used, chosen by their content.
         """
-        parameters = self._split(weights)
-        tangents = self._split(vector)
+        parameters, tangents = self.split(weights), self.split(vector)
+
+        def product(batch: Batch) -> torch.Tensor:
+            def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+                return self._call(batch, parameters)[0]
+
+            _, tangent = jvp(call, (parameters,), (tangents,))  # type: ignore[misc]
+            outputs, pull_back = vjp(call, parameters)  # type: ignore[misc]
+            present = (self.alignment.targets(batch.tensors["labels"], outputs.shape[1]) != IGNORED)[..., None]
+            (found,) = pull_back(self.loss.hessian_product(outputs, tangent) * present)
+            return torch.cat([found[name].double().flatten() for name in self.parameters])
+
         result = torch.zeros_like(vector)
         with self.evaluation(), sdpa_kernel(SDPBackend.MATH):
-            for batch in batches(loader, self.device):
-                if share < 1:
-                    keys = batch.keys()
-                    batch = batch.select([i for i, key in enumerate(keys) if float(uniform(key, "subset")) < share])
-                if not len(batch):
-                    continue
-                batch = self.prefix.recall(batch)
-
-                def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-                    return self._call(batch, parameters)[0]  # noqa: B023
-
-                _, tangent = jvp(call, (parameters,), (tangents,))  # type: ignore[misc]
-                outputs, pull_back = vjp(call, parameters)  # type: ignore[misc]
-                present = (self.alignment.targets(batch.tensors["labels"], outputs.shape[1]) != IGNORED)[..., None]
-                (found,) = pull_back(self.loss.hessian_product(outputs, tangent) * present)
-                result += torch.cat([found[name].double().flatten() for name in self.parameters])
+            for batch, _ in self._chosen(loader, share):
+                result += self.prefix.call(batch, product)
         return total(result)

@@ -18,26 +18,51 @@ class Loss(ABC):
 
     @abstractmethod
     def values(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The losses of samples, summed over their places: `(n,)` of `(n, places, c)` and `(n, places)`."""
+        """Returns the losses of samples, summed over their places.
+
+        Args:
+            outputs: `(n, places, c)`.
+            targets: `(n, places)`, -100 where there is none.
+
+        Returns:
+            Shape `(n,)`.
+        """
 
     @abstractmethod
     def hessian_product(self, outputs: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
-        """The second derivative in the outputs times a tangent, place by place; both `(n, places, c)`."""
+        """Returns the second derivative in the outputs times a tangent, place by place.
+
+        Args:
+            outputs, tangent: `(n, places, c)`, as is the result.
+        """
 
     @abstractmethod
     def label_weights(self, outputs: torch.Tensor) -> torch.Tensor:
-        """How often a label counts: the vector of label y is `sqrt(w_y)` times its direction. Both `(places, c)`."""
+        """Returns how often each label counts: the vector of label y is `sqrt(w_y)` times its direction.
+
+        Args:
+            outputs: `(places, c)`, as is the result.
+        """
 
     @abstractmethod
     def directions(self, outputs: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
-        """The directions of all labels added up in some amounts: both `(places, m, c)`, for outputs `(places, c)`."""
+        """Returns m sums of the directions of all labels at every place.
+
+        Args:
+            outputs: `(places, c)`.
+            amounts: how much of each direction is in each sum, `(places, m, c)`, as is the result.
+        """
 
     @abstractmethod
     def squared_lengths(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Of the vectors: `(places, c)`."""
+        """Returns the squared lengths of the vectors of all labels.
+
+        Args:
+            outputs: `(places, c)`, as is the result.
+        """
 
     def exact_probes(self, outputs: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """The vectors of one sample.
+        """Returns the vectors of one sample, each at its place and zero at the others.
 
         Args:
             outputs: `(places, c)`.
@@ -51,14 +76,14 @@ class Loss(ABC):
         return _spread(self.directions(outputs, amounts) * present[:, None, None])
 
     def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor, draws: int) -> torch.Tensor:
-        """The vectors in groups, added up with random signs: the outer products are right in expectation.
+        """Returns the vectors in groups, added up with random signs: the outer products are right in expectation.
 
         What errs are products of two vectors of a group. So a classifier's longest vectors, one place, have a group of
         their own and the rest shares one; the places of a language model are dealt out to the groups.
 
         Args:
             outputs: `(places, c)`.
-            present: `(places,)`.
+            present: `(places,)`, 1 where there is a target and 0 elsewhere.
             u: uniform random numbers in [0, 1), `(places, c)`.
             draws: number of groups.
 
@@ -78,11 +103,11 @@ class Loss(ABC):
 
     @abstractmethod
     def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """One of the vectors a place, drawn by its weight: likewise.
+        """Returns one vector a place, drawn by the weight of its label: the outer products are right in expectation.
 
         Args:
             outputs: `(places, c)`.
-            present: `(places,)`.
+            present: `(places,)`, 1 where there is a target and 0 elsewhere.
             u: uniform random numbers in [0, 1), `(draws, places, 1)`.
 
         Returns:
@@ -142,7 +167,7 @@ class SquaredError(Loss):
         return torch.ones_like(outputs)
 
     def label_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        # One class a place, with a random sign.
+        # A place gets one class, with a random sign.
         c = outputs.shape[-1]
         drawn = (u[..., 0] * 2 * c).long().clamp(max=2 * c - 1)
         sign = 1 - 2 * (drawn >= c).to(outputs)
@@ -150,7 +175,7 @@ class SquaredError(Loss):
 
 
 def _spread(one_place: torch.Tensor) -> torch.Tensor:
-    """`(places, m, c)` vectors, each at one place, as `(places * m, places, c)` vectors of all places."""
+    """Returns `(places, m, c)` vectors, each at one place, as `(places * m, places, c)` vectors of all places."""
     places, m, c = one_place.shape
     where = torch.eye(places).to(one_place)
     return (where[:, None, :, None] * one_place[:, :, None, :]).reshape(places * m, places, c)

@@ -1,18 +1,19 @@
-"""The part of a network that nothing can change, computed once a sample."""
+"""The part of a network that nothing can change is computed once a sample."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .data import Batch
 
-FEATURES = "features of the frozen prefix"  # among the tensors of a batch; no argument of any model
+_FEATURES = "features of the frozen prefix"  # among the tensors of a batch; no argument of any model
+_Found = TypeVar("_Found")
 
 
 class FrozenPrefix:
@@ -25,7 +26,7 @@ class FrozenPrefix:
 
     Args:
         model: in eval mode, with gradients for what can change alone, whenever this is used.
-        outputs: of the model, which it computes within `passed_over`.
+        outputs: gives the model's outputs for a batch, by way of `call`.
         memory: bytes that may be kept.
     """
 
@@ -35,10 +36,11 @@ class FrozenPrefix:
         self.memory = memory
         self.blocks: list[nn.Module] | None = []  # None: not looked for yet
         self._kept: dict[bytes, torch.Tensor] = {}
+        self._inside = False  # a call
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Within, what the blocks give is kept. What is frozen must not change meanwhile."""
+        """Keeps what the blocks give until the end of the context. What is frozen must not change meanwhile."""
         self.blocks = None
         try:
             yield
@@ -72,7 +74,7 @@ class FrozenPrefix:
                 hook.remove()
 
         def frozen(blocks: list[nn.Module]) -> list[nn.Module]:
-            """Those that can be passed over, and the one behind them."""
+            """Returns those that can be passed over, and the one behind them."""
             if [block for block in order if block in set(blocks)] != blocks:
                 return []  # not one after the other, or one twice
             found = []
@@ -94,10 +96,36 @@ class FrozenPrefix:
                 return self.blocks
         return []
 
-    def recall(self, batch: Batch) -> Batch:
-        """The batch, with what the blocks give for its samples if that is known."""
-        if not _is_plain(batch):
-            return batch
+    def call(self, batch: Batch, function: Callable[[Batch], _Found], remember: bool = False) -> _Found:
+        """Calls a function of a batch, with what the blocks give for its samples where that is known.
+
+        Calls nest. The outer one looks the samples up, and its function may compute anything: it may take parts of the
+        batch that it gets or map over its tensors. Forward passes of the model are inner ones: they pass over the
+        blocks if the batch holds what these give.
+
+        Args:
+            batch: the samples.
+            function: what is wanted of them. The batch that it gets in an outer call may have one more tensor.
+            remember: whether to keep what the blocks give in a forward pass of the whole batch.
+        """
+        features = batch.tensors.get(_FEATURES)
+        if features is not None:
+            rest = {name: tensor for name, tensor in batch.tensors.items() if name != _FEATURES}
+            with self._passed_over(features):
+                return function(Batch(rest, batch.options))
+        if self._inside or not _is_plain(batch):
+            return function(batch)
+        self._inside = True
+        try:
+            batch = self._completed(batch)
+            keep = remember and self.blocks and _FEATURES not in batch.tensors
+            with self._keeping(batch) if keep else nullcontext():
+                return function(batch)
+        finally:
+            self._inside = False
+
+    def _completed(self, batch: Batch) -> Batch:
+        """Returns the batch, with what the blocks give for its samples if that is known."""
         if self.blocks is None:
             self.blocks = self._find(batch.select(slice(0, 1)))
         if not self._kept:
@@ -107,9 +135,9 @@ class FrozenPrefix:
         return batch if len(known) < len(found) else _with(batch, torch.stack(known))
 
     @contextmanager
-    def passed_over(self, features: torch.Tensor | None) -> Iterator[None]:
-        """Forward passes take what the blocks give from `features`, unless `None`."""
-        skipped = [] if features is None or not self.blocks else self.blocks[:-1]
+    def _passed_over(self, features: torch.Tensor) -> Iterator[None]:
+        """Makes forward passes take what the blocks give from `features`."""
+        skipped = (self.blocks or [])[:-1]
         before = [block.__dict__.get("forward") for block in skipped]
         for block in skipped:
             block.forward = lambda *args, **kwargs: features  # type: ignore[method-assign]
@@ -122,11 +150,9 @@ class FrozenPrefix:
                     block.forward = forward  # type: ignore[method-assign]
 
     @contextmanager
-    def kept(self, batch: Batch) -> Iterator[None]:
-        """A forward pass of a batch keeps what the blocks give for its samples."""
-        if not self.blocks or not _is_plain(batch) or FEATURES in batch.tensors:
-            yield
-            return
+    def _keeping(self, batch: Batch) -> Iterator[None]:
+        """Makes a forward pass of a batch keep what the blocks give for its samples."""
+        assert self.blocks
 
         def keep(block: nn.Module, args: tuple[Any, ...]) -> None:
             for key, features in zip(_keys(batch), args[0].detach()):
@@ -141,7 +167,7 @@ class FrozenPrefix:
 
 
 def _with(batch: Batch, features: torch.Tensor) -> Batch:
-    return Batch({**batch.tensors, FEATURES: features}, batch.options)
+    return Batch({**batch.tensors, _FEATURES: features}, batch.options)
 
 
 def _is_plain(batch: Batch) -> bool:
@@ -149,7 +175,7 @@ def _is_plain(batch: Batch) -> bool:
 
 
 def _keys(batch: Batch) -> list[bytes]:
-    """Hashes of the samples, padding, options and all: what a block gives has a row for every token."""
+    """Returns hashes of the samples, padding, options and all: what a block gives has a row for every token."""
     options = repr(sorted(batch.options.items())).encode()
     digests = [hashlib.sha256(options) for _ in range(len(batch))]
     for name, tensor in sorted(batch.tensors.items()):

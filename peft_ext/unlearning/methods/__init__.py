@@ -1,8 +1,9 @@
 """Unlearning methods with one interface: what a report compares."""
 
-from .base import Request, UnlearningMethod
+from .base import Request, Solution, Step, UnlearningMethod, UnlearningReport
+from .fast_ntk import FastNTK
 from .finetune import Finetune
-from .gauss_newton import FastNTK, GaussNewton
+from .gauss_newton import GaussNewton
 from .gradient_ascent import GradientAscent
 from .ledger import Ledger
 from .random_labels import RandomLabels
@@ -23,5 +24,8 @@ __all__ = [
     "Request",
     "Retrain",
     "SalUn",
+    "Solution",
+    "Step",
     "UnlearningMethod",
+    "UnlearningReport",
 ]

@@ -1,20 +1,25 @@
-"""What every unlearning method gets and gives."""
+"""What every unlearning method gets, does and reports."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer, TrainingArguments
 
+from ...checks import check_not_negative
 from ...training.callbacks import Ridge, trainable_parameters
 from ...training.trainer import EvaluationTrainer, fit
+from ..derivatives.data import Loader
+from ..derivatives.quadratic import CurvatureEstimate
 
 
 @dataclass
@@ -22,20 +27,20 @@ class Request:
     """What is to be forgotten, from what.
 
     Attributes:
-        model: Fine-tuned on retain and forget set together; changed in place.
-        retain: The samples that stay. Map-style, with rows as the collator takes them.
-        forget: The samples that go, of the same kind.
-        collator: Makes a batch of rows, a mapping that the model is called with and that holds `labels`.
-        training: As the model was trained: learning rate, batch size, epochs, seed...
-        initial: The trainable parameters before that training, by name; `trainable_state` copies them. If the training
+        model: fine-tuned on retain and forget set together; changed in place.
+        retain: the samples that stay. Map-style, with rows as the collator takes them.
+        forget: the samples that go, of the same kind.
+        collator: makes a batch of rows, a mapping that the model is called with and that holds `labels`.
+        training: the arguments that the model was trained with: learning rate, batch size, epochs, seed...
+        initial: the trainable parameters before that training, by name; `trainable_state` copies them. If the training
             moved buffers (batch-norm statistics), those too.
-        ridge: Half of this times the squared distance from the initial parameters was added to the loss. Methods that
+        ridge: half of this times the squared distance from the initial parameters was added to the loss. Methods that
             go on training add it too.
-        eval_mode: Whether that training ran in evaluation mode, without dropout and with batch-norm statistics kept, as
+        eval_mode: whether that training ran in evaluation mode, without dropout and with batch-norm statistics kept, as
             `fit` does. Only `Retrain` asks: what the other methods do always runs in evaluation mode.
 
     Raises:
-        ValueError: The model has nothing to train, a set is empty, the sets share samples, or `initial` does not fit.
+        ValueError: the model has nothing to train, a set is empty, the sets share samples, or `initial` does not fit.
     """
 
     model: nn.Module
@@ -43,11 +48,12 @@ class Request:
     forget: Dataset
     collator: Callable[[list[Any]], Mapping[str, Any]]
     training: TrainingArguments
-    initial: dict[str, torch.Tensor]
+    initial: Mapping[str, torch.Tensor]
     ridge: float = 0.0
     eval_mode: bool = True
 
     def __post_init__(self) -> None:
+        check_not_negative("ridge", self.ridge)
         parameters = trainable_parameters(self.model)
         if not parameters:
             raise ValueError("the model has no trainable parameters: none has requires_grad=True")
@@ -79,49 +85,214 @@ class Request:
         trainer_class: Callable[..., Trainer] = EvaluationTrainer,
         **options: Any,
     ) -> Trainer:
-        """Train the model on some rows, pulled to its initial parameters; see `fit`."""
+        """Trains the model on some rows, pulled to its initial parameters; see `peft_ext.training.trainer.fit`."""
         ridge = Ridge(self.model, self.initial, self.ridge)
         return fit(self.model, dataset, self.collator, training, trainer_class, ridge, **options)
 
     def loader(self, dataset: Dataset, batch_size: int | None = None) -> DataLoader:
-        """The rows of a set in order, in batches of a size; by default the training's."""
+        """Returns a loader of the rows of a set in order, in batches of a size, by default that of the training."""
         return DataLoader(dataset, batch_size or self.training.train_batch_size, collate_fn=self.collator)
 
+    def shared_loader(self, dataset: Dataset, batch_size: int | None = None) -> Any:
+        """Returns a loader as `loader` does, of which each process reads its share."""
+        return Accelerator().prepare_data_loader(self.loader(dataset, batch_size))
+
     def rng(self) -> np.random.Generator:
-        """For what a method draws beside the training: the training's seed decides it."""
+        """Returns random numbers for what a method draws beside the training: the training's seed decides them."""
         return np.random.default_rng(self.training.seed)
 
     @torch.no_grad()
     def restore_initial(self) -> None:
-        """Put the model back to what it was before the training."""
+        """Puts the model back to what it was before the training."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in self.initial.items():
             # Not through `.data`: the adapters notice a change by the parameter's version.
             tensors[name].copy_(value)
 
 
+@dataclass
+class Step:
+    """A step of a solver that was tried.
+
+    Attributes:
+        objective: objective after the step. For a rejected step a lower bound: evaluation stops as soon as the step is
+            known to be too bad.
+        retain_loss: retain loss after the step, mean over targets, in nats; a lower bound for a rejected step as well.
+        damping: what was added to the diagonal of the curvature, in units of its mean.
+        accepted: whether the step was kept.
+        predicted: decrease of the objective that the quadratic model promised.
+    """
+
+    objective: float
+    retain_loss: float
+    damping: float
+    accepted: bool
+    predicted: float
+
+
+@dataclass
+class Solution:
+    """How a solver came to its weights.
+
+    Attributes:
+        form: in what form the curvature was kept: `"parameter"`, `"kernel"` or `"matrix_free"`.
+        curvature: from what it was estimated, the last time that it was.
+        steps: the steps that were tried, if the method takes steps.
+        retain_tolerance: how far above its start the retain loss may be after a step, in nats.
+        ended: why no further step was tried: `"steps"`, as many were kept as were allowed; `"gain"`, the last one
+            gained too little; `"rejections"`, too many in a row were undone. None if the method takes no steps.
+    """
+
+    form: str
+    curvature: CurvatureEstimate
+    steps: list[Step] = field(default_factory=list)
+    retain_tolerance: float | None = None
+    ended: str | None = None
+
+
+@dataclass
+class Tuned:
+    """How a training went.
+
+    Attributes:
+        steps: number of optimizer steps.
+        learning_rate: the highest one.
+        ended: why it ended: `"steps"`, all planned steps were taken; `"bound"`, the loss reached its bound.
+        last_loss: loss of the last batch, where the method looks at it.
+        from_initial: whether it began at the parameters from before the model's training.
+    """
+
+    steps: int
+    learning_rate: float
+    ended: str = "steps"
+    last_loss: float | None = None
+    from_initial: bool = False
+
+
+@dataclass
+class Served:
+    """What a ledger did for a request.
+
+    Attributes:
+        samples: number of samples that were taken off.
+        learned: number of samples that were in the ledger before.
+        damping: ridge on the curvature, in units of the mean of its diagonal.
+    """
+
+    samples: int
+    learned: int
+    damping: float
+
+
+@dataclass
+class UnlearningReport:
+    """What a method did, as facts; `notes` says them in words.
+
+    Attributes:
+        method: name of the method.
+        parameters: how many numbers could change.
+        shift: length of their change.
+        seconds: wall time.
+        retain_loss: mean loss over the targets of the retain set, in nats, before and after; None if the method did not
+            measure it.
+        forget_loss: the same of the forget set.
+        solution: how a solver came to its weights.
+        training: how a training went.
+        ledger: what a ledger did.
+    """
+
+    method: str
+    parameters: int
+    shift: float = 0.0
+    seconds: float = 0.0
+    retain_loss: tuple[float, float] | None = None
+    forget_loss: tuple[float, float] | None = None
+    solution: Solution | None = None
+    training: Tuned | None = None
+    ledger: Served | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the facts as what JSON can hold; numbers that are not finite become strings."""
+        return _without_infinities(asdict(self))
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> UnlearningReport:
+        """Returns the report that `to_dict` was called on."""
+        values = dict(facts)
+        for name in ("retain_loss", "forget_loss"):
+            if values[name] is not None:
+                before, after = values[name]
+                values[name] = (float(before), float(after))
+        for name, kind in (("training", Tuned), ("ledger", Served)):
+            if values[name] is not None:
+                values[name] = kind(**_with_infinities(values[name]))
+        if values["solution"] is not None:
+            solution = _with_infinities(values["solution"])
+            solution["curvature"] = CurvatureEstimate(**_with_infinities(solution["curvature"]))
+            solution["steps"] = [Step(**_with_infinities(step)) for step in solution["steps"]]
+            values["solution"] = Solution(**solution)
+        return cls(**_with_infinities(values))
+
+    def notes(self) -> list[str]:
+        """Returns sentences for a reader."""
+        found = []
+        if self.solution is not None:
+            found += _solution_notes(self.solution, self.retain_loss)
+        if self.training is not None:
+            found.append(_training_note(self.training))
+        if self.ledger is not None:
+            taken = f"{self.ledger.samples:,} of {self.ledger.learned:,} samples taken off"
+            found.append(f"{taken}, damping {self.ledger.damping:g}; the retain set was not read")
+        return found
+
+
 class UnlearningMethod(ABC):
     """A way to make a model forget.
 
-    A method is a dataclass: its fields are its options, each with a default. Adding one is one file with a subclass and
-    a line in `METHODS`.
+    A method is a dataclass: its fields are its options, each with a default, checked in `__post_init__`. Adding one is
+    one file with a subclass and a line in `METHODS`.
     """
 
     name: ClassVar[str]
 
     def prepare(self, request: Request) -> None:
-        """Do what the method would have done at training time, before there was any request to forget.
+        """Does what the method would have done at training time, before there was any request to forget.
 
         It is no part of the time that unlearning takes; by default there is nothing to do.
         """
         return None
 
     @abstractmethod
-    def unlearn(self, request: Request) -> list[str]:
-        """Change the model's trainable parameters, and nothing else of it.
+    def unlearn(self, request: Request) -> UnlearningReport:
+        """Changes the model's trainable parameters, and nothing else of it.
 
-        Returns:
-            Notes on what was done, for a report.
+        Raises:
+            ValueError: the method cannot serve the request.
+        """
+
+    @abstractmethod
+    def fit(
+        self,
+        model: nn.Module,
+        retain: Loader,
+        forget: Loader,
+        *,
+        reference: Mapping[str, torch.Tensor] | None = None,
+        ridge: float = 0.0,
+    ) -> UnlearningReport:
+        """Changes the model's trainable parameters as `unlearn` does, with the samples that two loaders give.
+
+        Args:
+            model: fine-tuned on retain and forget set together; changed in place.
+            retain: batches of the samples that stay: dicts of the model's arguments, `labels` among them. They are read
+                once and more; their order does not matter.
+            forget: batches of the samples that go, of the same kind.
+            reference: the trainable parameters before training, by name; `trainable_state` copies them. By default the
+                parameters that the model has now.
+            ridge: half of this times the squared distance from `reference` was added to the loss in training.
+
+        Raises:
+            ValueError: one of the sets is empty, they overlap, or the method cannot do with what it is given.
         """
 
 
@@ -130,7 +301,7 @@ def _length(dataset: Any) -> int:
 
 
 def _shared_rows(first: Any, second: Any) -> int:
-    """How many samples two sets share, as far as that shows without reading them.
+    """Returns how many samples two sets share, as far as that shows without reading them.
 
     Equal rows are no overlap: data sets hold duplicates.
     """
@@ -139,3 +310,55 @@ def _shared_rows(first: Any, second: Any) -> int:
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len({id(row) for row in first} & {id(row) for row in second})
     return len(first) if first is second else 0
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_infinities(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_infinities(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float(value) if value in ("inf", "-inf", "nan") else value for name, value in values.items()}
+
+
+def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None) -> list[str]:
+    kept, tried = sum(step.accepted for step in solution.steps), len(solution.steps)
+    steps = f"{kept} of {tried} steps kept, " if tried else ""
+    notes = [f"{steps}{solution.form} form, curvature {_curvature_note(solution)}"]
+    if kept < tried and retain_loss is not None and solution.retain_tolerance is not None:
+        limit = retain_loss[0] + solution.retain_tolerance
+        notes.append(
+            f"{tried - kept} of {tried} steps were undone: they took the retain loss above {limit:.4g} "
+            f"({solution.retain_tolerance:g} above its start), or raised the objective."
+        )
+    if solution.ended is not None and not kept:
+        notes.append("No step was kept: the model is unchanged.")
+    elif solution.ended == "steps":
+        notes.append(f"Stopped after {kept} steps, with the objective still falling.")
+    return notes
+
+
+def _curvature_note(solution: Solution) -> str:
+    estimate = solution.curvature
+    if solution.form == "matrix_free":
+        return f"exact products over {estimate.samples:,} samples"
+    if estimate.relative_error is None:
+        return "exact"
+    each = "all labels" if estimate.draws is None else f"{estimate.draws} x random {estimate.estimator} each"
+    return (
+        f"{estimate.samples:,} of {estimate.of:,} retain samples, {each}: relative standard error of the curvature "
+        f"along the gradient {estimate.relative_error:.2g}"
+    )
+
+
+def _training_note(training: Tuned) -> str:
+    if training.from_initial:
+        return f"{training.steps} steps from the initial parameters"
+    note = f"{training.steps} steps, learning rate {training.learning_rate:g}"
+    if training.last_loss is None:
+        return note
+    ended = "the bound" if training.ended == "bound" else "the last step"
+    return f"{note}; ended by {ended}, batch loss {training.last_loss:.2f}"

@@ -19,5 +19,4 @@ class Finetune(Tuning):
     epochs: float = 2.0
 
     def data(self, request: Request) -> Dataset:
-        """The retain set."""
         return request.retain

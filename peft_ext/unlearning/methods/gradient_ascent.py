@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from ...checks import check_positive
 from ...training.trainer import EvaluationTrainer
-from .base import Request
+from .base import Request, Tuned
 from .relabelling import count_classes
 from .tuning import Tuning
 
@@ -22,9 +23,11 @@ class AscentTrainer(EvaluationTrainer):
     """Ascends the loss until it reaches a bound.
 
     Args:
-        max_loss: The bound.
-        *args: The Trainer's.
-        **kwargs: The Trainer's.
+        max_loss: the bound.
+        *args, **kwargs: what a Trainer takes.
+
+    Attributes:
+        reached: loss of the batches of the last step.
     """
 
     def __init__(self, max_loss: float, *args: Any, **kwargs: Any) -> None:
@@ -36,12 +39,11 @@ class AscentTrainer(EvaluationTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """The model's loss, negated."""
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         return (-loss, outputs) if return_outputs else -loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A backward pass; the step is the last one if the loss of its batch has reached the bound."""
+        """Takes a backward pass; the step is the last one if the loss of its batch has reached the bound."""
         negative_loss = super().training_step(*args, **kwargs)
         self._negative_loss = self._negative_loss + negative_loss
         if self.accelerator.sync_gradients:
@@ -58,8 +60,8 @@ class GradientAscent(Tuning):
     """Ascends the loss of the forget set. Without a bound it would ruin the model.
 
     Attributes:
-        learning_rate: A tenth of that of the model's training if None.
-        max_loss: Stops after the step whose batch had this loss or more; if None, the loss of a guess among all
+        learning_rate: a tenth of that of the model's training if None.
+        max_loss: ascent stops after the step whose batch had this loss or more; if None, the loss of a guess among all
             classes (or tokens), the logarithm of their number.
     """
 
@@ -67,23 +69,21 @@ class GradientAscent(Tuning):
     epochs: float = 5.0
     max_loss: float | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_loss is not None:
+            check_positive("max_loss", self.max_loss)
+
     def data(self, request: Request) -> Dataset:
-        """The forget set."""
         return request.forget
 
     def train(self, request: Request) -> Trainer:
-        """Ascend."""
         max_loss = math.log(count_classes(request)) if self.max_loss is None else self.max_loss
         training = self.arguments(request)
         training.learning_rate *= 1.0 if self.learning_rate is not None else 0.1
         return request.fit(self.data(request), training, partial(AscentTrainer, max_loss))
 
-    def unlearn(self, request: Request) -> list[str]:
-        """Ascend, and say whether the bound ended it."""
-        trainer = self.train(request)
+    def facts(self, trainer: Trainer) -> Tuned:
         assert isinstance(trainer, AscentTrainer)
-        ended = "the bound" if trainer.reached >= trainer.max_loss else "the last step"
-        return [
-            f"{trainer.state.global_step} steps, learning rate {trainer.args.learning_rate:g}; ended by "
-            f"{ended}, batch loss {trainer.reached:.2f}"
-        ]
+        ended = "bound" if trainer.reached >= trainer.max_loss else "steps"
+        return replace(super().facts(trainer), ended=ended, last_loss=trainer.reached)

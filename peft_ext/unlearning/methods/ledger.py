@@ -2,68 +2,107 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import ClassVar
 
+import torch
+from torch import nn
 from torch.utils.data import ConcatDataset
 
-from ..ledger import UnlearningLedger
-from .base import Request, UnlearningMethod
-from .gauss_newton import prepared_loader
+from ...checks import check_positive_integer
+from ..derivatives.data import Chain, Loader, check_sets
+from ..derivatives.quadratic import DRAWS, MEMORY
+from ..ledger import RETAIN_TOLERANCE, UnlearningLedger, check_options
+from .base import Request, Served, UnlearningMethod, UnlearningReport
 
 
 @dataclass
 class Ledger(UnlearningMethod):
-    """One damped Newton step from the forget set alone, with a ledger that `prepare` writes and `unlearn` deletes.
+    """Takes one damped Newton step from the forget set alone, with a ledger that `prepare` writes.
 
-    A program keeps its own: see `UnlearningLedger`, as for the options.
+    `unlearn` deletes the ledger, and so does `fit`, which writes one from both sets and then serves the request. A
+    program keeps its own; see `UnlearningLedger`.
 
     Attributes:
-        damping: Ridge on the curvature, in units of its mean; chosen by trial deletions if None.
-        retain_tolerance: How far those may raise the loss of what remains, in nats.
-        draws: Random vectors a sample that estimate the curvature; None for the exact one.
-        memory: Bytes for matrices.
-        batch_size: Rows per device in a batch; that of the model's training if None.
+        damping: ridge on the curvature, in units of its mean; chosen by trial deletions if None.
+        retain_tolerance: how far those may raise the loss of what remains, in nats.
+        draws: random vectors a sample that estimate the curvature; None for the exact one.
+        memory: bytes for matrices.
+        batch_size: rows per device in a batch of a request; that of the model's training if None.
     """
 
     name: ClassVar[str] = "ledger"
     damping: float | None = None
-    retain_tolerance: float = 0.05
-    draws: int | None = 3
-    memory: float = 4e9
+    retain_tolerance: float = RETAIN_TOLERANCE
+    draws: int | None = DRAWS
+    memory: float = MEMORY
     batch_size: int | None = None
     _kept: tuple[Request, TemporaryDirectory, UnlearningLedger] | None = field(
         default=None, init=False, repr=False, compare=False
     )
 
-    def prepare(self, request: Request) -> None:
-        """Write the ledger of the trained model."""
-        request.model.to(request.training.device)  # type: ignore[arg-type]
-        everything: ConcatDataset = ConcatDataset([request.retain, request.forget])
-        folder = TemporaryDirectory()
-        ledger = UnlearningLedger.create(
-            folder.name,
-            request.model,
-            prepared_loader(request, everything, self.batch_size),
-            damping=self.damping,
-            retain_tolerance=self.retain_tolerance,
-            weight_decay=request.ridge,
-            reference=request.initial,
-            draws=self.draws,
-            memory=self.memory,
-        )
-        self._kept = request, folder, ledger
+    def __post_init__(self) -> None:
+        check_options(self.damping, self.retain_tolerance, self.draws, self.memory)
+        if self.batch_size is not None:
+            check_positive_integer("batch_size", self.batch_size)
 
-    def unlearn(self, request: Request) -> list[str]:
-        """Serve the request."""
+    def prepare(self, request: Request) -> None:
+        """Writes the ledger of the trained model."""
+        request.model.to(request.training.device)  # type: ignore[arg-type]
+        request.model.eval()
+        everything: ConcatDataset = ConcatDataset([request.retain, request.forget])
+        folder, loader = TemporaryDirectory(), request.shared_loader(everything, self.batch_size)
+        self._kept = request, folder, self._written(folder.name, request.model, loader, request.initial, request.ridge)
+
+    def unlearn(self, request: Request) -> UnlearningReport:
         if self._kept is None or self._kept[0] is not request:
             self.prepare(request)
         assert self._kept is not None
         (_, folder, ledger), self._kept = self._kept, None
+        start = time.perf_counter()
         with folder:
-            learned = len(ledger)
-            deletion = ledger.forget(request.model, prepared_loader(request, request.forget, self.batch_size))
-        request.model.eval()
-        taken = f"{deletion.samples:,} of {learned:,} samples taken off"
-        return [f"{taken}, damping {ledger.damping:g}; the retain set was not read"]
+            return self._served(ledger, request.model, request.shared_loader(request.forget, self.batch_size), start)
+
+    def fit(
+        self,
+        model: nn.Module,
+        retain: Loader,
+        forget: Loader,
+        *,
+        reference: Mapping[str, torch.Tensor] | None = None,
+        ridge: float = 0.0,
+    ) -> UnlearningReport:
+        start = time.perf_counter()
+        check_sets(retain, forget)
+        with TemporaryDirectory() as folder:
+            ledger = self._written(folder, model, Chain([retain, forget]), reference, ridge)
+            return self._served(ledger, model, forget, start)
+
+    def _written(
+        self, folder: str, model: nn.Module, data: Loader, reference: Mapping[str, torch.Tensor] | None, ridge: float
+    ) -> UnlearningLedger:
+        return UnlearningLedger.create(
+            folder,
+            model,
+            data,
+            damping=self.damping,
+            retain_tolerance=self.retain_tolerance,
+            ridge=ridge,
+            reference=reference,
+            draws=self.draws,
+            memory=self.memory,
+        )
+
+    def _served(self, ledger: UnlearningLedger, model: nn.Module, forget: Loader, start: float) -> UnlearningReport:
+        learned = len(ledger)
+        deletion = ledger.forget(model, forget)
+        return UnlearningReport(
+            self.name,
+            ledger.parameters,
+            shift=deletion.shift,
+            seconds=time.perf_counter() - start,
+            ledger=Served(deletion.samples, learned, ledger.damping),
+        )

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from ...checks import check_share
 from .base import Request
 from .relabelling import mislabelled
 from .tuning import Tuning
@@ -17,7 +18,7 @@ class RandomLabels(Tuning):
     """Trains on the forget set with wrong labels and on the retain set with the true ones, mixed.
 
     Attributes:
-        retain_share: How much of the retain set is used, drawn with the training's seed.
+        retain_share: how much of the retain set is used, drawn with the training's seed.
     """
 
     name: ClassVar[str] = "random_labels"
@@ -26,11 +27,9 @@ class RandomLabels(Tuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.retain_share <= 1:
-            raise ValueError(f"{self.name}: retain_share is {self.retain_share}; it must be above 0 and at most 1")
+        check_share("retain_share", self.retain_share)
 
     def data(self, request: Request) -> Dataset:
-        """Both sets."""
         rng = request.rng()
         forget, retain = mislabelled(request, rng), request.retain
         if self.retain_share < 1:

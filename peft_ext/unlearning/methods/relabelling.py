@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ...targets import IGNORED
+from ...targets import IGNORED, Alignment
 from .base import Request
 
 
@@ -17,9 +16,9 @@ class WrongLabels(Dataset):
     """A classifier's rows with a wrong class each, every one of them as likely.
 
     Args:
-        rows: Mappings with a class under `labels` or `label`.
-        classes: Their number, at least 2.
-        rng: What they are drawn from, once.
+        rows: mappings with a class under `labels` or `label`.
+        classes: number of classes, at least 2.
+        rng: what the wrong ones are drawn from, once.
     """
 
     def __init__(self, rows: Any, classes: int, rng: np.random.Generator) -> None:
@@ -43,9 +42,9 @@ class OthersTargets(Dataset):
     model nothing that it could say instead. A row without a prompt becomes the retain sample as a whole.
 
     Args:
-        rows: Mappings with sequences `input_ids`, `labels` and perhaps `attention_mask`.
-        others: Where targets are taken from.
-        rng: What they are drawn with, once.
+        rows: mappings with sequences `input_ids`, `labels` and perhaps `attention_mask`.
+        others: rows that targets are taken from.
+        rng: what these are drawn with, once.
     """
 
     def __init__(self, rows: Any, others: Any, rng: np.random.Generator) -> None:
@@ -63,21 +62,21 @@ class OthersTargets(Dataset):
             if target != own:
                 break
         else:
-            raise ValueError("random_labels: every retain sample has the target of the sample to forget")
+            raise ValueError("No wrong label: every retain sample has the target of the sample to forget.")
         changed = {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
         return changed | ({"attention_mask": [1] * len(changed["labels"])} if "attention_mask" in row else {})
 
 
 def label_key(row: Any) -> str:
-    """Under which name a row holds its label."""
+    """Returns the name under which a row holds its label."""
     for key in ("labels", "label"):
         if hasattr(row, "keys") and key in row:
             return key
-    raise ValueError("rows must be mappings with 'labels' (or 'label') to be given wrong ones")
+    raise ValueError("Rows must be mappings with 'labels' (or 'label') to be given wrong ones.")
 
 
 def split_target(row: Any) -> tuple[list[int], list[int]]:
-    """The tokens before the first one with a loss, and those after it up to the last one with a loss."""
+    """Returns the tokens before the first one with a label, and those from there to the last one with a label."""
     labels, ids = list(map(int, row["labels"])), list(map(int, row["input_ids"]))
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     if not places:
@@ -87,23 +86,31 @@ def split_target(row: Any) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def count_classes(request: Request) -> int:
-    """The number of classes, or of tokens: the width of the model's outputs."""
+    """Returns the number of classes, or of tokens: the width of the model's outputs."""
+    alignment, device = Alignment.of(request.model), next(request.model.parameters()).device
     batch = request.collator([request.forget[0]])
-    device = next(request.model.parameters()).device
-    outputs = request.model.eval()(
-        **{name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    arguments, labels = alignment.split(
+        {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     )
-    return outputs.logits.shape[-1]
+    outputs, _ = alignment.pair(request.model.eval()(**arguments), labels)
+    return outputs.shape[-1]
 
 
 def mislabelled(request: Request, rng: np.random.Generator) -> Dataset:
-    """The forget set with wrong labels: other classes, or for a language model the targets of retain samples."""
-    row: Any = request.forget[0]
-    label = row[label_key(row)]
-    is_sequence = label.dim() > 0 if torch.is_tensor(label) else isinstance(label, (Sequence, np.ndarray))
-    if is_sequence:
+    """Returns the forget set with wrong labels: other classes, or for a language model the targets of retain samples.
+
+    Raises:
+        ValueError: the model has one class, or a label for every token without being a causal language model.
+    """
+    alignment = Alignment.of(request.model)
+    if alignment.kind == "next token":
         return OthersTargets(request.forget, request.retain, rng)
+    if alignment.kind == "token":
+        raise ValueError(
+            f"Wrong labels are made for classifiers of samples and for causal language models; {alignment.model} has "
+            "labels for tokens that are not predicted one after the other."
+        )
     classes = count_classes(request)
     if classes < 2:
-        raise ValueError(f"random_labels: a model of {classes} class has no wrong label")
+        raise ValueError(f"A model of {classes} class has no wrong label.")
     return WrongLabels(request.forget, classes, rng)

@@ -9,24 +9,30 @@ from typing import ClassVar
 import torch
 from transformers import Trainer
 
-from ...targets import IGNORED
+from ...checks import check_share
+from ...targets import IGNORED, Alignment
 from ...training.callbacks import KeepMasked, trainable_parameters
 from .base import Request
 from .random_labels import RandomLabels
 
 
 def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
-    """The gradient of the mean loss of the forget set, by parameter; every process goes through the whole set."""
+    """Returns the gradient of the sum of the losses of the forget set, by parameter.
+
+    Every process goes through the whole set.
+    """
     parameters = trainable_parameters(request.model)
     request.model.eval()
-    device = next(iter(parameters.values())).device
+    device, alignment = next(iter(parameters.values())).device, Alignment.of(request.model)
     gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for batch in request.loader(request.forget):
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        labels = batch["labels"]
-        # The loss is a mean over the batch's images, or over the tokens that are predicted from the one before.
-        count = (labels[:, 1:] if labels.dim() > 1 else labels).ne(IGNORED).sum()
-        loss = request.model(**batch).loss * count
+        outputs = request.model(**batch)
+        # The model's loss is a mean over the targets of the batch.
+        count = alignment.pair(outputs, batch["labels"])[1].ne(IGNORED).sum()
+        if not count:
+            continue
+        loss = outputs.loss * count
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, part in zip(parameters, found):
             if part is not None:
@@ -35,7 +41,12 @@ def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
 
 
 def saliency_masks(gradient: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-    """True for the given share of all numbers: those with the largest absolute gradient (equation 4 of the paper)."""
+    """Returns masks that are True where a parameter may change (equation 4 of the paper).
+
+    Args:
+        gradient: by parameter.
+        share: how many of all numbers are chosen: those with the largest absolute gradient.
+    """
     size = torch.cat([part.abs().flatten() for part in gradient.values()])
     chosen = torch.zeros_like(size, dtype=torch.bool)
     chosen[size.argsort(descending=True, stable=True)[: round(share * len(size))]] = True
@@ -48,7 +59,7 @@ class SalUn(RandomLabels):
     """Random labels that change only the parameters on which the loss of the forget set depends most.
 
     Attributes:
-        share: How many of the trainable numbers may change; the paper's threshold is the median.
+        share: how many of the trainable numbers may change; the paper's threshold is the median.
     """
 
     name: ClassVar[str] = "salun"
@@ -56,11 +67,9 @@ class SalUn(RandomLabels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise ValueError(f"{self.name}: share is {self.share}; it must be above 0 and at most 1")
+        check_share("share", self.share)
 
     def train(self, request: Request) -> Trainer:
-        """Train below the mask of the model as it is."""
         request.model.to(request.training.device)  # type: ignore[arg-type]
         masks = saliency_masks(forget_gradient(request), self.share)
         parameters = trainable_parameters(request.model)

@@ -1,28 +1,111 @@
-"""Methods that go on training the model."""
+"""Methods that train: from the trained weights on, or anew."""
 
 from __future__ import annotations
 
 import copy
+import time
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
+import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from .base import Request, UnlearningMethod
+from ...checks import check_positive, check_positive_integer
+from ...training.callbacks import trainable_parameters, trainable_state
+from ..derivatives.data import Loader, check_sets
+from .base import Request, Tuned, UnlearningMethod, UnlearningReport
+from .rows import batch_size_of, rows_of
+
+LEARNING_RATE = 1e-3
+"""Learning rate of `fit` without `training`: customary for adapters."""
+
+
+class TrainingMethod(UnlearningMethod):
+    """A method that serves a request by a training."""
+
+    @abstractmethod
+    def train(self, request: Request) -> Trainer:
+        """Trains the model of a request."""
+
+    def facts(self, trainer: Trainer) -> Tuned:
+        """Returns how the training went."""
+        return Tuned(trainer.state.global_step, trainer.args.learning_rate)
+
+    def unlearn(self, request: Request) -> UnlearningReport:
+        start = time.perf_counter()
+        before = trainable_state(request.model)
+        trainer = self.train(request)
+        squared = sum(
+            float((parameter.detach() - before[name].to(parameter.device)).double().square().sum())
+            for name, parameter in trainable_parameters(request.model).items()
+        )
+        report = UnlearningReport(self.name, sum(map(torch.numel, before.values())), shift=squared**0.5)
+        report.training = self.facts(trainer)
+        report.seconds = time.perf_counter() - start
+        return report
+
+    def fit(
+        self,
+        model: nn.Module,
+        retain: Loader,
+        forget: Loader,
+        *,
+        reference: Mapping[str, torch.Tensor] | None = None,
+        ridge: float = 0.0,
+        training: TrainingArguments | None = None,
+    ) -> UnlearningReport:
+        """Trains a model; see `UnlearningMethod.fit`.
+
+        Args:
+            model, reference, ridge: see `UnlearningMethod.fit`.
+            retain, forget: best a `DataLoader` each, whose data set and collator the training takes; other batches are
+                read once and cut into samples.
+            training: the arguments that the model was trained with. By default the Trainer's own, with a learning rate
+                of 1e-3, which is customary for adapters, batches as large as the first of `retain`, and the model's
+                device.
+
+        Raises:
+            ValueError: one of the sets is empty, they overlap, or the model has nothing to train.
+        """
+        check_sets(retain, forget)
+        (stays, goes), collator = rows_of(retain, forget)
+        initial = trainable_state(model) if reference is None else reference
+        with _training(training, model, retain) as arguments:
+            return self.unlearn(Request(model, stays, goes, collator, arguments, initial, ridge))
+
+
+@contextmanager
+def _training(training: TrainingArguments | None, model: nn.Module, loader: Loader) -> Iterator[TrainingArguments]:
+    if training is not None:
+        yield training
+        return
+    with TemporaryDirectory() as folder:
+        yield TrainingArguments(
+            output_dir=folder,
+            learning_rate=LEARNING_RATE,
+            per_device_train_batch_size=batch_size_of(loader),
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            dataloader_pin_memory=False,
+            report_to=[],
+        )
 
 
 @dataclass
-class Tuning(UnlearningMethod):
+class Tuning(TrainingMethod):
     """A method that goes on training the model, with other data or another loss.
 
-    Attributes:
-        epochs: Passes over the method's data.
-        max_steps: Optimizer steps, in place of epochs if positive.
-        learning_rate: That of the model's training if None.
-        batch_size: Rows per device in a batch; that of the model's training if None.
-
     Schedule, optimizer and what else there is are those of the model's training, without warm-up.
+
+    Attributes:
+        epochs: passes over the method's data.
+        max_steps: optimizer steps, in place of epochs if positive.
+        learning_rate: that of the model's training if None.
+        batch_size: rows per device in a batch; that of the model's training if None.
     """
 
     epochs: float = 1.0
@@ -31,15 +114,17 @@ class Tuning(UnlearningMethod):
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"{self.name}: epochs is {self.epochs}; it must be positive, or max_steps must be")
-        for name in ("learning_rate", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{self.name}: {name} is {value}; it must be positive")
+        if self.max_steps != -1:
+            check_positive_integer("max_steps", self.max_steps)
+        else:
+            check_positive("epochs", self.epochs)
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
+        if self.batch_size is not None:
+            check_positive_integer("batch_size", self.batch_size)
 
     def arguments(self, request: Request) -> TrainingArguments:
-        """The training's arguments with this method's in their place."""
+        """Returns the training's arguments with this method's in their place."""
         training = copy.copy(request.training)
         training.num_train_epochs = self.epochs
         training.max_steps = self.max_steps
@@ -50,13 +135,7 @@ class Tuning(UnlearningMethod):
 
     @abstractmethod
     def data(self, request: Request) -> Dataset:
-        """What the model is trained on."""
+        """Returns what the model is trained on."""
 
     def train(self, request: Request) -> Trainer:
-        """Train; a method with another loss overrides this to name its Trainer."""
         return request.fit(self.data(request), self.arguments(request))
-
-    def unlearn(self, request: Request) -> list[str]:
-        """Train and say for how long."""
-        trainer = self.train(request)
-        return [f"{trainer.state.global_step} steps, learning rate {trainer.args.learning_rate:g}"]
