@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 import unlearning_worker
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -31,14 +35,20 @@ def of_confidence(values) -> Outcome:
 class Fixed(nn.Module):
     """Answers every batch with the logits in it."""
 
-    def __init__(self, output=ImageClassifierOutput):
+    output: ClassVar[Any] = ImageClassifierOutput
+
+    def __init__(self):
         super().__init__()
-        self.output, self.dropout, self.norm = output, nn.Dropout(0.5), nn.BatchNorm1d(2)
+        self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(2)
         self.norm.eval()
 
     def forward(self, logits, scale=1.0):
         assert not self.dropout.training and not torch.is_grad_enabled()
         return self.output(logits=logits * scale)
+
+
+class FixedForCausalLM(Fixed):
+    output = CausalLMOutput
 
 
 # Distances
@@ -235,6 +245,100 @@ def test_observe_a_language_model_as_a_plain_loop_does():
     assert outcome.log_probs is None
 
 
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 24}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 24}
+
+
+def bert(name: str, **options: Any) -> nn.Module:
+    return getattr(transformers, name)(transformers.BertConfig(**BERT, **options))
+
+
+def t5() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5, decoder_start_token_id=0))
+
+
+def soft_prompt() -> nn.Module:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return get_peft_model(tiny_models.gpt2(vocab_size=24), config)
+
+
+def texts(classes: int = 24) -> dict[str, torch.Tensor]:
+    """Four texts of which the first has targets at both ends, and the others have fewer and fewer."""
+    ids = torch.randint(1, 24, (4, 6))
+    labels = torch.randint(0, classes, (4, 6))
+    for row in range(1, 4):
+        labels[row, : row + 1] = -100
+    labels[2, -1] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def translations() -> dict[str, torch.Tensor]:
+    batch = texts()
+    return batch | {"decoder_input_ids": F.pad(batch["labels"].clamp(min=0)[:, :-1], (1, 0))}
+
+
+def pictures() -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 2, 1, 1])}
+
+
+# name: (model, batch, where the first target can be)
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]], int]] = {
+    "causal": (lambda: tiny_models.gpt2(vocab_size=24), texts, 1),
+    "causal, soft prompt": (soft_prompt, texts, 0),
+    "token classes": (lambda: bert("BertForTokenClassification"), lambda: texts(2), 0),
+    "masked": (lambda: bert("BertForMaskedLM"), texts, 0),
+    "encoder-decoder": (t5, translations, 0),
+    "classes of texts": (
+        lambda: bert("BertForSequenceClassification", num_labels=3),
+        lambda: texts() | {"labels": torch.tensor([0, 2, 1, 1])},
+        0,
+    ),
+    "classes of images": (tiny_models.vit, pictures, 0),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_mean_of_the_losses_is_the_models_own_loss(name):
+    make, data, first = KINDS[name]
+    torch.manual_seed(0)
+    model, batch = make().eval(), data()
+    outcome = metrics.observe(model, [batch])
+    labels = batch["labels"].reshape(4, -1)[:, first:]
+    number = (labels != -100).sum(1).numpy()
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    assert np.average(outcome.losses, weights=number) == pytest.approx(expected, abs=1e-5)
+    assert (outcome.log_probs is None) == (batch["labels"].ndim == 2)
+    assert (outcome.extraction is None) == (batch["labels"].ndim == 1)
+
+
+@pytest.mark.parametrize("name", ["token classes", "masked", "encoder-decoder", "causal, soft prompt"])
+def test_labels_that_a_model_finds_likeliest_are_right_at_their_own_places(name):
+    make, data, _ = KINDS[name]
+    torch.manual_seed(0)
+    model, batch = make().eval(), data()
+    arguments = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        logits = model(**arguments).logits
+    # Behind a soft prompt, an output says what it expects of the next token.
+    guesses = (logits[:, 2:-1] if "soft" in name else logits).argmax(2)
+    labels = guesses.where(batch["labels"] != -100, -100)
+    labels[0, 3] = (labels[0, 3] + 1) % logits.shape[2]  # one of six targets is wrong: the last two are the tail
+    outcome = metrics.observe(model, [arguments | {"labels": labels}])
+    assert outcome.correct.tolist() == [False, True, True, True]
+    assert outcome.extraction == pytest.approx([2 / 6, 1, 1, 1])
+
+
+def test_models_of_other_kinds_are_refused_by_name():
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="got Fixed"):
+        metrics.observe(Fixed(), [{"logits": torch.zeros(2, 3, 2), "labels": labels}])
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration must have 'decoder_input_ids'"):
+        metrics.observe(t5(), [{"input_ids": labels, "labels": labels}])
+    with pytest.raises(ValueError, match="regression"):
+        metrics.observe(tiny_models.vit(), [{"pixel_values": torch.zeros(2, 3, 16, 16), "labels": torch.zeros(2)}])
+
+
 def test_extraction_strength_counts_right_tokens_from_the_end():
     """Targets are tokens 1 to 4 of 5, token 3 of the second row is no target; a 1 in `right` is a right guess."""
     right = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
@@ -243,7 +347,7 @@ def test_extraction_strength_counts_right_tokens_from_the_end():
     logits = torch.zeros(4, 5, 2)
     logits[:, :4, 1] = 2.0 * right - 1
     loader = [{"logits": logits[:2], "labels": labels[:2]}, {"logits": logits[2:], "labels": labels[2:]}]
-    outcome = metrics.observe(Fixed(CausalLMOutput), loader)
+    outcome = metrics.observe(FixedForCausalLM(), loader)
     assert outcome.extraction == pytest.approx([2 / 4, 2 / 3, 1, 0])
     assert outcome.correct.tolist() == [False, False, True, False]
 
@@ -256,7 +360,7 @@ def test_confidence_is_right_where_probabilities_round_to_1():
     assert outcome.losses == pytest.approx([math.exp(-60), 60, math.log(2)])
     # Of a language model, p is the geometric mean: the loss is that of both tokens, (0 + log 2) / 2.
     logits = torch.tensor([[[60.0, 0.0], [0.0, 0.0], [9.0, 9.0]]])
-    outcome = metrics.observe(Fixed(CausalLMOutput), [{"logits": logits, "labels": torch.zeros(1, 3).long()}])
+    outcome = metrics.observe(FixedForCausalLM(), [{"logits": logits, "labels": torch.zeros(1, 3).long()}])
     p = math.exp(-math.log(2) / 2)
     assert outcome.confidence == pytest.approx([math.log(p / (1 - p))])
 
@@ -273,7 +377,7 @@ def test_observe_passes_on_what_is_no_tensor_and_restores_every_mode():
 
 def test_modes_are_restored_after_a_failure():
     model = Fixed().train()
-    with pytest.raises(ValueError, match='Batches must have "labels"'):
+    with pytest.raises(ValueError, match="must have a tensor 'labels', got 'logits'"):
         metrics.observe(model, [{"logits": torch.zeros(1, 2)}])
     assert model.dropout.training
 
@@ -283,7 +387,7 @@ def test_observe_refuses_what_it_cannot_measure():
         metrics.observe(Fixed(), [])
     batch = {"logits": torch.zeros(2, 3, 2), "labels": torch.tensor([[0, -100, -100], [0, 1, 1]])}
     with pytest.raises(ValueError, match="must have a target, got 1 "):
-        metrics.observe(Fixed(CausalLMOutput), [batch])
+        metrics.observe(FixedForCausalLM(), [batch])
     data = unlearning_worker.rows(4)
     sharded = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
     with pytest.raises(ValueError, match="Accelerator.prepare"):
@@ -313,10 +417,10 @@ def test_truth_ratio_is_the_mean_over_wrong_answers():
 
     right = [batch([[0.5, 0.5], [0.9, 0.4]])]
     wrong = [batch([[0.25, 0.25], [0.1, 0.4]]), batch([[0.9, 0.9], [0.9, 0.9]])]
-    ratios = metrics.truth_ratio(Fixed(CausalLMOutput), right, wrong)
+    ratios = metrics.truth_ratio(FixedForCausalLM(), right, wrong)
     assert ratios == pytest.approx([(0.25 + 0.2) / 2 / 0.5, 0.9 / 0.6], rel=1e-5)
     with pytest.raises(ValueError, match="got 2 wrong answers of 4 samples"):
-        metrics.truth_ratio(Fixed(CausalLMOutput), wrong, right)
+        metrics.truth_ratio(FixedForCausalLM(), wrong, right)
 
 
 # Several processes

@@ -1,7 +1,7 @@
-"""How far an unlearned model is from one that never saw the forget set.
+"""Metrics of how far an unlearned model is from one that never saw the forget set.
 
-`observe` runs a model; everything else is a pure function of what it returns. The gold is a model retrained on the
-retain set alone: a metric says little without its value for the gold.
+`observe` and `truth_ratio` run a model; everything else is a pure function of what they return. The gold is a model
+retrained on the retain set alone: a metric says little without its value for the gold.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DistributedSampler
 
-# Below as many reference models Carlini et al. (2022) estimate one variance for all samples.
+from ...targets import IGNORED, Alignment
+
+# With fewer reference models than this, Carlini et al. (2022) estimate one variance for all samples.
 _OWN_VARIANCE = 64
 _RESAMPLES = 200
 
 
 @dataclass
 class Outcome:
-    """What a model says of n samples, in the order of the loader.
+    """Holds what a model says of n samples, in the order of the loader.
+
+    A sample has one target (classifiers of images, texts and the like) or several target tokens (all other models).
 
     Attributes:
-        losses: `(n,)`, float64: cross-entropy of a sample; language models: mean over its target tokens, in nats.
-        correct: `(n,)`, bool: the label is the likeliest class; language models: every target token is the likeliest
-            one after the true tokens before it.
-        log_probs: `(n, classes)`, float32: logarithms of the predicted distribution; classification only.
-        confidence: `(n,)`, float64: log(p / (1 - p)) for the probability p of the label, LiRA's statistic (Carlini et
-            al. 2022); language models: p = exp(-loss).
-        extraction: `(n,)`, float64: share of the target that follows from the rest, see `observe`; language models.
-        truth_ratio: `(n,)`, float64: what `truth_ratio` returns; language models with wrong answers only.
+        losses: `(n,)`, float64, cross-entropy of a sample in nats; the mean over its target tokens if it has several.
+        correct: `(n,)`, bool, whether the label is the likeliest class, or every target token the likeliest one at
+            its place.
+        log_probs: `(n, classes)`, float32, logarithms of the predicted distribution; for one target a sample only.
+        confidence: `(n,)`, float64, log(p / (1 - p)) for the probability p of the label, the statistic of LiRA
+            (Carlini et al. 2022); of several target tokens p is exp(-loss), the geometric mean.
+        extraction: `(n,)`, float64, the extraction strength that `observe` describes; for target tokens only.
+        truth_ratio: `(n,)`, float64, what `truth_ratio` returns; for language models with wrong answers only.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: the lengths differ.
     """
 
     losses: np.ndarray
@@ -60,25 +64,33 @@ class Outcome:
 
 
 def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Outcome:
-    """Run a classifier or a causal language model over some samples, in evaluation mode and without gradients.
+    """Runs a model over samples, in evaluation mode and without gradients.
 
-    The extraction strength of a target of L tokens is `1 - k / L` for the smallest k such that all tokens from the k-th
-    on are the likeliest ones after the true tokens before them (Carlini et al. 2021, "Extracting training data from
-    large language models", as in open-unlearning; where not even the last token is right, it is 0 here).
+    Which outputs belong to which labels, `peft_ext.targets.Alignment` says: for causal language models the output at a
+    token belongs to the label of the next one, for token classifiers, masked language models and encoder-decoders to
+    the label at the same place.
+
+    The extraction strength of L target tokens is `1 - k / L` for the smallest k such that all of them from the k-th on,
+    counted from 0, are the likeliest ones at their places (Carlini et al. 2021, "Extracting training data from large
+    language models", as in open-unlearning; where not even the last token is right, it is 0 here). Causal language
+    models and decoders know the true tokens before a place: it is the share of the target that they write once the
+    rest is given. Token classifiers and masked language models see the whole input at every place, and nothing is
+    extracted: it is the share of the targets in the unbroken run of right ones at the end.
 
     Args:
-        model: `model(**batch).logits` has shape `(batch, classes)`, or `(batch, length, vocabulary)` with logits for
-            the next token.
-        loader: Batches with `"labels"` of shape `(batch,)`, or `(batch, length)` with -100 for what is no target. In
-            several processes either each process reads the whole, or Accelerate has prepared the loader (of a data set
-            that has a length): its processes read a share each, and all of them get the whole.
+        model: a model of one of these kinds, or a classifier of samples; `model(**batch).logits` has shape
+            `(batch, classes)` for labels of shape `(batch,)`, or `(batch, length, classes)` for `(batch, length)`.
+        loader: batches with `"labels"` of shape `(batch,)`, or `(batch, length)` with -100 for what is no target, and
+            for an encoder-decoder with `"decoder_input_ids"`. In several processes either each process reads the
+            whole, or Accelerate has prepared the loader (of a data set that has a length): then each process reads a
+            share, and all of them get the whole.
 
     Returns:
-        The outcome. Where the model's logits are not finite it holds NaN, and the sample is not correct.
+        The outcome. Where the model's logits are not finite, it holds NaN and the sample is not correct.
 
     Raises:
-        ValueError: no samples, samples without a target, batches without labels, or a loader that was not prepared
-            with Accelerate and reads a share.
+        ValueError: there are no samples, samples have no target, batches have no labels or labels that do not fit the
+            model, the model is of another kind, or the loader reads a share and was not prepared with Accelerate.
     """
     if isinstance(getattr(loader, "sampler", None), DistributedSampler) and not isinstance(
         loader, DataLoaderStateMixin
@@ -89,13 +101,14 @@ def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Outcome:
         )
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
+    alignment = Alignment.of(model)
     model.eval()
     parts: list[dict[str, np.ndarray]] = []
     try:
         # Not inference mode: weights that an adapter computes here can be kept for later steps.
         with torch.no_grad():
             for batch in loader:
-                measured = _gather(_measure(model, send_to_device(dict(batch), device)), loader)
+                measured = _gather(_measure(model, alignment, send_to_device(dict(batch), device)), loader)
                 parts.append({name: tensor.cpu().numpy() for name, tensor in measured.items()})
     finally:
         for module, mode in modes:
@@ -105,8 +118,9 @@ def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Outcome:
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if not whole["targets"].all():
         raise ValueError(
-            f"Every sample must have a target, got {int((whole['targets'] == 0).sum())} whose labels are all -100 (the "
-            "first token is no target). Was the target cut off? Leave such samples out or allow longer ones."
+            f"Every sample must have a target, got {int((whole['targets'] == 0).sum())} whose labels are all -100 (a "
+            "causal language model has no target in its first token). Was the target cut off? Leave such samples out "
+            "or allow longer ones."
         )
     losses = whole["losses"].astype(np.float64)
     return Outcome(
@@ -118,13 +132,13 @@ def _as_double(values: np.ndarray | None) -> np.ndarray | None:
     return None if values is None else values.astype(np.float64)
 
 
-def _measure(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Losses and the like, and numbers of targets, of one batch: a row of each tensor is a sample."""
-    if "labels" not in batch:
-        raise ValueError(f'Batches must have "labels", got {", ".join(map(repr, batch))}.')
-    labels = batch.pop("labels")
-    logits = model(**batch).logits
-    if logits.ndim == 2:
+def _measure(model: nn.Module, alignment: Alignment, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns losses and the like, and numbers of targets, of one batch: a row of each tensor is a sample."""
+    arguments, labels = alignment.split(batch)
+    of_samples = labels.dim() == 1
+    logits, labels = alignment.pair(model(**arguments), labels)  # (n, places, classes), (n, places)
+    if of_samples:
+        logits, labels = logits[:, 0], labels[:, 0]
         losses = _cross_entropy(logits, labels)
         return {
             "losses": losses,
@@ -132,15 +146,14 @@ def _measure(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]
             "log_probs": logits.float().log_softmax(1),
             "targets": torch.ones_like(labels),
         }
-    logits, labels = logits[:, :-1], labels[:, 1:]
-    is_target = labels != -100
+    is_target = labels != IGNORED
     number = is_target.sum(1)
-    chosen = logits[is_target]  # of all positions the targets alone are worth a float32 copy
+    chosen = logits[is_target]  # only the places of targets are worth a float32 copy
     tokens = torch.zeros(labels.shape, device=logits.device)
     tokens[is_target] = _cross_entropy(chosen, labels[is_target])
     right = torch.ones_like(is_target)
     right[is_target] = (chosen.argmax(1) == labels[is_target]) & tokens[is_target].isfinite()
-    # Right from here to the end.
+    # A target is in the tail if all targets from it to the end are right.
     tail = right.flip(1).cumprod(1).flip(1) * is_target
     return {
         "losses": tokens.sum(1) / number,
@@ -151,22 +164,31 @@ def _measure(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[label] with a small relative error even where p rounds to 1; `(n, c), (n,) -> (n,)`."""
+    """Returns -log softmax(logits)[label], with a small relative error even where the probability rounds to 1.
+
+    Args:
+        logits: shape `(n, classes)`.
+        labels: shape `(n,)`.
+
+    Returns:
+        Shape `(n,)`, float32.
+    """
     logits, column = logits.float(), labels[:, None]
     others = logits.scatter(1, column, -math.inf).logsumexp(1)
     return F.softplus(others - logits.gather(1, column)[:, 0])
 
 
 def _log_odds(losses: np.ndarray) -> np.ndarray:
-    """log(p / (1 - p)) for p = exp(-loss)."""
+    """Returns log(p / (1 - p)) for p = exp(-loss)."""
     losses = np.maximum(losses, np.finfo(np.float32).tiny)
     return -losses - np.log(-np.expm1(-losses))
 
 
 def _gather(tensors: dict[str, torch.Tensor], loader: Any) -> dict[str, torch.Tensor]:
-    """The shares of all processes, without the samples that fill up the last batch: Accelerate's `gather_for_metrics`.
+    """Returns the shares of all processes, without the samples that fill up the last batch.
 
-    That is a method of `Accelerator`, which a library cannot make without settings that it does not know.
+    Accelerate does the same in `gather_for_metrics`, but that is a method of `Accelerator`, which a library cannot make
+    without settings that it does not know.
     """
     if not isinstance(loader, DataLoaderStateMixin) or PartialState().num_processes == 1:
         return tensors
@@ -179,21 +201,21 @@ def _gather(tensors: dict[str, torch.Tensor], loader: Any) -> dict[str, torch.Te
 def truth_ratio(
     model: nn.Module, loader: Iterable[Mapping[str, Any]], wrong_loader: Iterable[Mapping[str, Any]]
 ) -> np.ndarray:
-    """How likely wrong answers are, relative to the right one (Maini et al. 2024, TOFU), for every sample.
+    """Returns how likely wrong answers are, relative to the right one, for every sample (Maini et al. 2024, TOFU).
 
-    `mean over wrong answers of P(wrong)^(1/length) / P(right)^(1/length)`: near 0 for what a model knows, near 1 where
-    it cannot tell. Maini et al. take a paraphrase for the right answer.
+    The ratio is the mean over wrong answers of `P(wrong)^(1/length) / P(right)^(1/length)`: it is near 0 for what a
+    model knows, and near 1 where it cannot tell right from wrong. Maini et al. take a paraphrase for the right answer.
 
     Args:
-        model: A causal language model, see `observe`.
-        loader: Questions with the right answers, n samples.
-        wrong_loader: The same questions with wrong answers: all those of the first sample, then those of the second.
+        model: a language model that writes an answer token by token, see `observe`.
+        loader: questions with the right answers, n samples.
+        wrong_loader: the same questions with wrong answers: all those of the first sample, then those of the second.
 
     Returns:
         Ratios of shape `(n,)`.
 
     Raises:
-        ValueError: samples that have not the same number of wrong answers.
+        ValueError: samples do not all have the same number of wrong answers.
     """
     right, wrong = observe(model, loader).losses, observe(model, wrong_loader).losses
     if len(wrong) % len(right):
@@ -205,20 +227,26 @@ def truth_ratio(
 
 
 def truth_score(ratios: np.ndarray) -> float:
-    """TOFU's aggregate for a forget set: mean of min(R, 1/R), at most 1, where right and wrong are as likely."""
+    """Returns TOFU's aggregate of the truth ratios R of a forget set, the mean of min(R, 1/R).
+
+    It is at most 1, which it reaches where wrong answers are as likely as the right ones (Maini et al. 2024).
+
+    Args:
+        ratios: shape `(n,)`.
+    """
     with np.errstate(divide="ignore"):
         return float(np.minimum(ratios, 1 / ratios).mean())
 
 
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
-    """Mean Jensen-Shannon divergence in nats, from 0 to log 2 (Lin 1991; as in Chundawat et al. 2023).
+    """Returns the mean Jensen-Shannon divergence in nats, from 0 to log 2 (Lin 1991; as in Chundawat et al. 2023).
 
     Args:
-        p: Log-probabilities of shape `(n, classes)`.
-        q: Those of another model for the same samples.
+        p: log-probabilities of one model, shape `(n, classes)`.
+        q: those of another model for the same samples, of the same shape.
 
     Raises:
-        ValueError: shapes that differ, or what are no log-probabilities.
+        ValueError: the shapes differ, or the values are no log-probabilities.
     """
     p, q = _distributions(p, q)
     middle = np.logaddexp(p, q) - math.log(2)
@@ -231,18 +259,19 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def activation_distance(p: np.ndarray, q: np.ndarray) -> float:
-    """Mean Euclidean distance of predicted distributions (Golatkar et al. 2021, "Mixed-privacy forgetting").
+    """Returns the mean Euclidean distance of predicted distributions.
 
-    Takes and raises the same as `jensen_shannon`.
+    It comes from Golatkar et al. 2021, "Mixed-privacy forgetting in deep networks". Its arguments and errors are those
+    of `jensen_shannon`.
     """
     p, q = _distributions(p, q)
     return float(np.linalg.norm(np.exp(p) - np.exp(q), axis=1).mean())
 
 
 def l1(p: np.ndarray, q: np.ndarray) -> float:
-    """Mean L1 distance of predicted distributions, twice their total variation: from 0 to 2.
+    """Returns the mean L1 distance of predicted distributions, twice their total variation, from 0 to 2.
 
-    Takes and raises the same as `jensen_shannon`.
+    Its arguments and errors are those of `jensen_shannon`.
     """
     p, q = _distributions(p, q)
     return float(np.abs(np.exp(p) - np.exp(q)).sum(1).mean())
@@ -263,29 +292,29 @@ def _distributions(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def tug_of_war(accuracies: Sequence[float], gold_accuracies: Sequence[float]) -> float:
-    """prod (1 - |accuracy - gold's|): 1 like the gold, lower otherwise.
+    """Returns the product of 1 - |accuracy - gold's accuracy| over sets: 1 for the gold's accuracies, less for others.
 
-    From Zhao et al. 2024, "What makes unlearning hard and what to do about it".
+    It comes from Zhao et al. 2024, "What makes unlearning hard and what to do about it".
 
     Args:
-        accuracies: Shares (0 to 1) on the forget, the retain and the test set.
-        gold_accuracies: The gold's, in the same order.
+        accuracies: shares (0 to 1) on the forget, the retain and the test set.
+        gold_accuracies: the shares of the gold, in the same order.
     """
     return float(np.prod(1 - np.abs(np.subtract(accuracies, gold_accuracies))))
 
 
 def membership_attack(members: Outcome, non_members: Outcome, target: Outcome) -> float:
-    """SalUn's MIA efficacy: the share of forget samples that an attacker takes for non-members.
+    """Returns the share of forget samples that an attacker takes for non-members, which SalUn calls MIA efficacy.
 
-    One threshold on the confidence for all samples, which separates retain from test samples (Jia et al. 2023, "Model
-    sparsity can simplify machine unlearning", appendix C.3; Fan et al. 2024). The attacker is a logistic regression
-    with balanced classes here, theirs a support vector machine on probabilities. High values are no merit: compare
-    with the gold's.
+    The attacker has one threshold on the confidence for all samples, which separates retain from test samples (Jia et
+    al. 2023, "Model sparsity can simplify machine unlearning", appendix C.3; Fan et al. 2024). It is a logistic
+    regression with balanced classes here; theirs is a support vector machine on probabilities. High values are no
+    merit: they should be compared with the gold's.
 
     Args:
-        members: Of the retain set.
-        non_members: Of the test set.
-        target: Of the forget set.
+        members: the outcome on the retain set.
+        non_members: the outcome on the test set.
+        target: the outcome on the forget set.
 
     Returns:
         The share, or NaN if outputs of the model are not finite.
@@ -303,14 +332,19 @@ def membership_attack(members: Outcome, non_members: Outcome, target: Outcome) -
 
 
 def population_attack(target: Outcome, non_members: Outcome) -> float:
-    """How well one threshold on the confidence tells the forget set from data never seen: cross-validated AUC.
+    """Returns how well one threshold on the confidence tells the forget set from data never seen: cross-validated AUC.
 
-    A logistic regression that is told which samples are which, as in the NeurIPS 2023 unlearning challenge's starting
-    kit (on losses, there with accuracies). It learns the direction: forgetting too much shows as forgetting too little.
+    The attacker is a logistic regression that is told which samples are which, as in the starting kit of the NeurIPS
+    2023 unlearning challenge (which attacks losses and counts accuracies). It learns the direction: forgetting too much
+    shows as forgetting too little.
+
+    Args:
+        target: the outcome on the forget set.
+        non_members: the outcome on samples never seen.
 
     Returns:
-        The mean area under the ROC curve over five folds: 0.5 if they cannot be told apart. NaN if outputs of the model
-        are not finite, or with one sample.
+        The mean area under the ROC curve over five folds: 0.5 if the sets cannot be told apart. It is NaN if outputs of
+        the model are not finite, or if a set has a single sample.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -329,13 +363,15 @@ def population_attack(target: Outcome, non_members: Outcome) -> float:
 
 @dataclass
 class Attack:
-    """How well members are told from non-members; without any signal `auc` is 0.5 and `tpr` the false positives' rate.
+    """Says how well members are told from non-members.
+
+    Without any signal `auc` is 0.5 and `tpr` is the rate of false positives.
 
     Attributes:
-        auc: Area under the ROC curve. Below 0.5: members look less like members than samples never seen do.
-        auc_error: Its standard error for so many samples (Hanley and McNeil 1982).
-        tpr: True positives at 1 % false positives.
-        tpr_error: Its standard error, from resampled members and non-members.
+        auc: the area under the ROC curve. Below 0.5, members look less like members than samples never seen do.
+        auc_error: the standard error of `auc` for so many samples (Hanley and McNeil 1982).
+        tpr: the rate of true positives at 1 % false positives.
+        tpr_error: the standard error of `tpr`, from resampled members and non-members.
     """
 
     auc: float
@@ -347,24 +383,27 @@ class Attack:
 def per_example_attack(
     forget: Outcome, heldout: Outcome, references: Sequence[tuple[Outcome, Outcome]], false_positives: float = 0.01
 ) -> Attack:
-    """The offline likelihood ratio attack, LiRA (Carlini et al. 2022, "Membership inference attacks from first
-    principles"; for unlearning Hayes et al. 2024, "Inexact unlearning needs more careful evaluations").
+    """Runs the offline likelihood ratio attack, LiRA.
+
+    It comes from Carlini et al. 2022, "Membership inference attacks from first principles", and for unlearning from
+    Hayes et al. 2024, "Inexact unlearning needs more careful evaluations".
 
     A sample's score is the confidence of the attacked model, standardised by the mean and deviation of the confidence
     of models that never saw that sample: hard samples are compared with themselves. The deviation is one for all
     samples if there are fewer than 64 such models.
 
     Args:
-        forget: Of the forget set, the members if nothing was forgotten.
-        heldout: Of samples that neither model saw; best of the same kind as those to forget.
-        references: Outcomes on both sets of models trained on neither. Leave out the attacked model itself.
-        false_positives: Rate at which the true positives are counted.
+        forget: the attacked model's outcome on the forget set: its members, if nothing was forgotten.
+        heldout: its outcome on samples that no model saw, at best of the same kind as those to forget.
+        references: for every model trained on neither set, its outcomes on the two; the attacked model itself is not
+            among them.
+        false_positives: the rate of false positives at which true ones are counted.
 
     Returns:
-        The attack's success. NaN if outputs of a model are not finite.
+        The success of the attack, all NaN if outputs of a model are not finite.
 
     Raises:
-        ValueError: no references, or of other samples.
+        ValueError: there are no references, or they are about other samples.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -377,7 +416,7 @@ def per_example_attack(
                 f"attacked model, got {len(pair[0])} and {len(pair[1])}."
             )
     n = len(forget)
-    # (models, samples of both sets)
+    # The shape is (models, samples of both sets).
     seen = np.stack([np.concatenate([outcome.confidence for outcome in pair]) for pair in references])
     scores = np.concatenate([forget.confidence, heldout.confidence]) - seen.mean(0)
     if not np.isfinite(scores).all():
@@ -398,7 +437,7 @@ def _auc_error(auc: float, members: int, others: int) -> float:
 
 
 def _true_positives(members: np.ndarray, others: np.ndarray, rate: float) -> tuple[float, float]:
-    """The share of members above all but a share `rate` of the others, and its standard error."""
+    """Returns the share of members above all but a share `rate` of the others, and its standard error."""
     allowed = int(rate * len(others))
 
     def share(members: np.ndarray, others: np.ndarray) -> float:
@@ -409,7 +448,8 @@ def _true_positives(members: np.ndarray, others: np.ndarray, rate: float) -> tup
         share(random.choice(members, len(members)), random.choice(others, len(others))) for _ in range(_RESAMPLES)
     ]
     found = share(members, others)
-    # Resampling says 0 where no member, or every one, is above; Agresti and Coull's two more of each do not.
+    # Resampling gives an error of 0 where no member, or every one, is above; with two more of each, as Agresti and
+    # Coull add them, the error is not 0.
     adjusted = (found * len(members) + 2) / (len(members) + 4)
     floor = math.sqrt(adjusted * (1 - adjusted) / (len(members) + 4))
     return found, max(float(np.std(resampled, ddof=1)), floor)
