@@ -1,18 +1,23 @@
-"""Results on disk, the table, the warnings and the written report, on made-up outcomes."""
+"""Results on disk, the table, the warnings, the figures and the written report, on made-up outcomes."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from peft_ext.unlearning.evaluation import metrics, report
+from peft_ext.unlearning.evaluation import figures, metrics, report
+from peft_ext.unlearning.evaluation.findings import warnings
 from peft_ext.unlearning.evaluation.metrics import Outcome
 from peft_ext.unlearning.evaluation.results import UnlearningResult
+from peft_ext.unlearning.evaluation.tables import table
+from peft_ext.unlearning.methods import base
 
 SIZES = {"forget": 120, "retain": 300, "test": 150}
 
@@ -63,9 +68,30 @@ def experiment(**method: Any) -> list[UnlearningResult]:
     return results
 
 
+def warnings_of(results: list[UnlearningResult]) -> list[str]:
+    return warnings(table(results))
+
+
+@dataclass
+class Facts:
+    """A report of a method, in place of the real one."""
+
+    curvature: str
+    losses: tuple[float, float] = (1.0, math.nan)
+
+    to_dict = asdict
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Facts:
+        return cls(**facts)
+
+    def notes(self) -> list[str]:
+        return [f"curvature: {self.curvature}"]
+
+
 def test_what_is_saved_is_loaded(tmp_path: Path):
     for saved in (
-        result("ours", 3, (0.5, 0.9, 0.8), seconds=1.5, peak_memory=2**33, parameters=10, notes=["damped"]),
+        result("ours", 3, (0.5, 0.9, 0.8), seconds=1.5, peak_memory=2**33, parameters=10, report={"damping": [0.1, 1]}),
         written("ours", 0, 1.0, relearn_limit=20),
     ):
         saved.save(tmp_path / "a" / "b")
@@ -89,15 +115,15 @@ def test_an_interrupted_save_leaves_nothing_to_load(tmp_path: Path, monkeypatch:
     with pytest.raises(FileNotFoundError):
         UnlearningResult.load(tmp_path)
     first.save(tmp_path)
-    replace = Path.replace
+    replace = os.replace
 
-    def interrupted(self: Path, target: Path) -> Path:
+    def interrupted(source: Path, target: Path) -> None:
         if target.suffix == ".json":
             raise KeyboardInterrupt
-        return replace(self, target)
+        replace(source, target)
 
     # New arrays beside the old numbers would be worse than nothing.
-    monkeypatch.setattr(Path, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         second.save(tmp_path)
     with pytest.raises(FileNotFoundError):
@@ -117,7 +143,7 @@ def test_no_pickle_is_loaded(tmp_path: Path):
 def test_rows_are_in_order_and_compare_with_the_gold_of_the_same_seed():
     results = experiment(accuracies=(0.75, 0.9, 0.9), relearn_limit=100, relearn_steps=10)
     results[0].relearn_steps = None
-    rows = report.table(results)
+    rows = table(results)
     assert [row["method"] for row in rows] == ["original", "retrain", "ours"]
     original, gold, ours = rows
     assert ours["seeds"] == [0, 1, 2]
@@ -138,7 +164,7 @@ def test_rows_are_in_order_and_compare_with_the_gold_of_the_same_seed():
 
 def test_the_golds_row_has_what_golds_differ_by():
     results = experiment()
-    _, gold, ours = report.table(results)
+    _, gold, ours = table(results)
     golds = [r.outcomes["forget"].log_probs for r in results if r.method == "retrain"]
     pairs = [metrics.jensen_shannon(golds[a], golds[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
     assert gold["js_forget"]["values"] == pytest.approx(pairs)
@@ -155,12 +181,12 @@ def test_the_golds_row_has_what_golds_differ_by():
 def test_a_gold_is_no_reference_for_itself():
     results = experiment()
     golds = [(r.outcomes["forget"], r.outcomes["test"]) for r in results if r.method == "retrain"]
-    _, gold, ours = report.table(results)
+    _, gold, ours = table(results)
     assert gold["attack_auc"]["values"][1] == metrics.per_example_attack(*golds[1], [golds[0], golds[2]]).auc
     first = results[0].outcomes
     assert ours["attack_auc"]["values"][0] == metrics.per_example_attack(first["forget"], first["test"], golds).auc
     # Ranks do not tell whether it is among others (it shrinks its scores), but one alone would attack itself.
-    rows = {row["method"]: row for row in report.table([r for r in results if r.seed == 0])}
+    rows = {row["method"]: row for row in table([r for r in results if r.seed == 0])}
     assert "attack_auc" in rows["ours"] and "attack_auc" not in rows["retrain"]
 
 
@@ -168,7 +194,7 @@ def test_non_members_are_the_held_out_samples_where_there_are_some():
     results = experiment()
     for r in results:
         r.outcomes["heldout"] = classified(110, 0.8, 77 + r.seed)
-    ours = report.table(results)[-1]
+    ours = table(results)[-1]
     first = results[0].outcomes
     assert ours["population_auc"]["values"][0] == metrics.population_attack(first["forget"], first["heldout"])
     assert ours["mia"]["values"][0] == metrics.membership_attack(first["retain"], first["test"], first["forget"])
@@ -177,7 +203,7 @@ def test_non_members_are_the_held_out_samples_where_there_are_some():
 
 def test_language_models_have_other_columns():
     results = [written(method, seed, 1.0) for method in ("original", "retrain", "ours") for seed in range(2)]
-    rows = report.table(results)
+    rows = table(results)
     assert {"loss_forget", "reproduced_test", "extraction_forget", "truth_ratio", "attack_auc"} <= rows[2].keys()
     assert not any(name.startswith(("accuracy", "js", "l1", "tug", "seconds", "relearn")) for name in rows[2])
     assert rows[2]["truth_ratio"]["values"][0] == metrics.truth_score(results[4].outcomes["forget"].truth_ratio)
@@ -186,14 +212,14 @@ def test_language_models_have_other_columns():
 def test_results_that_do_not_go_together_are_refused():
     one = result("ours", 0, (0.5, 0.9, 0.8))
     with pytest.raises(ValueError, match="must be there once, got two of 'ours' in case 'random' with seed 0"):
-        report.table([one, one])
+        table([one, one])
     other = result("ours", 1, (0.5, 0.9, 0.8))
     other.outcomes["forget"] = classified(7, 0.5, 0)
     with pytest.raises(ValueError, match="must be about the same samples"):
-        report.table([one, other])
+        table([one, other])
     del other.outcomes["test"]
     with pytest.raises(ValueError, match="test is missing"):
-        report.table([other])
+        table([other])
     with pytest.raises(ValueError, match="must have results"):
         report.write_report([], "nowhere")
 
@@ -202,7 +228,7 @@ def test_results_that_do_not_go_together_are_refused():
 
 
 def test_a_good_method_in_a_sound_experiment_has_no_warnings():
-    assert report.warnings(experiment()) == []
+    assert warnings_of(experiment()) == []
 
 
 @pytest.mark.parametrize(
@@ -215,7 +241,7 @@ def test_a_good_method_in_a_sound_experiment_has_no_warnings():
     ],
 )
 def test_what_is_wrong_with_a_method_is_said(method, expected):
-    found = report.warnings(experiment(**method))
+    found = warnings_of(experiment(**method))
     assert len(found) == 1 and found[0].startswith(f"random, ours: {expected}"), found
 
 
@@ -226,7 +252,7 @@ def test_forgetting_within_the_golds_spread_is_not_too_much():
         for r in results:
             if r.method == "retrain":
                 r.outcomes["forget"] = classified(120, 0.6 + 0.1 * r.seed, r.seed)
-        assert len([text for text in report.warnings(results) if "over-forgetting" in text]) == number
+        assert len([text for text in warnings_of(results) if "over-forgetting" in text]) == number
 
 
 def test_a_forget_loss_above_the_golds_is_over_forgetting():
@@ -235,15 +261,15 @@ def test_a_forget_loss_above_the_golds_is_over_forgetting():
     for r in results:
         if r.method == "ours":
             r.outcomes["forget"] = classified(120, 0.8, r.seed, certainty=9.0)
-    (found,) = report.warnings(results)
+    (found,) = warnings_of(results)
     assert "over-forgetting: forget loss" in found and "accuracy" not in found
 
 
 def test_noise_is_said():
     results = [r for r in experiment() if r.method != "retrain" or r.seed == 0]
-    found = " ".join(report.warnings(results))
+    found = " ".join(warnings_of(results))
     assert "There is one gold" in found and "few seeds (retrain 1)" in found and "no gold with seed 1, 2" in found
-    assert "no gold." in " ".join(report.warnings([r for r in results if r.method != "retrain"]))
+    assert "no gold." in " ".join(warnings_of([r for r in results if r.method != "retrain"]))
     # Golds that differ from one another as much as from the original.
     results = experiment(accuracies=(0.9, 0.95, 0.9))
     for r in results:
@@ -257,7 +283,7 @@ def test_noise_is_said():
                 p.log_probs[order],
                 p.confidence[order],  # type: ignore[index]
             )
-    found = " ".join(report.warnings(results))
+    found = " ".join(warnings_of(results))
     assert "noisy gold. In Jensen-Shannon divergence" in found
 
 
@@ -265,20 +291,20 @@ def test_noisy_golds_of_language_models():
     steady = [written("retrain", s, 2.0 + 0.1 * s) for s in range(3)]
     noisy = [written("retrain", s, 2.0 + s) for s in range(3)]
     others = [written("original", s, 2.5) for s in range(3)]
-    assert not any("noisy" in text for text in report.warnings(others + steady))
-    assert any("noisy gold. In forget loss" in text for text in report.warnings(others + noisy))
+    assert not any("noisy" in text for text in warnings_of(others + steady))
+    assert any("noisy gold. In forget loss" in text for text in warnings_of(others + noisy))
 
 
 def test_losses_judge_language_models_and_a_diverged_one_is_called_so():
     golds = [written("retrain", s, 2.0) for s in range(3)] + [written("original", s, 0.3) for s in range(3)]
     bad = [written("ours", s, 4.0, retain=0.6) for s in range(3)]
-    found = report.warnings(golds + bad)
+    found = warnings_of(golds + bad)
     assert any("ours: over-forgetting: forget loss 4." in text for text in found)
     assert any("ours: retain damage: retain loss 0.6" in text for text in found)
     for r in bad:
         nothing = np.full(SIZES["retain"], math.nan)
         r.outcomes["retain"] = Outcome(nothing, np.zeros(SIZES["retain"], bool), None, nothing)
-    found = report.warnings(golds + bad)
+    found = warnings_of(golds + bad)
     assert any("ours: outputs are not finite on retain" in text for text in found)
 
 
@@ -287,7 +313,7 @@ def test_too_few_samples_for_a_true_positive_rate():
     for r in results:
         r.outcomes = {**r.outcomes, "heldout": classified(99, 0.8, r.seed)}
     assert any(
-        "too few samples for a TPR at 1 % FPR: 120 to forget and 99 never seen" in t for t in report.warnings(results)
+        "too few samples for a TPR at 1 % FPR: 120 to forget and 99 never seen" in t for t in warnings_of(results)
     )
 
 
@@ -298,25 +324,75 @@ def markdown_cells(text: str, method: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if f"| {method} " in line]
 
 
-def test_the_report_has_the_numbers_of_the_table(tmp_path: Path):
-    results = experiment(peak_memory=3_000_000, relearn_limit=50, parameters=3840, notes=["curvature: one draw"])
+def test_the_report_has_the_numbers_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(base, "UnlearningReport", Facts, raising=False)
+    facts = Facts("one draw", (1.0, 2.0)).to_dict()
+    results = experiment(peak_memory=3_000_000, relearn_limit=50, parameters=3840, report=facts)
     report.write_report(results, tmp_path / "report", title="A title", notes="What was run.")
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# A title\n\nWhat was run.\n") and "## Warnings\n\nNone." in text
     assert "- ours: curvature: one draw" in text and "Trained parameters: 3,840" in text
     right, distance, attack = markdown_cells(text, "ours")
-    ours = report.table(results)[2]
+    ours = table(results)[2]
     assert right[:7] == ["80.0 ± 0.0", "-0.8", "95.0 ± 0.0", "+0.0", "90.0 ± 0.0", "+0.0", "0.992 ± 0.008"]
     assert distance[0] == f"{ours['js_forget']['mean']:.4f} ± {ours['js_forget']['std']:.4f}"
     assert attack[-4:] == ["≥ 50 ± 0", "5.0 ± 0.0", "0.250 ± 0.000", "3.0 ± 0.0"]
     assert attack[4].endswith(f"({100 * ours['attack_tpr_error']['mean']:.1f})")
     assert markdown_cells(text, "original")[2][-3:] == ["-", "-", "-"]
     content = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
-    assert content["rows"] == json.loads(json.dumps(report.table(results)))
+    assert content["rows"] == json.loads(json.dumps(table(results)))
     assert content["warnings"] == []
     for name in ("accuracy.png", "losses.png", "tradeoff.png"):
         assert f"]({name})" in text
         assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_report_facts_by_seed_which_become_sentences_in_markdown_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(base, "UnlearningReport", Facts, raising=False)
+    results = experiment()
+    results[0].report, results[3].report = Facts("one draw").to_dict(), Facts("exact").to_dict()
+    results[6].report = Facts("one draw", (3.0, 4.0)).to_dict()
+    report.write_report(results, tmp_path)
+    original, _, ours = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)[
+        "rows"
+    ]
+    assert original["reports"] == [None, None, None]
+    assert ours["reports"] == [
+        {"curvature": "one draw", "losses": [1.0, None]},
+        {"curvature": "exact", "losses": [1.0, None]},
+        {"curvature": "one draw", "losses": [3.0, 4.0]},
+    ]
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "### What the methods say\n\n- ours: curvature: one draw\n- ours: curvature: exact\n\n##" in text
+    report.write_report(experiment(), tmp_path)
+    assert "What the methods say" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_forty_two_methods_look_different():
+    rows = table(experiment())
+    rows += [{**rows[-1], "method": f"method {index}"} for index in range(41)]
+    (legend,) = figures.tradeoff_figure(rows).legends
+    looks = {
+        text.get_text(): (handle.get_color(), handle.get_marker())
+        for text, handle in zip(legend.get_texts(), legend.legend_handles)
+        if handle.get_marker() != "None"
+    }
+    assert len(looks) == len(set(looks.values())) == 42
+    # The points of the bars look as they do there.
+    axis = figures.accuracy_figure(rows).subfigs[0].axes[0]
+    points = {(tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes()) for c in axis.collections}
+    assert len(points) == 44  # with the original and the gold
+
+
+def test_figures_say_what_the_gold_is():
+    results = experiment()
+    rows = table(results)
+    for figure in (figures.accuracy_figure(rows), figures.losses_figure(results), figures.tradeoff_figure(rows)):
+        (legend,) = figure.legends
+        said = " ".join(text.get_text() for text in [legend.get_title(), *legend.get_texts()])
+        assert "gold: retrained without the forget set" in said.replace("\n", " ")
 
 
 def test_a_report_of_what_is_least_and_of_what_diverged(tmp_path: Path):
