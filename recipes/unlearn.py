@@ -462,7 +462,7 @@ class Experiment:
             try:
                 method.prepare(request)
                 with Usage(device) as usage:
-                    result.notes = method.unlearn(request).notes()
+                    result.report = method.unlearn(request).to_dict()
             except ValueError as error:
                 raise UserError(f"method {label!r}, {case.name}: {error}") from error
             result.seconds, result.peak_memory = usage.seconds, usage.peak_memory

@@ -16,9 +16,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..generators import Generator
-from .checkpointed import CheckpointedLayer
 from .config import SeededConfig, Target
 from .expansion import SharedExpansion
+from .provenance import CheckpointedLayer
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 """Of a weight: a matrix of shape `(fan_out, fan_in)`, or its factors A `(r, fan_in)` and B `(fan_out, r)`."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpointed import CheckpointedLayer
+from ..provenance import CheckpointedLayer
 from .config import VisualPromptConfig
 
 NO_MERGE = (

@@ -1,0 +1,447 @@
+"""Where the coefficients of an adapter come from: what they mean, and how they are saved and verified.
+
+PEFT asks a tuner for an adapter's tensors when it saves, and shows it the tensors when it loads; both go through
+`CheckpointedModel`. transformers' `load_adapter` fills parameters without asking anybody. For its sake a layer that was
+made from a checkpoint's configuration also has buffers for what else the weights file holds, and its coefficients are
+verified before they are used.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..checkpoint import quantization
+from ..checkpoint.identity import (
+    FORMAT,
+    Identity,
+    check_checksum,
+    check_finite,
+    check_identity,
+    checksum,
+    digest,
+    fold_names,
+    read_record,
+    write_record,
+)
+from .config import CheckpointedConfig, Target
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_SAMPLED = 64  # numbers of every base weight that its fingerprint is made of
+
+
+class Provenance:
+    """What the coefficients of one adapter mean, shared by all its layers.
+
+    Attributes:
+        fields: the generating fields of the configuration that the adapter was made with.
+        targets: the adapted modules, in the order of the model.
+        containers: what holds the coefficients, in that order; one for all modules if they share one vector.
+        owner: the first adapted layer.
+        pending: the adapter was made from a checkpoint's configuration, and its coefficients are not verified yet.
+    """
+
+    def __init__(self, adapter_name: str, config: CheckpointedConfig) -> None:
+        self.adapter_name = adapter_name
+        self.config = copy.copy(config)
+        self.fields = copy.deepcopy(config.generating())
+        self.targets: list[Target] = []
+        self.containers: list[nn.ParameterDict] = []
+        self.owner: CheckpointedLayer | None = None
+        self.pending = config.identity is not None
+
+    def add(self, layer: CheckpointedLayer, target: Target) -> None:
+        """Adds an adapted layer whose coefficients are in place."""
+        self.targets.append(target)
+        container = layer.container(self.adapter_name)
+        if container is not None and not any(container is known for known in self.containers):
+            self.containers.append(container)
+        if self.owner is None:
+            self.owner = layer
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.fields, [self.config.described(target) for target in self.targets])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The coefficients of every container."""
+        return [container[self.adapter_name] for container in self.containers]
+
+    def make_buffers(self) -> None:
+        """Makes room for the record and for packed coefficients, which transformers' `load_adapter` fills."""
+        assert self.owner is not None
+        size = self._record({}, {}).numel()
+        self.owner.buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
+        if quantization.is_integer(self.config.coefficient_dtype):
+            packed = quantization.size_of(self._sizes(), self.config.coefficient_dtype)
+            self.owner.buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
+
+    def _drop_buffers(self) -> None:
+        assert self.owner is not None
+        for name in ("identity", "packed"):
+            buffers = self.owner.buffers_of(name)
+            if self.adapter_name in buffers:
+                del buffers[self.adapter_name]
+
+    def _kinds(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(container, places in its coefficients), all of one kind before the next."""
+        kinds = [self.config.kinds(parameter.numel()) for parameter in self.parameters()]
+        for kind in range(max(map(len, kinds), default=0)):
+            for index, places in enumerate(kinds):
+                if kind < len(places):
+                    yield index, places[kind]
+
+    def _sizes(self) -> list[int]:
+        """Lengths of the parts that are packed: all coefficients of a kind are one."""
+        sizes: list[int] = []
+        for index, places in self._kinds():
+            sizes = [*sizes[:-1], sizes[-1] + len(places)] if index and sizes else [*sizes, len(places)]
+        return sizes
+
+    def _pack(self, coefficients: list[torch.Tensor], dtype: str) -> torch.Tensor:
+        gathered = torch.cat([coefficients[index].flatten().cpu()[places] for index, places in self._kinds()])
+        return quantization.encode(gathered.split(self._sizes()), dtype)
+
+    def _unpack(self, packed: torch.Tensor, dtype: str) -> list[torch.Tensor]:
+        numbers = torch.cat(quantization.decode(packed, self._sizes(), dtype))
+        parts = [torch.empty(parameter.numel()) for parameter in self.parameters()]
+        start = 0
+        for index, places in self._kinds():
+            parts[index][places] = numbers[start : start + len(places)]
+            start += len(places)
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters())]
+
+    def _record(self, coefficients: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The record of tensors by label."""
+        return write_record(
+            {
+                "format": FORMAT,
+                "identity": self.identity.to_dict(),
+                "dtype": self.config.coefficient_dtype,
+                "coefficients": checksum(coefficients.items()),
+                "others": checksum((name.rpartition(".")[2], tensor) for name, tensor in others.items()),
+            }
+        )
+
+    # Saving
+
+    def seal(
+        self, config: CheckpointedConfig, keys: Keys, tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of the adapter as they are saved, with the record.
+
+        Args:
+            config: the adapter's; what its file shall say beside its fields is put into it.
+            keys: names of the adapter's tensors.
+            tensors: coefficients, biases.
+            others: modules that are saved whole beside them.
+
+        Raises:
+            ValueError: the configuration has changed since the adapter was made.
+        """
+        if config.generating() != self.fields:
+            name = next(name for name, value in config.generating().items() if self.fields.get(name) != value)
+            raise ValueError(
+                f"`{name}` of the configuration was changed after the adapter was made: the adapter has "
+                f"{self.fields.get(name)!r}, the configuration says {config.generating()[name]!r}. Change it back, or "
+                "make a new adapter."
+            )
+        self.config.coefficient_dtype = config.coefficient_dtype
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in (keys.record, keys.packed)}
+        if any(key not in tensors or tensors[key].is_meta for key in keys.coefficients):
+            return tensors  # another process has them
+        coefficients = [_whole(tensors.pop(key)).detach() for key in keys.coefficients]
+        dtype = config.coefficient_dtype
+        if quantization.is_integer(dtype):
+            packed = self._pack(coefficients, dtype)
+            stored = self._unpack(packed, dtype)
+            tensors[keys.packed] = packed
+            labelled = {"packed": packed}
+        else:
+            stored = [quantization.cast(each, dtype) for each in coefficients]
+            tensors |= dict(zip(keys.coefficients, stored))
+            labelled = _labelled(stored)
+        kept = {key: tensor for key, tensor in tensors.items() if key not in (*keys.coefficients, keys.packed)}
+        tensors[keys.record] = self._record(labelled, {**kept, **others})
+        config._saved = {  # type: ignore[attr-defined]
+            "identity": self.identity.to_dict(),
+            "target_names": fold_names([target.name for target in self.targets]),
+            "base_fingerprint": keys.base_fingerprint,
+            **config.saved_facts(self.targets),
+        }
+        exact = torch.cat([each.flatten().double().cpu() for each in coefficients])
+        error = torch.cat([each.flatten().double().cpu() for each in stored]) - exact
+        config._coefficient_error = float(error.norm() / exact.norm()) if exact.any() else 0.0  # type: ignore[attr-defined]
+        return tensors
+
+    # Loading
+
+    def open(
+        self, keys: Keys, tensors: dict[str, torch.Tensor], model: nn.Module, prefix: str
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a loaded file as the model takes them, all verified.
+
+        Args:
+            keys: names of the adapter's tensors in the model.
+            tensors: by name in the model.
+            model: where they go, not changed yet.
+            prefix: of the names of this method's parameters.
+
+        Raises:
+            ValueError: the record or the tensors are missing, damaged, or those of another adapter.
+        """
+        tensors = keys.completed(tensors)
+        record = tensors.pop(keys.record, None)
+        if record is None:
+            elsewhere = [key for key in tensors if f".{prefix}identity" in key]
+            if elsewhere:
+                raise ValueError(
+                    f"The saved adapter does not fit the model: it begins at {elsewhere[0]!r}, which is no adapted "
+                    f"module here; the first one is at {keys.record!r}. If modules were renamed, give the "
+                    "`key_mapping` from the saved to the new names; layer names can also differ between releases of "
+                    "transformers."
+                )
+        content = read_record(record, keys.record)
+        check_identity(content.get("identity"), self.identity, "in the weights file")
+        dtype = content.get("dtype")
+        if dtype not in quantization.DTYPES:
+            raise ValueError(
+                f"`dtype` in {keys.record!r} must be one of {quantization.DTYPES}, got {str(dtype)[:50]!r}."
+            )
+        adapted = {key for key in tensors if f".{prefix}" in key}
+        if quantization.is_integer(dtype):
+            self._check_keys(adapted, {keys.packed})
+            packed = tensors.pop(keys.packed)
+            check_checksum(content.get("coefficients"), checksum([("packed", packed)]), f"{keys.packed!r}")
+            tensors |= dict(zip(keys.coefficients, self._unpack(packed, dtype)))
+        else:
+            self._check_keys(adapted, set(keys.coefficients))
+            for key, parameter in zip(keys.coefficients, self.parameters()):
+                self._check_coefficients(key, tensors[key], parameter)
+                check_finite(tensors[key], f" in {key!r}")
+            found = [tensors[key] for key in keys.coefficients]
+            if not any(tensor.is_meta for tensor in found):
+                check_checksum(content.get("coefficients"), checksum(_labelled(found).items()), "the coefficients")
+        own = {key: tensors[key] for key in keys.coefficients}
+        others = {key: tensor for key, tensor in tensors.items() if key not in own}
+        beside = {key: others.pop(key) for key in list(others) if keys.belongs(key)}
+        self._check_strangers(others, content, model)
+        if not any(tensor.is_meta for tensor in beside.values()):
+            found_others = checksum((key.rpartition(".")[2], tensor) for key, tensor in beside.items())
+            check_checksum(content.get("others"), found_others, "what is saved beside the coefficients")
+        self.config.coefficient_dtype = dtype
+        if self.config.base_fingerprint and keys.base_fingerprint not in (None, self.config.base_fingerprint):
+            warnings.warn(
+                "The base model has other weights than the adapter was trained on: samples of the adapted modules "
+                f"differ ({keys.base_fingerprint}, saved was {self.config.base_fingerprint}).",
+                stacklevel=2,
+            )
+        self.pending = False
+        self._drop_buffers()
+        return {**own, **beside, **others}
+
+    def _check_keys(self, found: set[str], expected: set[str]) -> None:
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        if missing or unknown:
+            raise ValueError(
+                f"The saved adapter does not fit the model: {len(missing)} adapted layers find no coefficients"
+                + (f" (first: {missing[0]!r})" if missing else "")
+                + f" and {len(unknown)} saved coefficients find no layer"
+                + (f" (first: {unknown[0]!r})" if unknown else "")
+                + ". Check the base model and `target_modules`; layer names can differ between releases of "
+                "transformers."
+            )
+
+    def _check_coefficients(self, key: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"The saved adapter does not fit its configuration: {key!r} must have shape {tuple(parameter.shape)}, "
+                f"got {tuple(tensor.shape)}. {' and '.join(f'`{field}`' for field in self.config.size_fields)} in "
+                "adapter_config.json must be what it was trained with."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key!r} must hold floating-point numbers, got {tensor.dtype}.")
+
+    def _check_strangers(
+        self, strangers: dict[str, torch.Tensor], content: Mapping[str, Any], model: nn.Module
+    ) -> None:
+        """Weights of the base model, which PEFT saves with some adapters, must be those that the model has."""
+        if not strangers:
+            return
+        state = model.state_dict()
+        for key in list(strangers):
+            if key in state and state[key].shape == strangers[key].shape:
+                if torch.equal(state[key].cpu(), strangers[key].to(state[key].dtype).cpu()):
+                    del strangers[key]
+        if strangers and content.get("strangers") != checksum(strangers.items()):
+            raise ValueError(
+                f"The saved adapter holds {len(strangers)} tensors that are no part of it (first: "
+                f"{min(strangers)!r}) and would overwrite the base model. Take them out of the file. Modules that are "
+                "trained beside an adapter are named in `modules_to_save`."
+            )
+
+    def settle(self) -> None:
+        """Verifies coefficients that came in without the tuner's hooks, before their first use.
+
+        Raises:
+            ValueError: there are none, or they are damaged, or those of another adapter.
+        """
+        if not self.pending:
+            return
+        assert self.owner is not None
+        record = self.owner.buffers_of("identity")[self.adapter_name]
+        name = f"{self.config.method()}_identity"
+        if record.is_meta:
+            return
+        if not record.any():
+            raise ValueError(
+                f"No coefficients were loaded for adapter {self.adapter_name!r}, whose configuration comes from a "
+                f"checkpoint: the file holds no {name!r}, or its layers have other names. To start a new adapter from "
+                "a saved configuration, set its `identity` to None."
+            )
+        content = read_record(record, name)
+        check_identity(content.get("identity"), self.identity, "in the weights file")
+        dtype, parameters = str(content.get("dtype")), self.parameters()
+        with torch.no_grad():
+            if quantization.is_integer(dtype):
+                packed = self.owner.buffers_of("packed")[self.adapter_name]
+                check_checksum(content.get("coefficients"), checksum([("packed", packed)]), "the coefficients")
+                for parameter, part in zip(parameters, self._unpack(packed, dtype)):
+                    parameter.copy_(part)
+            else:
+                if all(str(parameter.dtype) == f"torch.{dtype}" for parameter in parameters):
+                    found = checksum(_labelled(parameters).items())
+                    check_checksum(content.get("coefficients"), found, "the coefficients")
+                for container in self.containers:
+                    parameter = container[self.adapter_name]
+                    if parameter.dtype in (torch.float16, torch.bfloat16):
+                        container[self.adapter_name] = nn.Parameter(parameter.float(), parameter.requires_grad)
+        for parameter in self.parameters():
+            check_finite(parameter)
+        self.pending = False
+        self._drop_buffers()
+
+
+class CheckpointedLayer(BaseTunerLayer):
+    """A layer that knows the provenance of its adapters.
+
+    A method's layer has the attributes `<method>_provenances`, `<method>_identity` and `<method>_packed`, which
+    `make_records` makes.
+    """
+
+    config_class: ClassVar[type[CheckpointedConfig]]
+    record_names: ClassVar[tuple[str, ...]] = ("provenances", "identity", "packed")
+
+    @property
+    def method(self) -> str:
+        """The method's name in lower case."""
+        return self.config_class.method()
+
+    def make_records(self) -> None:
+        """Makes the attributes."""
+        setattr(self, f"{self.method}_provenances", {})
+        for name in self.record_names[1:]:
+            setattr(self, f"{self.method}_{name}", BufferDict(persistent=True))
+
+    @property
+    def provenances(self) -> dict[str, Provenance]:
+        """Where adapters come from, by name."""
+        return getattr(self, f"{self.method}_provenances")
+
+    def buffers_of(self, name: str) -> BufferDict:
+        """What a loaded file holds beside coefficients, by adapter: `"identity"` or `"packed"`."""
+        return getattr(self, f"{self.method}_{name}")
+
+    def container(self, adapter: str) -> nn.ParameterDict | None:
+        """What holds the coefficients of an adapter, by its name; `None` if this layer reads none of it."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Verifies the coefficients of all adapters that came in without the tuner's hooks."""
+        for provenance in self.provenances.values():
+            provenance.settle()
+
+    def train(self, mode: bool = True) -> Any:
+        if not mode:  # the last that transformers' `load_adapter` does to layers
+            self.settle()
+        return super().train(mode)  # type: ignore[misc]
+
+
+class Keys:
+    """Names of the tensors of one adapter in a model's state dict, and what else of the model a checkpoint tells."""
+
+    def __init__(self, model: nn.Module, provenance: Provenance) -> None:
+        names = {id(module): clean(name) for name, module in model.named_modules()}
+        adapter, method = provenance.adapter_name, provenance.config.method()
+        self._adapter = adapter
+        owner = names.get(id(provenance.owner), "")
+        self.coefficients = [f"{names.get(id(container), '')}.{adapter}" for container in provenance.containers]
+        self.record = f"{owner}.{method}_identity.{adapter}"
+        self.packed = f"{owner}.{method}_packed.{adapter}"
+        self._biases = getattr(provenance.config, "bias", "none") != "none"
+        self._beside = {
+            f"{clean(name)}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+            for key in module.adapter_state_dict_load_map(adapter).values()
+        }
+        self.base_fingerprint = _base_fingerprint(model, adapter)
+
+    def completed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A loaded state dict with full names of what has no place in the model: record and packed coefficients."""
+        full = {_bare(key, self._adapter): key for key in (self.record, self.packed)}
+        return {full.get(_bare(key, self._adapter), key): tensor for key, tensor in tensors.items()}
+
+    def belongs(self, key: str) -> bool:
+        """Whether a tensor of this name is trained and saved whole beside the coefficients."""
+        return key in self._beside or (self._biases and key.rpartition(".")[2] == "bias")
+
+
+def clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _bare(key: str, adapter_name: str) -> str:
+    """A name as it is in a file, without PEFT's prefix."""
+    return key.removeprefix("base_model.model.").removesuffix(f".{adapter_name}")
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is not a shard of itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _labelled(tensors: list[Any]) -> dict[str, torch.Tensor]:
+    """Coefficients by their place, which stays when modules are renamed."""
+    return {f"coefficients {index}": tensor for index, tensor in enumerate(tensors)}
+
+
+@torch.no_grad()
+def _base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
+    """A hash of a few numbers of every adapted base weight, rounded to bfloat16, or None if it cannot be told.
+
+    So it is the same for a model in float32 and in bfloat16. Quantized, sharded and merged weights have none.
+    """
+    samples = []
+    for module in model.modules():
+        if not isinstance(module, CheckpointedLayer) or adapter_name not in module.provenances:
+            continue
+        weight = getattr(module.get_base_layer(), "weight", None)
+        if weight is None:
+            continue
+        plain = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
+        if not plain or weight.dtype not in (torch.float32, torch.float64, torch.bfloat16) or module.merged_adapters:
+            return None
+        flat = weight.detach().flatten()
+        samples.append(flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].float().bfloat16().cpu())
+    return digest(torch.cat(samples).view(torch.uint8).numpy().tobytes()) if samples else None
