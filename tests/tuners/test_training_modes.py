@@ -574,7 +574,7 @@ def test_pickling(case: Case, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("NOLA", {"num_basis": 2000}), ("PRANC", {"nnz": 4}), ("MCNC", {"widths": (100, 100)})],
+    [("NOLA", {"num_basis": 1000}), ("PRANC", {"nnz": 4}), ("MCNC", {"widths": (100, 100)})],
     ids=ONE_OF_EACH,
 )
 def test_pickle_holds_no_basis(method: str, options: dict[str, Any]) -> None:
