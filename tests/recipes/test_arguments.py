@@ -9,22 +9,14 @@ from typing import Any
 
 import pytest
 from peft import FourierFTConfig, LoraConfig
-from transformers import TrainingArguments
 
 from peft_ext import NolaConfig
-from recipes.finetune_gpt2 import QuickstartArguments
-from recipes.support.arguments import (
-    CONFIGS,
-    MethodArguments,
-    UserError,
-    check_output_dir,
-    claim_output_dir,
-    parse_arguments,
-    parse_methods,
-)
-from recipes.tasks.causal_lm import DataArguments, GenerationArguments, ModelArguments
+from recipes.finetune_gpt2 import FinetuneGPT2
+from recipes.support.arguments import CONFIGS, UserError, parse_arguments
+from recipes.support.methods import parse_methods
+from recipes.support.runs import argument_types, check_output_dir, claim_output_dir
 
-TYPES = [ModelArguments, DataArguments, GenerationArguments, MethodArguments, QuickstartArguments, TrainingArguments]
+TYPES = argument_types(FinetuneGPT2)
 
 
 def parse(*argv: str) -> dict[str, Any]:
@@ -143,7 +135,7 @@ def test_bad_methods_are_refused(specs: list[str], said: list[str]) -> None:
 
 def prepare(folder: Path, *argv: str) -> None:
     parsed = parse_arguments("finetune_gpt2", TYPES, ["--output_dir", str(folder), *argv])
-    claim_output_dir(parsed[-1], check_output_dir(parsed[-1], parsed, parsed[3].overwrite_output_dir))
+    claim_output_dir(parsed[-1], check_output_dir(parsed[-1], parsed, parsed[4].overwrite_output_dir))
 
 
 def test_output_folder(tmp_path: Path) -> None:

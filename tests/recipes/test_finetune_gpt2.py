@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from recipes.finetune_gpt2 import main
 from recipes.support.arguments import CONFIGS
+from recipes.support.runs import last_checkpoint
 from recipes.tasks import training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         main([*flags, *methods, "--output_dir", str(broken)])
     monkeypatch.setattr(training, "make_trainer", make_trainer)
-    checkpoint = training.last_checkpoint(broken / "lora-r=1-lora_dropout=0.1-seed42")
+    checkpoint = last_checkpoint(broken / "lora-r=1-lora_dropout=0.1-seed42")
     assert checkpoint is not None and checkpoint.name == "checkpoint-4"
     # A checkpoint that the interruption cut short is passed over.
     (checkpoint.with_name("checkpoint-5")).mkdir()

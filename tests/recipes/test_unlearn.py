@@ -21,11 +21,14 @@ from peft_ext.training.callbacks import trainable_state
 from peft_ext.unlearning.evaluation.results import UnlearningResult
 from peft_ext.unlearning.methods import METHODS
 from recipes import unlearn
-from recipes.support.arguments import CONFIGS, UserError, parse_arguments, parse_methods
+from recipes.support.arguments import CONFIGS, UserError, parse_arguments
+from recipes.support.methods import parse_methods
+from recipes.support.runs import argument_types
 from recipes.support.usage import Usage
 from recipes.tasks import digits
 from recipes.tasks.resnet import CifarResNet
-from recipes.unlearn import DataArguments, ModelArguments, UnlearnArguments, main, parse_unlearning_methods
+from recipes.unlearn import Unlearn, main
+from recipes.unlearning import experiment, settings
 from recipes.unlearning.cases import (
     CaseArguments,
     CaseSpec,
@@ -37,7 +40,7 @@ from recipes.unlearning.cases import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = [ModelArguments, DataArguments, CaseArguments, UnlearnArguments, TrainingArguments]
+TYPES = argument_types(Unlearn)
 ADAPTER = ["--adapter", "{name: nola, r: 2, num_basis: 8}"]
 FLAGS = (
     "--num_train_epochs 6 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --learning_rate 2e-2 "
@@ -132,13 +135,13 @@ def test_a_resumed_run_takes_what_is_there(
     assert len(result(tmp_path / "out" / "memorised-20", "salun").outcomes["forget"]) == 4
     (folder / "salun-seed42" / "unlearning.json").unlink()
     trained = []
-    fit = unlearn.fit
+    fit = experiment.fit
 
     def counted(model: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         trained.append(len(data))
         return fit(model, data, *args, **kwargs)
 
-    monkeypatch.setattr(unlearn, "fit", counted)
+    monkeypatch.setattr(experiment, "fit", counted)
     main([*arguments, "--resume_from_checkpoint", "true"])
     assert trained in ([6], []), "more was trained than the relearning of one result"
     again = result(folder, "salun")
@@ -156,13 +159,13 @@ def test_an_overwritten_run_leaves_nothing_to_resume_from(
 ) -> None:
     flags = [*images, "--cases", "class:red", "--methods", "{name: finetune, max_steps: 1}", "--relearn_limit", "0"]
     seeds = []
-    fit = unlearn.fit
+    fit = experiment.fit
 
     def spied(model: Any, data: Any, collator: Any, training: TrainingArguments, **options: Any) -> Any:
         seeds.append(training.seed)
         return fit(model, data, collator, training, **options)
 
-    monkeypatch.setattr(unlearn, "fit", spied)
+    monkeypatch.setattr(experiment, "fit", spied)
     main([*flags, "--seeds", "9"])
     assert seeds == [9]
     found = UnlearningResult.load(tmp_path / "out" / "class-red" / "retrain-seed9")
@@ -171,7 +174,7 @@ def test_an_overwritten_run_leaves_nothing_to_resume_from(
     def interrupt(*_: Any) -> None:
         raise Interrupted
 
-    monkeypatch.setattr(unlearn.Experiment, "original", interrupt)
+    monkeypatch.setattr(experiment.Experiment, "original", interrupt)
     with pytest.raises(Interrupted):
         main([*flags, "--seeds", "9", "--overwrite_output_dir", "true"])
     assert not list((tmp_path / "out").rglob("*.json"))[1:], "more than arguments.json is left"
@@ -218,14 +221,14 @@ def test_parameters_by_name_in_a_network_with_batch_norm(
     flags += ["--dataset_name", digits.prepare_data(tmp_path), "--trainable_parameters", "bn|linear"]
     flags += ["--max_train_samples", "40", "--max_eval_samples", "20", "--cases", "random:0.2"]
     models = []
-    run = unlearn.train_by_name
+    run = settings.train_by_name
 
     def remembered(*args: Any) -> Any:
         model = run(*args)
         models.append((model, trainable_state(model)))
         return model
 
-    monkeypatch.setattr(unlearn, "train_by_name", remembered)
+    monkeypatch.setattr(settings, "train_by_name", remembered)
     main([*flags, "--methods", "{name: random_labels, max_steps: 2}"])
     pretrained = network.state_dict()
     assert len(models) == 5  # a check, the original, three that start from it
@@ -337,10 +340,10 @@ def test_memory_of_a_block_is_measured() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("unlearn_*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_parses(path: Path) -> None:
-    model, data, cases, args, training = parse_arguments("unlearn", TYPES, [str(path)])
-    unlearn.check_arguments(model, data, args, training)
+    model, data, cases, args, run, _, training = parse_arguments("unlearn", TYPES, [str(path)])
+    settings.check_arguments(model, data, args, run.seeds or [training.seed])
     parse_cases(cases, args.task == "text")
-    assert parse_unlearning_methods(args.methods)
+    assert settings.parse_unlearning_methods(args.methods)
     if args.adapter:
         parse_methods([args.adapter])[0].config(None, 0)
 
