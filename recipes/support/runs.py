@@ -303,7 +303,7 @@ def _flaw(checkpoint: Path) -> str | None:
         return f"it has no {_STATE}, which is written last"
     found = sorted(checkpoint.iterdir())
     # A folder holds the shards of FSDP or DeepSpeed.
-    if not any(path.is_dir() or path.suffix in (".safetensors", ".bin") for path in found):
+    if not any(path.is_dir() or "model" in path.name and path.suffix in (".safetensors", ".bin") for path in found):
         return "it has no weights"
     for file in found:
         try:

@@ -16,7 +16,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -178,15 +178,14 @@ def check_arguments(args: DataArguments) -> None:
 
 
 def check_method(method: Method, seed: int, smoothing: float) -> None:
-    """Refuses options that a method does not take, and label smoothing with prompts that lengthen the outputs.
+    """Refuses options that a method does not take, and label smoothing with soft prompts.
 
     Args:
         method: what is put on the model.
         seed: the run's seed.
-        smoothing: the Trainer's label smoothing, which knows nothing of such prompts.
+        smoothing: the Trainer's label smoothing. It fails on PEFT's models with prompts.
     """
-    config = method.config("CAUSAL_LM", seed)
-    if smoothing and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
+    if method.config("CAUSAL_LM", seed).is_prompt_learning and smoothing:
         raise UserError(f"label_smoothing_factor: no labels are smoothed with {method.name}; leave out one of them")
 
 
