@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import datasets
 import evaluate
+from safetensors import SafetensorError
 
 from recipes.support.arguments import UserError
 
@@ -52,7 +53,7 @@ def loading(field_name: str, value: str) -> Iterator[None]:
     """Turns what libraries raise for something that is not there into a message for the user."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{field_name}: cannot load {value!r}: {reason}\n"

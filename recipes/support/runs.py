@@ -164,6 +164,7 @@ def check_output_dir(training: TrainingArguments, arguments: Sequence[Any], over
         above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not above.is_dir():
             raise UserError(f"output_dir: {above} is a file; name a folder")
+        PartialState().wait_for_everyone()  # no process may find the file of another one here
         with tempfile.TemporaryFile(dir=above):
             pass
     except OSError as error:

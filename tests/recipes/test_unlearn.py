@@ -42,14 +42,7 @@ FLAGS = (
 def images(vit_folder: Path, image_folder: Path, tmp_path: Path) -> list[str]:
     """A short run on images of three colours: 6 for training and 4 for testing of each."""
     text = f"--model_name_or_path {vit_folder} --dataset_name {image_folder} --eval_split test"
-    return [
-        *text.split(),
-        "--adapter",
-        "{name: nola, r: 2, num_basis: 8}",
-        "--output_dir",
-        str(tmp_path / "out"),
-        *FLAGS,
-    ]
+    return [*text.split(), *ADAPTER, "--output_dir", str(tmp_path / "out"), *FLAGS]
 
 
 @pytest.fixture
@@ -59,14 +52,7 @@ def texts(model_folder: Path, data_folder: Path, tmp_path: Path) -> list[str]:
         f"--task text --model_name_or_path {model_folder} --dataset_name {data_folder} --source_column mr "
         "--target_column ref --max_source_length 60 --max_target_length 30"
     )
-    return [
-        *text.split(),
-        "--adapter",
-        "{name: nola, r: 2, num_basis: 8}",
-        "--output_dir",
-        str(tmp_path / "out"),
-        *FLAGS,
-    ]
+    return [*text.split(), *ADAPTER, "--output_dir", str(tmp_path / "out"), *FLAGS]
 
 
 @pytest.fixture
@@ -138,6 +124,28 @@ def test_a_resumed_run_takes_what_is_there(
     for split, outcome in before.outcomes.items():
         np.testing.assert_array_equal(outcome.losses, again.outcomes[split].losses)
     assert (before.relearn_steps, before.notes) == (again.relearn_steps, again.notes)
+
+
+def test_damaged_results_end_in_a_line(
+    images: list[str], tmp_path: Path, ends: Callable[..., str], no_report: None
+) -> None:
+    arguments = [*images, "--cases", "class:red", "--methods", "{name: finetune, max_steps: 1}", "--relearn_limit", "0"]
+    main(arguments)
+    folder = tmp_path / "out" / "class-red" / "retrain-seed42"
+    for file in (
+        folder / "unlearning.json",
+        folder / "unlearning.npz",
+        tmp_path / "out" / "original-seed42.safetensors",
+    ):
+        if file.suffix == ".safetensors":
+            (folder / "unlearning.json").unlink()  # so that the original is needed
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        said = ends([*arguments, "--resume_from_checkpoint", "true"], main)
+        named = file if file.suffix == ".safetensors" else folder
+        assert f"resume_from_checkpoint: {named} is damaged (" in said
+        file.write_bytes(whole)
+    main([*arguments, "--resume_from_checkpoint", "true"])
 
 
 class Interrupted(Exception):
@@ -346,3 +354,19 @@ def test_names_that_are_in_no_parameter(resnet: tuple[CifarResNet, list[str]], t
         main([*flags, "--trainable_parameters", "norm"])
     with pytest.raises(UserError, match="resnet20 takes no adapter"):
         main([*flags, "--adapter", "nola"])
+
+
+def test_labels_that_share_a_folder(images: list[str], refused: Callable[..., str]) -> None:
+    methods = ["--methods", "{name: finetune, label: a b}", "{name: salun, label: a-b}"]
+    assert "two are called 'a b'; give each a 'label' of its own" in refused([*images, *methods], main=main)
+    for label in ("original", "retrain"):
+        assert f"'{label}'" in refused([*images, "--methods", f"{{name: finetune, label: {label}}}"], main=main)
+
+
+def test_damaged_weights(resnet: tuple[CifarResNet, list[str]], tmp_path: Path) -> None:
+    _, flags = resnet
+    flags += ["--dataset_name", digits.prepare_data(tmp_path), "--trainable_parameters", "bn|linear"]
+    file = tmp_path / "resnet.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="network_weights: cannot load"):
+        main(flags)
