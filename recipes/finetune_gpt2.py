@@ -1,4 +1,4 @@
-"""Adapt a causal language model to a text task with NOLA, beside any other PEFT method.
+"""Adapts a causal language model to a text task with NOLA, beside any other PEFT method.
 
 ``python -m recipes.finetune_gpt2`` runs the quickstart, which needs no hub, and flags such as ``--output_dir`` change
 it; with ``--model_name_or_path`` or ``--dataset_name`` it is a task of your own. ``--help`` lists the arguments. It

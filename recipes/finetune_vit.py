@@ -1,4 +1,4 @@
-"""Adapt an image classifier to a few images of every class with NOLA, PRANC or MCNC, beside any other PEFT method.
+"""Adapts an image classifier to a few images of every class with NOLA, PRANC or MCNC, beside any other PEFT method.
 
 ``python -m recipes.finetune_vit`` runs the quickstart, which needs no hub, and flags such as ``--output_dir`` change
 it; with ``--model_name_or_path`` or ``--dataset_name`` it is a task of your own. ``--help`` lists the arguments. It

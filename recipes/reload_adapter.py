@@ -1,4 +1,4 @@
-"""Load a saved adapter in a process of its own and compare it with the model it was saved from.
+"""Loads a saved adapter in a process of its own and compares it with the model it was saved from.
 
 ``--verify_adapters`` of the recipes writes what the trained model computes and starts this; it is also the shortest
 example of loading an adapter.

@@ -1,4 +1,4 @@
-"""Make a fine-tuned model forget some of its training samples, with several methods, and compare them with retraining.
+"""Makes a fine-tuned model forget some training samples, with several methods, and compares them with retraining.
 
 ``python -m recipes.unlearn`` runs the quickstart, which needs no hub, and flags such as ``--output_dir`` change it;
 with ``--model_name_or_path``, ``--dataset_name`` or ``--network_weights`` it is a task of your own. ``--help`` lists

@@ -1,4 +1,4 @@
-"""Training and scoring one method on a task, and all runs of a comparison."""
+"""Trains and scores one method on a task, and lists all runs of a comparison."""
 
 from __future__ import annotations
 
