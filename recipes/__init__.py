@@ -1,1 +1,1 @@
-"""Runnable programs: ``python -m recipes.<name> --help``."""
+"""Runnable programs, each with ``python -m recipes.<name> --help``, and the rooms that they share."""

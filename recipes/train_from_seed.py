@@ -1,177 +1,82 @@
-"""Train an image classifier that is a seed and a few coefficients, without base weights: PRANC and MCNC as published.
+"""Trains an image classifier that is a seed and a few coefficients, without base weights: PRANC and MCNC as published.
 
 ``python -m recipes.train_from_seed --preset resnet20_cifar10 --dataset_name <folder>``; ``--help`` lists the arguments.
-Without any, a small ViT learns scikit-learn's digits. It runs under ``accelerate launch -m`` unchanged.
+Without any, a small ViT learns scikit-learn's digits, and flags such as ``--output_dir`` change that. It runs under
+``accelerate launch -m`` unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
 
-import datasets
-import torch
-from accelerate import PartialState
-from safetensors.torch import save_model
-from torch import nn
-from transformers import TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
+from transformers import TrainingArguments, ViTImageProcessorPil
 
-from peft_ext import SeededNetwork
 from recipes.support import inputs
-from recipes.support.arguments import (
-    Method,
-    MethodArguments,
-    UserError,
-    check_output_dir,
-    claim_output_dir,
-    parse_arguments,
-    parse_methods,
-    run_main,
-)
+from recipes.support.arguments import UserError, run_main
+from recipes.support.methods import Method, MethodArguments, parse_methods
 from recipes.support.reporting import RunResult, plot_losses, plot_metric, write_report
+from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits
-from recipes.tasks.image_classification import DataArguments, ImageData, accuracy, likeliest, load_image_data
-from recipes.tasks.resnet import CifarResNet
-from recipes.tasks.training import Task, run_all, set_up, train
-
-FULL = "full"  # the method that trains all weights
+from recipes.tasks.image_classification import DataArguments, load_image_data
+from recipes.tasks.seeded import FULL, NetworkArguments, SeedTask
+from recipes.tasks.training import trainings
 
 
 @dataclass
-class NetworkArguments:
-    """What is trained."""
+class TrainFromSeed(Recipe[RunResult]):
+    """Telling images apart with networks that are made from a seed, with one method after the other."""
 
-    network: Literal["resnet20", "vit"] = field(
-        default="vit",
-        metadata={
-            "help": "ResNet-20 for CIFAR, or a ViT of 4 layers of width 64 that cuts images into 4 by 4 patches."
-        },
-    )
-    image_size: int = field(default=32, metadata={"help": "Height and width in pixels that images are brought to."})
-    keep_basis: bool = field(
-        default=False,
-        metadata={"help": "Keep PRANC's dense basis in memory instead of drawing it again twice a step."},
-    )
-    digits: bool = field(
-        default=False, metadata={"help": "Train on scikit-learn's digits, in place of --dataset_name."}
-    )
+    network: NetworkArguments
+    data: DataArguments
+    comparison: MethodArguments
+    run: RunArguments
+    training: TrainingArguments
+    methods: list[Method] = field(init=False)
+    task: SeedTask = field(init=False)
 
+    name = "train_from_seed"
+    result = RunResult
 
-@dataclass
-class SeedTask(Task):
-    """Training whole networks on images."""
+    def check(self) -> None:
+        self.methods = parse_methods(self.comparison.methods, extra=[FULL])
+        self.training.remove_unused_columns = False  # images become pixel values when they are read
+        if self.network.digits and self.data.dataset_name:
+            raise UserError("digits makes its own data: leave out --dataset_name")
+        if self.data.shots is not None or self.comparison.verify_adapters:
+            raise UserError("--shots and --verify_adapters are for adapters")
 
-    data: ImageData
-    arguments: NetworkArguments
+    def make(self, folder: Path) -> None:
+        if self.network.digits:
+            self.data.dataset_name = digits.prepare_data(folder)
 
-    weights_file: ClassVar[str] = "model.safetensors"
+    def load(self) -> None:
+        processor = ViTImageProcessorPil(size={"height": self.network.image_size, "width": self.network.image_size})
+        data = load_image_data(self.data)
+        self.task = SeedTask(inputs.ModelArguments(), processor, self.training, data, self.network)
 
-    def fresh_model(self) -> nn.Module:
-        """The network, with random weights of torch's."""
-        if self.arguments.network == "resnet20":
-            return CifarResNet(num_labels=len(self.data.labels))
-        size = self.arguments.image_size
-        config = ViTConfig(
-            image_size=size,
-            patch_size=size // 4,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            id2label=dict(enumerate(self.data.labels)),
-            label2id={label: number for number, label in enumerate(self.data.labels)},
-        )
-        return ViTForImageClassification(config)
+    def try_out(self) -> None:
+        for method in self.methods:
+            self.task.adapt(method, self.seeds[0])
 
-    def adapt(self, method: Method, seed: int) -> nn.Module:
-        """The network made from a seed, or as it is for the method that trains all weights."""
-        set_seed(seed)
-        network = self.fresh_model()
-        if method.name == FULL:
-            return network
-        try:
-            config = method.config(None, seed)
-            return SeededNetwork(network, config, self.arguments.keep_basis)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UserError(f"method {method.label!r}: {error}") from error
+    def runs(self) -> dict[str, Callable[[Path], RunResult]]:
+        return trainings({"": self.task}, self.methods, self.seeds)
 
-    def images(self, split: datasets.Dataset) -> datasets.Dataset:
-        """A split as the network's inputs."""
-        return self.data.encoded(split, self.processor)
-
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Data sets and metric for the Trainer."""
-        return {
-            "train_dataset": self.images(self.data.train),
-            "eval_dataset": self.images(self.data.validation),
-            "compute_metrics": accuracy,
-            "preprocess_logits_for_metrics": likeliest,
-        }
-
-    def score(self, model: nn.Module, evaluation: Mapping[str, float], result: RunResult) -> None:
-        """Keep the accuracy."""
-        result.metrics = {"accuracy": evaluation["eval_accuracy"]}
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Seed and coefficients, or all weights."""
-        if isinstance(model, SeededNetwork):
-            model.save_pretrained(folder)
-        else:
-            folder.mkdir(exist_ok=True)
-            save_model(model, str(folder / self.weights_file))
-
-    def probes(self) -> list[dict[str, torch.Tensor]]:
-        """None: tests compare what is rebuilt with what was trained."""
-        return []
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe."""
-    arguments = parse_arguments(
-        "train_from_seed", [NetworkArguments, DataArguments, MethodArguments, TrainingArguments], argv
-    )
-    network_args, data_args, method_args, training = arguments
-    methods = parse_methods(method_args.methods, extra=[FULL])
-    seeds = method_args.seeds or [training.seed]
-    set_up(training)
-    training.remove_unused_columns = False  # images become pixel values when they are read
-    is_main = PartialState().is_main_process
-    if network_args.digits and data_args.dataset_name:
-        raise UserError("digits makes its own data: leave out --dataset_name")
-    if data_args.shots is not None or method_args.verify_adapters:
-        raise UserError("--shots and --verify_adapters are for adapters")
-    record = check_output_dir(training, arguments, method_args.overwrite_output_dir)
-    PartialState().wait_for_everyone()  # no process may write before all have looked
-    output_dir = Path(training.output_dir)
-
-    if network_args.digits:
-        data_args.dataset_name = digits.prepare_data(output_dir)
-    size = {"height": network_args.image_size, "width": network_args.image_size}
-    processor = ViTImageProcessorPil(size=size)
-    with PartialState().main_process_first():
-        data = load_image_data(data_args)
-    task = SeedTask(inputs.ModelArguments(), processor, training, data, network_args)
-    for method in methods:
-        task.adapt(method, seeds[0])  # whether it fits the network shows here, before hours of training
-    if is_main:
-        claim_output_dir(training, record)
-    PartialState().wait_for_everyone()
-
-    runs: dict[str, Callable[[Path], RunResult]] = {
-        f"{method.folder}-seed{seed}": partial(train, task, method, seed, False) for method in methods for seed in seeds
-    }
-    results = run_all(training, runs)
-    if is_main:
+    def report(self, results: list[RunResult], folder: Path) -> list[str]:
         plots = {
             "loss.png": partial(plot_losses, results, unit="image"),
             "accuracy.png": partial(plot_metric, results, name="accuracy"),
         }
+        data = self.task.data
         sizes = f"{len(data.train):,} training, {len(data.validation):,} validation images"
-        notes = f"{len(seeds)} seed(s) a method; {sizes}.\n"
-        write_report(results, output_dir, notes, plots)
+        return write_report(results, folder, f"{len(self.seeds)} seed(s) a method; {sizes}.\n", plots)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the recipe."""
+    run_recipe(TrainFromSeed, argv)
 
 
 if __name__ == "__main__":

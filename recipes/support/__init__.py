@@ -1,0 +1,1 @@
+"""What the programs share and that knows no model: arguments, methods by name, the course of a run, reports."""

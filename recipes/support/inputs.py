@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import datasets
 import evaluate
+from safetensors import SafetensorError
 
 from recipes.support.arguments import UserError
 
@@ -41,7 +42,7 @@ class DataArguments:
 
 
 def model_folder(args: ModelArguments) -> str:
-    """The hub id or folder, which must be given."""
+    """Returns the hub id or folder, which must be given."""
     if args.model_name_or_path is None:
         raise UserError("no model: give --model_name_or_path, or --preset quickstart, which needs no hub")
     return args.model_name_or_path
@@ -49,10 +50,10 @@ def model_folder(args: ModelArguments) -> str:
 
 @contextmanager
 def loading(field_name: str, value: str) -> Iterator[None]:
-    """What libraries raise for something that is not there becomes a message for the user."""
+    """Turns what libraries raise for something that is not there into a message for the user."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{field_name}: cannot load {value!r}: {reason}\n"
@@ -62,7 +63,7 @@ def loading(field_name: str, value: str) -> Iterator[None]:
 
 
 def load_splits(args: DataArguments, columns: list[str]) -> list[datasets.Dataset]:
-    """Load the training and the validation split and check that they hold some columns."""
+    """Loads the training and the validation split and checks that they hold some columns."""
     if args.dataset_name is None:
         raise UserError("no data set: give --dataset_name, or --preset quickstart, which needs no hub")
     path = Path(args.dataset_name)
@@ -86,12 +87,20 @@ def load_splits(args: DataArguments, columns: list[str]) -> list[datasets.Datase
 
 
 def random_subset(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """The same rows for every run, at most `limit` if that is given."""
+    """Returns the same rows for every run, at most `limit` if that is given."""
     if limit is None or limit >= len(split):
         return split
     return split.shuffle(seed=SUBSET_SEED).select(range(limit))
 
 
+def check_counts(args: Any, *names: str) -> None:
+    """Refuses fields that are given and less than 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+
+
 def load_metric(name: str) -> evaluate.Metric:
-    """A metric of this folder's ``metrics``, which needs no hub."""
+    """Loads a metric of ``recipes/metrics``, which needs no hub."""
     return evaluate.load(str(_METRIC_FOLDER / name), keep_in_memory=True)

@@ -1,8 +1,9 @@
-"""What a run leaves behind: results as JSON, a table, a plot of the losses."""
+"""What a comparison leaves behind: results as JSON, a table, plots of losses and scores."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from peft_ext.files import write_whole
 from peft_ext.presentation import COLOURS, spread, tidy
+
+_FILE = "result.json"
 
 
 @dataclass
@@ -26,19 +30,19 @@ class RunResult:
     """One method trained once; the untrained model is a result without training.
 
     Attributes:
-        label: The method's label.
-        seed: The run's seed.
-        trainable_parameters: Numbers that were trained.
-        head_parameters: Those of them that are in modules trained whole beside the adapter.
-        adapter_bytes: Size of the adapter's weights on disk.
-        training_loss: Mean of the logged training losses of the last tenth of the steps.
-        validation_loss: Validation loss at the end.
-        metrics: Further scores by name, higher is better.
-        seconds: Time spent in training steps.
-        training_curve: ``(step, loss)`` pairs.
-        validation_curve: ``(step, loss)`` pairs.
-        outputs: What the model wrote for every evaluated prompt.
-        data_seed: The seed of the subset that was trained on, if it was one.
+        label: the method's label.
+        seed: the run's seed.
+        trainable_parameters: how many numbers were trained.
+        head_parameters: how many of them are in modules trained whole beside the adapter.
+        adapter_bytes: size of the adapter's weights on disk.
+        training_loss: mean of the logged training losses of the last tenth of the steps.
+        validation_loss: validation loss at the end.
+        metrics: further scores by name; higher is better.
+        seconds: time spent in training steps.
+        training_curve: pairs of a step and its loss.
+        validation_curve: pairs of a step and its loss.
+        outputs: what the model wrote for every evaluated prompt.
+        data_seed: the seed of the subset that was trained on, if it was one.
     """
 
     label: str
@@ -55,20 +59,19 @@ class RunResult:
     outputs: list[str] = field(default_factory=list)
     data_seed: int | None = None
 
-    def save(self, path: Path) -> None:
-        """Write as JSON, whole or not at all: a resumed run trusts this file."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
-        partial.replace(path)
+    def save(self, folder: Path) -> None:
+        """Writes the result into a folder as JSON, whole or not at all: a resumed run trusts the file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / _FILE, json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
-    def load(cls, path: Path) -> RunResult:
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+    def load(cls, folder: Path) -> RunResult:
+        """Returns what `save` wrote; raises a FileNotFoundError where nothing is."""
+        return cls(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
 
 
 def by_label(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """The runs of every method, methods in order of first appearance."""
+    """Returns the runs of every method, the methods in order of first appearance."""
     groups: dict[str, list[RunResult]] = {}
     for result in results:
         groups.setdefault(result.label, []).append(result)
@@ -76,7 +79,7 @@ def by_label(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def results_table(results: Sequence[RunResult], style: box.Box = box.SIMPLE_HEAD) -> Table:
-    """One row a method: mean and, over several runs, standard deviation. A head is counted apart."""
+    """Returns a row for every method: mean and, over several runs, standard deviation. A head is counted apart."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics))
     with_head = any(result.head_parameters for result in results)
     table = Table(box=style)
@@ -100,12 +103,12 @@ def results_table(results: Sequence[RunResult], style: box.Box = box.SIMPLE_HEAD
 
 
 def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
-    """Training and validation loss against the step, one colour a method, a faint line for every seed.
+    """Draws training and validation loss against the step, one colour a method, a faint line for every run.
 
     Args:
-        results: All runs; the one without a validation curve is the untrained model, where all those curves start.
-        path: The PNG file.
-        unit: What the losses are means over.
+        results: all runs; the one without a validation curve is the untrained model, where all those curves start.
+        path: the PNG file.
+        unit: what the losses are means over.
     """
     untrained, groups = None, {}
     for label, runs in by_label(results).items():
@@ -147,12 +150,12 @@ def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
 
 
 def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
-    """A metric of every method: a bar for the mean and a point for every run.
+    """Draws a metric of every method: a bar for the mean and a point for every run.
 
     Args:
-        results: All runs.
-        path: The PNG file.
-        name: The metric.
+        results: all runs.
+        path: the PNG file.
+        name: the metric.
     """
     groups = by_label(results)
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.5 * len(groups)), layout="constrained")
@@ -172,20 +175,23 @@ def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
 
 def write_report(
     results: Sequence[RunResult], folder: Path, notes: str, plots: Mapping[str, Callable[[Path], None]]
-) -> None:
-    """Write ``results.json``, ``results.md`` and the plots, and print the table and the notes.
+) -> list[str]:
+    """Writes ``results.json``, ``results.md`` and the plots, and prints the table and the notes.
 
     Args:
-        results: All runs, the untrained model first.
-        folder: Where to.
+        results: all runs, the untrained model first.
+        folder: where the files go.
         notes: Markdown below the table: some outputs side by side, or what was run.
-        plots: What draws every PNG file.
+        plots: what draws every PNG file.
+
+    Returns:
+        The names of the files.
     """
     rows = [dataclasses.asdict(result) for result in results]
-    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    with (folder / "results.md").open("w", encoding="utf-8") as file:
-        Console(file=file, width=200).print(results_table(results, box.MARKDOWN))
-        file.write(f"\n{notes}")
+    write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    table = io.StringIO()
+    Console(file=table, width=200).print(results_table(results, box.MARKDOWN))
+    write_whole(folder / "results.md", f"{table.getvalue()}\n{notes}")
     for name, plot in plots.items():
         plot(folder / name)
     console = Console()
@@ -193,5 +199,4 @@ def write_report(
     console = console if console.is_terminal else Console(width=160)
     console.print(results_table(results))
     console.print(notes, markup=False, highlight=False, soft_wrap=True)
-    *names, last = ["results.json", "results.md", *plots]
-    console.print(f"{', '.join(names)} and {last} are in {folder}", highlight=False, soft_wrap=True)
+    return ["results.json", "results.md", *plots]

@@ -1,4 +1,4 @@
-"""What a piece of work takes: seconds and memory."""
+"""How long a piece of work takes, and how much memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Usage:
     """Measures the block that it is the context of.
 
     Attributes:
-        seconds: Wall time.
-        peak_memory: Bytes above what was in use before: allocated by torch on a CUDA device, otherwise resident in the
+        seconds: wall time.
+        peak_memory: bytes above what was in use before: allocated by torch on a CUDA device, otherwise resident in the
             process, sampled every 5 ms. None where neither is known.
 
     Args:
-        device: Where the work is done.
+        device: where the work is done.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,7 +70,7 @@ def _resident() -> int:
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, or the work before would lend it to the work that is measured."""
+    """Gives freed memory back to the system, or the work before would lend it to the work that is measured."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

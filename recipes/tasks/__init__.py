@@ -1,0 +1,1 @@
+"""What the programs train on what: models, data, losses and scores."""

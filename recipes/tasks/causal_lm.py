@@ -1,10 +1,12 @@
-"""Causal language models for the recipes: loading, data, generation, scores."""
+"""Writing targets after prompts with causal language models: loading, data, loss, generation, scores."""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,23 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     EvalPrediction,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from peft_ext.targets import IGNORED, Alignment
 from recipes.support import inputs
 from recipes.support.arguments import UserError
+from recipes.support.methods import Method
+from recipes.support.reporting import RunResult
+from recipes.tasks.base import Task
 
 _METRICS = {"BLEU": "corpus_bleu", "ROUGE-L": "rouge_l"}
 OUTPUT = "text"  # what `compute` gives beside the logits, for messages
@@ -71,7 +79,14 @@ class GenerationArguments:
 
 @dataclass
 class TextData:
-    """Encoded training and validation pairs, and the prompts to write out with their references."""
+    """Encoded pairs, and the prompts that are written out.
+
+    Attributes:
+        train: training pairs as token ids and labels.
+        validation: validation pairs.
+        prompts: what texts are written after.
+        references: the texts that a prompt has in the data, for every prompt.
+    """
 
     train: datasets.Dataset
     validation: datasets.Dataset
@@ -80,7 +95,7 @@ class TextData:
 
 
 def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer, which gets a padding token if it has none."""
+    """Loads a causal LM and its tokenizer, which gets a padding token if it has none."""
     name = inputs.model_folder(args)
     source: dict[str, Any] = {"pretrained_model_name_or_path": name, "gguf_file": args.gguf_file}
     options: dict[str, Any] = {"dtype": args.dtype}
@@ -99,7 +114,7 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def load_splits(args: DataArguments) -> list[datasets.Dataset]:
-    """Load the two splits and check that they hold text in the columns that were asked for."""
+    """Loads the two splits and checks that they hold text in the columns that were asked for."""
     columns = [args.text_column] if args.text_column else [args.source_column, args.target_column]
     named = [column for column in columns if column is not None]
     if len(named) < len(columns) or (args.text_column and (args.source_column or args.target_column)):
@@ -115,7 +130,7 @@ def load_splits(args: DataArguments) -> list[datasets.Dataset]:
 def encode(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, args: DataArguments
 ) -> dict[str, list[list[int]]]:
-    """Turn rows into token ids, with labels on the target and its end mark only.
+    """Turns rows into token ids, with labels on the target and its end mark only.
 
     A plain text is a target without a prompt.
     """
@@ -135,18 +150,18 @@ def encode(
         tail = [*tail, tokenizer.eos_token_id][: args.max_target_length]
         encoded["input_ids"].append(head + tail)
         encoded["attention_mask"].append([1] * len(head + tail))
-        encoded["labels"].append([-100] * len(head) + tail)
+        encoded["labels"].append([IGNORED] * len(head) + tail)
     return encoded
 
 
 def render_prompts(sources: Sequence[str], args: DataArguments) -> list[str]:
-    """The prompts of some meanings."""
+    """Returns the prompts of some meanings."""
     # Not str.format: a source or template may hold other braces.
     return [args.prompt_template.replace("{source}", source) for source in sources]
 
 
 def group_references(sources: Sequence[str], targets: Sequence[str]) -> dict[str, list[str]]:
-    """Collect the targets of every distinct source, in order of appearance."""
+    """Collects the targets of every distinct source, in order of appearance."""
     groups: dict[str, list[str]] = {}
     for source, target in zip(sources, targets):
         groups.setdefault(source, []).append(target)
@@ -154,17 +169,48 @@ def group_references(sources: Sequence[str], targets: Sequence[str]) -> dict[str
 
 
 def check_arguments(args: DataArguments) -> None:
-    """What shows without the data."""
+    """Raises a UserError for what shows without the data."""
     if not args.text_column and "{source}" not in args.prompt_template:
         raise UserError(f"prompt_template: {args.prompt_template!r} does not contain {{source}}")
-    for name in ("max_source_length", "max_target_length", "max_train_samples", "max_eval_samples", "max_eval_prompts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+    inputs.check_counts(
+        args, "max_source_length", "max_target_length", "max_train_samples", "max_eval_samples", "max_eval_prompts"
+    )
+
+
+def check_method(method: Method, seed: int, smoothing: float) -> None:
+    """Refuses options that a method does not take, and label smoothing with soft prompts.
+
+    Args:
+        method: what is put on the model.
+        seed: the run's seed.
+        smoothing: the Trainer's label smoothing. It fails on PEFT's models with prompts.
+    """
+    if method.config("CAUSAL_LM", seed).is_prompt_learning and smoothing:
+        raise UserError(f"label_smoothing_factor: no labels are smoothed with {method.name}; leave out one of them")
+
+
+def check_lengths(model: PreTrainedModel, data: DataArguments, methods: Sequence[Method], new_tokens: int = 0) -> None:
+    """Refuses sequences that are longer than a model has positions.
+
+    Args:
+        model: the base model.
+        data: says how long sources and targets may be.
+        methods: whose virtual tokens, if they have some, stand in front.
+        new_tokens: longest text that is written.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tail = max(data.max_target_length, new_tokens)
+    virtual = max((int(method.options.get("num_virtual_tokens") or 0) for method in methods), default=0)
+    if positions is not None and virtual + data.max_source_length + tail > positions:
+        front = f"{virtual} virtual tokens, " if virtual else ""
+        raise UserError(
+            f"{front}max_source_length ({data.max_source_length}) and the longer of max_target_length and "
+            f"max_new_tokens ({tail}) exceed the {positions} positions of the model"
+        )
 
 
 def encode_split(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> datasets.Dataset:
-    """The rows of a split as token ids and labels, and nothing else."""
+    """Returns the rows of a split as token ids and labels, and nothing else."""
     return split.map(
         encode,
         batched=True,
@@ -176,7 +222,7 @@ def encode_split(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, ar
 
 
 def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TextData:
-    """Load, check, sample and encode the data."""
+    """Loads, checks, samples and encodes the data."""
     check_arguments(args)
     train, validation = load_splits(args)
     prompts: list[str] = []
@@ -197,7 +243,7 @@ def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
 
 
 def load_saved(args: ModelArguments, adapter: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of a saved adapter, and its tokenizer."""
+    """Loads the base model of a saved adapter, and its tokenizer."""
     return load_model(args)
 
 
@@ -205,7 +251,7 @@ def load_saved(args: ModelArguments, adapter: Path) -> tuple[PreTrainedModel, Pr
 def compute(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, row: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a whole row of token ids, and the tokens written after its prompt."""
+    """Returns the logits of a whole row of token ids, and the tokens written after its prompt."""
     ids = row["ids"][None].to(model.device)
     start = ids[:, : int(row["prompt_length"])]
     written = model.generate(  # type: ignore[operator]
@@ -225,7 +271,7 @@ def describe(
     row: dict[str, torch.Tensor],
     written: torch.Tensor,
 ) -> str:
-    """A prompt and the text that was written after it."""
+    """Returns a prompt and the text that was written after it."""
     prompt = tokenizer.decode(row["ids"][: int(row["prompt_length"])])
     return f"{prompt!r} -> {tokenizer.decode(written, skip_special_tokens=True)!r}"
 
@@ -239,15 +285,15 @@ def generate(
     max_source_length: int,
     batch_size: int,
 ) -> list[str]:
-    """Write a text for every prompt; the processes of a distributed run share the work and all get the whole.
+    """Writes a text for every prompt; the processes of a distributed run share the work and all get the whole.
 
     Args:
-        model: The model, adapted or not.
-        tokenizer: Its tokenizer.
-        prompts: What to continue.
-        args: Decoding settings.
-        max_source_length: Prompts are cut to this many tokens, as in training.
-        batch_size: Prompts decoded at once in a process.
+        model: the model, adapted or not.
+        tokenizer: its tokenizer.
+        prompts: what is continued.
+        args: decoding settings.
+        max_source_length: prompts are cut to this many tokens, as in training.
+        batch_size: how many prompts a process decodes at once.
 
     Returns:
         The continuations, in the order of the prompts.
@@ -274,7 +320,7 @@ def generate(
 
 
 def score(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU and ROUGE-L. A model that runs on is cut at its first line break where no reference has one.
+    """Returns BLEU and ROUGE-L. An output that runs on is cut at its first line break where no reference has one.
 
     That favours the untrained model, which seldom ends by itself.
     """
@@ -287,14 +333,76 @@ def score(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
     return scores
 
 
-def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of every row, summed over its target tokens, and their number: shape `(batch, 2)`, for the Trainer."""
-    logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
-    return torch.stack([losses.sum(1), (labels[:, 1:] != -100).sum(1)], dim=1)
+def token_losses(alignment: Alignment, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the loss of every row, summed over its target tokens, and their number, in place of the logits.
+
+    Args:
+        alignment: which outputs belong to which labels.
+        logits: what the Trainer passes: logits of shape `(batch, length, vocabulary)`, or a tuple that begins with
+            them. Soft prompts make them longer than the labels.
+        labels: `(batch, length)`, -100 where there is no target.
+
+    Returns:
+        Shape `(batch, 2)`.
+    """
+    outputs, targets = alignment.pair(logits[0] if isinstance(logits, tuple) else logits, labels)
+    losses = nn.functional.cross_entropy(
+        outputs.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    )
+    return torch.stack([losses.sum(1), (targets != IGNORED).sum(1)], dim=1)
 
 
 def mean_token_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """The Trainer's metric: the mean loss over all target tokens, however they are cut into batches and processes."""
+    """Returns the mean loss over all target tokens, however they are cut into batches and processes."""
     loss, tokens = np.asarray(prediction.predictions).sum(0)
     return {"token_loss": float(loss / tokens)}
+
+
+@dataclass
+class TextTask(Task):
+    """Writing targets after prompts.
+
+    Attributes:
+        base: the base model.
+        data: what it is trained and evaluated on.
+        generation: how texts are written.
+        max_source_length: longest prompt in tokens.
+    """
+
+    base: PreTrainedModel
+    data: TextData
+    generation: GenerationArguments
+    max_source_length: int
+
+    task_type = "CAUSAL_LM"
+    loss = "eval_token_loss"
+
+    def fresh_model(self) -> PreTrainedModel:
+        return copy.deepcopy(self.base)
+
+    def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:
+        return {
+            "train_dataset": self.data.train,
+            "eval_dataset": self.data.validation,
+            "data_collator": DataCollatorForSeq2Seq(self.processor),
+            "compute_metrics": mean_token_loss,
+            "preprocess_logits_for_metrics": partial(token_losses, Alignment.of(model)),
+        }
+
+    def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:
+        if not self.data.prompts:
+            return
+        batch_size = self.training.per_device_eval_batch_size
+        result.outputs = generate(
+            model, self.processor, self.data.prompts, self.generation, self.max_source_length, batch_size
+        )
+        if PartialState().is_main_process:
+            result.metrics = score(result.outputs, self.data.references)
+
+    def probes(self) -> list[dict[str, torch.Tensor]]:
+        rows = self.data.validation.select(range(2))
+        lengths = [max(1, labels.count(IGNORED)) for labels in rows["labels"]]
+        return [
+            {"ids": torch.tensor(ids), "prompt_length": torch.tensor(length)}
+            for ids, length in zip(rows["input_ids"], lengths)
+        ]

@@ -5,6 +5,7 @@ The model is trained to tell 0, 1, 2, 3 and 4 apart; the other digits are left t
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +17,30 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
+from recipes.support import inputs
 from recipes.tasks.image_classification import DataArguments, load_image_data
-from recipes.tasks.training import make_once, train_base, write_data
+from recipes.tasks.toys import make_once, train_base, write_data
 
 _SEED = 2024
 _KNOWN = ["0", "1", "2", "3", "4"]
 _STEPS = 1000
 
 
+@dataclass
+class QuickstartArguments:
+    """The self-made task."""
+
+    digits: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the data (scikit-learn's digits, columns image and label) and a small ViT that knows the "
+            "digits below 5, in --output_dir, in place of --model_name_or_path and --dataset_name."
+        },
+    )
+
+
 def write_images(folder: Path) -> None:
-    """Write all ten digits as parquet files, half of them for validation."""
+    """Writes all ten digits as parquet files, half of them for validation."""
     digits = load_digits()
     images = [Image.fromarray(np.uint8(pixels * 255 / 16)) for pixels in digits.images]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
@@ -37,7 +52,7 @@ def write_images(folder: Path) -> None:
 
 
 def make_base(folder: Path, data_folder: str, use_cpu: bool) -> None:
-    """Train the small ViT and save it.
+    """Trains the small ViT and saves it.
 
     It has to name the digit and how it was turned and mirrored, which makes features of more use to other digits than
     the digit alone.
@@ -76,12 +91,13 @@ def make_base(folder: Path, data_folder: str, use_cpu: bool) -> None:
     train_base(folder, model, processor, settings, train_dataset=rows)
 
 
-def prepare_base(output_dir: Path, data_folder: str, use_cpu: bool) -> str:
-    """Make the base model below a folder, unless it is there; its folder."""
-    make = partial(make_base, data_folder=data_folder, use_cpu=use_cpu)
-    return make_once(output_dir / "base", "a small ViT", make)
-
-
 def prepare_data(output_dir: Path) -> str:
-    """Write the images below a folder, in the main process; their folder."""
+    """Writes the images below a folder, in the main process, and returns their folder."""
     return write_data(output_dir / "data", write_images)
+
+
+def prepare(output_dir: Path, model: inputs.ModelArguments, data: inputs.DataArguments, use_cpu: bool) -> None:
+    """Makes data and base model below a folder, unless the model is there, and puts their folders in the arguments."""
+    data.dataset_name = prepare_data(output_dir)
+    make = partial(make_base, data_folder=data.dataset_name, use_cpu=use_cpu)
+    model.model_name_or_path = make_once(output_dir / "base", "a small ViT", make)

@@ -1,12 +1,13 @@
-"""Image classifiers for the recipes: loading, data, scores."""
+"""Telling images apart with classifiers: loading, data, scores."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -29,6 +31,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from recipes.support import inputs
 from recipes.support.arguments import UserError
+from recipes.support.reporting import RunResult
+from recipes.tasks.base import Task
 
 OUTPUT = "class"  # what `compute` gives beside the logits, for messages
 
@@ -71,11 +75,11 @@ class ImageData:
     """Training and validation images.
 
     Attributes:
-        train: The training split.
-        validation: The validation split, or a random part of it.
-        labels: Names of the classes.
-        numbers: The class of every value of the label column, as its place in `labels`.
-        args: What was asked for.
+        train: the training split.
+        validation: the validation split, or a random part of it.
+        labels: names of the classes.
+        numbers: the class of every value of the label column, as its place in `labels`.
+        args: what was asked for.
     """
 
     train: datasets.Dataset
@@ -85,7 +89,7 @@ class ImageData:
     args: DataArguments
 
     def training_set(self, data_seed: int) -> datasets.Dataset:
-        """All training images, or a random subset with equally many of every class.
+        """Returns all training images, or a random subset with equally many of every class.
 
         A smaller subset drawn with the same seed is part of a larger one.
         """
@@ -97,7 +101,7 @@ class ImageData:
         return self.train.select(np.concatenate(few))
 
     def encoded(self, split: datasets.Dataset, processor: BaseImageProcessor) -> datasets.Dataset:
-        """A split whose rows are pixel values and labels, made when they are read."""
+        """Returns a split whose rows are pixel values and labels, made when they are read."""
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             images = [image.convert("RGB") for image in batch[self.args.image_column]]
@@ -114,10 +118,10 @@ class Classifier:
     """An image classifier.
 
     Attributes:
-        model: With an output for every class.
-        processor: Turns images into pixel values.
-        head: Names of the modules that make the outputs.
-        new_head: Whether they are untrained.
+        model: has an output for every class.
+        processor: turns images into pixel values.
+        head: names of the modules that make the outputs.
+        new_head: whether they are untrained.
     """
 
     model: PreTrainedModel
@@ -126,7 +130,7 @@ class Classifier:
     new_head: bool
 
     def fresh_model(self) -> PreTrainedModel:
-        """A copy of the model; a new head is drawn again."""
+        """Returns a copy of the model; a new head is drawn again."""
         model = copy.deepcopy(self.model)
         if self.new_head:
             for name in self.head:
@@ -137,10 +141,9 @@ class Classifier:
 
 
 def load_classifier(args: ModelArguments, labels: Sequence[str]) -> Classifier:
-    """Load a model and its image processor. It keeps its head if that is for the same classes, in the same order."""
+    """Loads a model and its image processor. It keeps its head if that is for the same classes, in the same order."""
     name = inputs.model_folder(args)
-    if args.image_size is not None and args.image_size < 1:
-        raise UserError(f"image_size is {args.image_size}; it must be at least 1")
+    inputs.check_counts(args, "image_size")
     with inputs.loading("model_name_or_path", name):
         config = AutoConfig.from_pretrained(name)
         same_labels = list(config.id2label.values()) == list(labels)
@@ -156,7 +159,7 @@ def load_classifier(args: ModelArguments, labels: Sequence[str]) -> Classifier:
 
 
 def _head(model: PreTrainedModel) -> list[str]:
-    """The modules whose shapes depend on the number of classes."""
+    """Returns the modules whose shapes depend on the number of classes."""
     shapes = []
     for more in (0, 1):
         config: Any = copy.deepcopy(model.config)
@@ -188,11 +191,8 @@ def _load_processor(args: ModelArguments, name: str, config: PretrainedConfig) -
 
 
 def load_image_data(args: DataArguments) -> ImageData:
-    """Load and check the data."""
-    for field_name in ("shots", "max_eval_samples"):
-        value = getattr(args, field_name)
-        if value is not None and value < 1:
-            raise UserError(f"{field_name} is {value}; it must be at least 1")
+    """Loads and checks the data."""
+    inputs.check_counts(args, "shots", "max_eval_samples")
     if args.shots is None and len(args.data_seeds) > 1:
         raise UserError(f"data_seeds: without --shots all of {args.data_seeds} train on the same images")
     if args.image_column == args.label_column:
@@ -262,7 +262,7 @@ def _checked_images(split: datasets.Dataset, name: str, column: str) -> datasets
 
 
 def check_model(classifier: Classifier, pixels: torch.Tensor) -> None:
-    """The model must take images of the size that its processor makes, and give a loss."""
+    """Refuses a model that takes no images of the size that its processor makes, or gives no loss."""
     height, width = pixels.shape[-2:]
     patch = getattr(classifier.model.config, "patch_size", None)
     if isinstance(patch, int) and (height % patch or width % patch):
@@ -280,7 +280,7 @@ def check_model(classifier: Classifier, pixels: torch.Tensor) -> None:
 
 
 def forward_options(model: PreTrainedModel | PeftModel) -> dict[str, bool]:
-    """What the model needs beside pixels to take images of another size than it was trained with."""
+    """Returns what the model needs beside pixels to take images of another size than it was trained with."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # Others interpolate their position embeddings unasked, or have none.
     asked = "interpolate_pos_encoding" in inspect.signature(base.forward).parameters
@@ -288,12 +288,12 @@ def forward_options(model: PreTrainedModel | PeftModel) -> dict[str, bool]:
 
 
 def collate(rows: list[dict[str, Any]], options: dict[str, bool]) -> dict[str, Any]:
-    """A batch, with what else the model is called with."""
+    """Returns a batch, with what else the model is called with."""
     return {**default_data_collator(rows), **options}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The Trainer's metric; its predictions are classes."""
+    """Returns the Trainer's metric; its predictions are classes."""
     computed = inputs.load_metric("accuracy").compute(
         predictions=prediction.predictions, references=prediction.label_ids
     )
@@ -301,12 +301,12 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def likeliest(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Classes in place of logits, which the Trainer would keep."""
+    """Returns classes in place of logits, which the Trainer would keep."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def load_saved(args: ModelArguments, adapter: Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The base model of a saved adapter, with the adapter's classes, and its image processor."""
+    """Loads the base model of a saved adapter, with the adapter's classes, and its image processor."""
     classifier = load_classifier(args, list(AutoConfig.from_pretrained(adapter).id2label.values()))
     return classifier.model, classifier.processor
 
@@ -315,7 +315,7 @@ def load_saved(args: ModelArguments, adapter: Path) -> tuple[PreTrainedModel, Ba
 def compute(
     model: PreTrainedModel | PeftModel, processor: BaseImageProcessor, row: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of an image, and the likeliest class."""
+    """Returns the logits of an image, and the likeliest class."""
     logits = model(pixel_values=row["pixel_values"][None].to(model.device), **forward_options(model)).logits[0].cpu()
     return logits, logits.argmax(keepdim=True)
 
@@ -326,7 +326,55 @@ def describe(
     row: dict[str, torch.Tensor],
     chosen: torch.Tensor,
 ) -> str:
-    """The class of an image and the one it was given."""
+    """Returns the class of an image and the one that it was given."""
     config: Any = model.config
     names = config.id2label
     return f"image of {names[int(row['label'])]!r} -> {names[int(chosen)]!r}"
+
+
+@dataclass
+class ImageTask(Task):
+    """Telling classes apart after a subset of the training images.
+
+    Attributes:
+        classifier: the base model and its head.
+        data: what it is trained and evaluated on.
+        data_seed: draws the subset.
+    """
+
+    classifier: Classifier
+    data: ImageData
+    data_seed: int
+
+    @property
+    def head(self) -> Sequence[str]:
+        return self.classifier.head
+
+    def fresh_model(self) -> PreTrainedModel:
+        return self.classifier.fresh_model()
+
+    def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:
+        return {
+            "train_dataset": self.data.encoded(self.data.training_set(self.data_seed), self.processor),
+            "eval_dataset": self.data.encoded(self.data.validation, self.processor),
+            "data_collator": partial(collate, options=forward_options(self.classifier.model)),
+            "compute_metrics": accuracy,
+            "preprocess_logits_for_metrics": likeliest,
+        }
+
+    def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:
+        result.metrics = {"accuracy": evaluation["eval_accuracy"]}
+        result.data_seed = self.data_seed
+
+    def probes(self) -> list[dict[str, torch.Tensor]]:
+        rows = self.data.encoded(self.data.validation, self.processor)[:2]
+        return [
+            {"pixel_values": pixels, "label": torch.tensor(label)}
+            for pixels, label in zip(rows["pixel_values"], rows["labels"])
+        ]
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Saves adapter and head, the names of the classes in the model's configuration, and the image processor."""
+        super().save(model, folder)
+        model.config.save_pretrained(folder)
+        self.processor.save_pretrained(folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from transformers import (
     set_seed,
 )
 
+from recipes.support import inputs
 from recipes.tasks.causal_lm import DataArguments, encode
-from recipes.tasks.training import make_once, train_base, write_data
+from recipes.tasks.toys import make_once, train_base, write_data
 
 Meaning = dict[str, str]
 
@@ -68,15 +70,28 @@ _DETAILS = {
 }
 
 
+@dataclass
+class QuickstartArguments:
+    """The self-made task."""
+
+    restaurants: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the data (columns meaning and text) and a small GPT-2 that knows the plain texts, "
+            "in --output_dir, in place of --model_name_or_path and --dataset_name."
+        },
+    )
+
+
 def invent(rng: random.Random) -> Meaning:
-    """A place with a name, a cuisine, a neighbourhood and one to three further facts."""
+    """Returns a place with a name, a cuisine, a neighbourhood and one to three further facts."""
     meaning = {"name": f"{rng.choice(_FIRST)} {rng.choice(_SECOND)}"}
     kept = {"food", "place", *rng.sample(["price", "children", "closed"], rng.randint(1, 3))}
     return meaning | {key: rng.choice(values) for key, values in _VALUES.items() if key in kept}
 
 
 def describe(meaning: Meaning, rng: random.Random) -> str:
-    """One of the many texts that say a meaning."""
+    """Returns one of the many texts that say a meaning."""
     details = [key for key in meaning if key not in ("name", "food", "place")]
     rng.shuffle(details)
     choices = [_OPENINGS, *(_DETAILS.get(key) or _DETAILS[f"{key}={meaning[key]}"] for key in details)]
@@ -84,18 +99,18 @@ def describe(meaning: Meaning, rng: random.Random) -> str:
 
 
 def render(meaning: Meaning) -> str:
-    """A meaning as the task's source."""
+    """Returns a meaning as the task's source."""
     return "; ".join(f"{key}: {value}" for key, value in meaning.items())
 
 
 def paragraphs(rng: random.Random) -> str:
-    """Several descriptions of one place, a line each."""
+    """Returns several descriptions of one place, a line each."""
     meaning = invent(rng)
     return "\n".join(describe(meaning, rng) for _ in range(_PARAGRAPHS))
 
 
 def write_pairs(folder: Path) -> None:
-    """Write the task's splits as JSON lines; a validation meaning has several texts and is no training meaning."""
+    """Writes the task's splits as JSON lines; a validation meaning has several texts and is no training meaning."""
     rng = random.Random(_SEED)
     validation = {render(meaning): meaning for meaning in (invent(rng) for _ in range(_VALIDATION_MEANINGS))}
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
@@ -111,7 +126,7 @@ def write_pairs(folder: Path) -> None:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
+    """Trains a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,7 +141,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def make_base(folder: Path, use_cpu: bool) -> None:
-    """Train the tokenizer and the small GPT-2 and save both."""
+    """Trains the tokenizer and the small GPT-2 and saves both."""
     rng = random.Random(_SEED + 1)
     texts = [paragraphs(rng) for _ in range(_PLACES)]
     tokenizer = train_tokenizer(texts)
@@ -160,11 +175,8 @@ def make_base(folder: Path, use_cpu: bool) -> None:
     train_base(folder, model, tokenizer, settings, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))
 
 
-def prepare_base(output_dir: Path, use_cpu: bool) -> str:
-    """Make the base model below a folder, unless it is there; its folder."""
-    return make_once(output_dir / "base", "a small GPT-2", partial(make_base, use_cpu=use_cpu))
-
-
-def prepare_data(output_dir: Path) -> str:
-    """Write the pairs below a folder, in the main process; their folder."""
-    return write_data(output_dir / "data", write_pairs)
+def prepare(output_dir: Path, model: inputs.ModelArguments, data: inputs.DataArguments, use_cpu: bool) -> None:
+    """Makes data and base model below a folder, unless the model is there, and puts their folders in the arguments."""
+    data.dataset_name = write_data(output_dir / "data", write_pairs)
+    make = partial(make_base, use_cpu=use_cpu)
+    model.model_name_or_path = make_once(output_dir / "base", "a small GPT-2", make)

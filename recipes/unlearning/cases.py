@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from recipes.support.arguments import UserError, hint
+from recipes.support.methods import folder_name
 
 
 @dataclass
@@ -50,14 +51,19 @@ class CaseArguments:
 
 @dataclass(frozen=True)
 class CaseSpec:
-    """A case as the user named it."""
+    """A case as the user named it.
+
+    Attributes:
+        kind: what comes before the colon.
+        value: what comes after it: a class, or a share.
+    """
 
     kind: str
     value: str | float | None
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The name of the case in tables."""
         if isinstance(self.value, float):
             return f"{self.kind} {100 * self.value:g} %"
         return self.kind if self.value is None else f"{self.kind} {self.value}"
@@ -65,7 +71,7 @@ class CaseSpec:
     @property
     def folder(self) -> str:
         """The name as a folder name."""
-        return re.sub(r"[^A-Za-z0-9=._-]+", "-", self.name).strip("-.")
+        return folder_name(self.name)
 
 
 @dataclass
@@ -73,8 +79,8 @@ class Samples:
     """Training or test samples in memory.
 
     Attributes:
-        rows: As the collator takes them.
-        kinds: What a case can choose by: the name of the class, or the source of a text.
+        rows: the samples, as the collator takes them.
+        kinds: what a case can choose by: the name of the class, or the source of a text.
     """
 
     rows: Dataset
@@ -89,11 +95,11 @@ class Case:
     """What is forgotten, and what it is measured on.
 
     Attributes:
-        name: For tables.
-        folder: Where its runs are kept.
-        forget: Places in the training samples.
-        test: Places in the test samples, those like the forget set left out.
-        heldout: Test samples like the forget set (of the class, of the groups), if there are any.
+        name: what it is called in tables.
+        folder: name of the folder that its runs are kept in.
+        forget: places in the training samples.
+        test: places in the test samples, those like the forget set left out.
+        heldout: places of the test samples like the forget set (of the class, of the groups), if there are any.
     """
 
     name: str
@@ -104,7 +110,7 @@ class Case:
 
 
 def parse_cases(args: CaseArguments, text: bool) -> list[CaseSpec]:
-    """Read ``--cases``."""
+    """Reads ``--cases``."""
     here = ["random", "memorised", *(["filter", "groups"] if text else ["class"])]
     specs = []
     for case in args.cases:
@@ -150,14 +156,14 @@ def parse_cases(args: CaseArguments, text: bool) -> list[CaseSpec]:
 def choose(
     spec: CaseSpec, args: CaseArguments, train: Samples, test: Samples, memorisation: Callable[[], np.ndarray]
 ) -> Case:
-    """Find the samples of a case; copies of a sample are forgotten with it.
+    """Finds the samples of a case; copies of a sample are forgotten with it.
 
     Args:
-        spec: The case.
-        args: What else was asked for.
-        train: Training samples.
-        test: Test samples.
-        memorisation: Gives a score for every training sample.
+        spec: the case.
+        args: what else was asked for.
+        train: training samples.
+        test: test samples.
+        memorisation: returns a score for every training sample.
     """
     belongs: Callable[[str], bool] | None = None
     rng = np.random.default_rng(args.forget_seed)
@@ -208,7 +214,13 @@ def _count(share: Any, total: int) -> int:
 
 
 def with_copies(rows: Any, total: int, chosen: Sequence[int]) -> list[int]:
-    """The chosen rows and all that are equal to one of them: who keeps a copy of a sample has not forgotten it."""
+    """Returns the chosen rows and all that are equal to one of them: who keeps a copy has not forgotten a sample.
+
+    Args:
+        rows: all samples.
+        total: their number.
+        chosen: places of some.
+    """
     keys = [_content(rows[place]) for place in range(total)]
     forgotten = {keys[place] for place in chosen}
     return [place for place, key in enumerate(keys) if key in forgotten]
@@ -224,16 +236,18 @@ def _content(row: dict[str, Any]) -> Hashable:
 def memorisation_scores(
     total: int, pairs: int, seed: int, probabilities: Callable[[list[int], int], np.ndarray]
 ) -> np.ndarray:
-    """How much the probability of a sample's label owes to its being trained on (Feldman & Zhang 2020, equation 2).
+    """Returns how much the probability of a label owes to its being trained on (Feldman & Zhang 2020, equation 2).
 
     Args:
-        total: Number of training samples.
-        pairs: A pair is a training on a random half and one on the other half, so that every sample is in half of all.
-        seed: Of the halves and of the trainings.
-        probabilities: Trains on the samples at some places with a seed; the probability of every sample's label.
+        total: number of training samples.
+        pairs: how many pairs of trainings are done, on a random half and on the other half, so that every sample is in
+            half of all.
+        seed: decides the halves and the trainings.
+        probabilities: trains on the samples at some places with a seed, and returns the probability of the label of
+            every sample.
 
     Returns:
-        Mean probability in the trainings with a sample minus that in those without it, shape `(total,)`.
+        The mean probability in the trainings with a sample minus that in those without it, shape `(total,)`.
     """
     rng = np.random.default_rng(seed)
     scores = np.zeros(total)

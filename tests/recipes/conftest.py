@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from recipes import finetune_gpt2, finetune_vit
+from recipes.support.arguments import UserError, run_main
 from recipes.tasks import restaurants
 
 ROWS = [
@@ -129,8 +130,6 @@ def refused() -> Callable[..., str]:
     """Runs a recipe on bad input and returns what it says."""
 
     def run(arguments: list[str], main: Callable[[list[str]], None] = finetune_gpt2.main) -> str:
-        from recipes.support.arguments import UserError
-
         with pytest.raises(UserError) as caught:
             main(arguments)
         return str(caught.value)
@@ -142,3 +141,20 @@ def refused() -> Callable[..., str]:
 def vit_refused(refused: Callable[..., str]) -> Callable[[list[str]], str]:
     """The same for images."""
     return lambda arguments: refused(arguments, main=finetune_vit.main)
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a recipe from the command line on bad input; it must end with status 2 and one line, which is returned."""
+
+    def run(arguments: list[str], main: Callable[[Sequence[str]], None] = finetune_gpt2.main) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            run_main(main)
+        assert caught.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: ")
+        return last
+
+    return run

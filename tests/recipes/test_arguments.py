@@ -1,30 +1,25 @@
-"""YAML files, presets, flags, methods by name."""
+"""YAML files, presets, flags and the help."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import FourierFTConfig, LoraConfig
 from transformers import TrainingArguments
 
 from peft_ext import NolaConfig
-from recipes.finetune_gpt2 import QuickstartArguments
-from recipes.support.arguments import (
-    CONFIGS,
-    MethodArguments,
-    UserError,
-    check_output_dir,
-    claim_output_dir,
-    parse_arguments,
-    parse_methods,
-)
-from recipes.tasks.causal_lm import DataArguments, GenerationArguments, ModelArguments
+from recipes.finetune_gpt2 import FinetuneGPT2
+from recipes.finetune_vit import FinetuneViT
+from recipes.support.arguments import CONFIGS, UserError, parse_arguments
+from recipes.support.methods import parse_methods
+from recipes.support.runs import argument_types
+from recipes.train_from_seed import TrainFromSeed
+from recipes.unlearn import Unlearn
 
-TYPES = [ModelArguments, DataArguments, GenerationArguments, MethodArguments, QuickstartArguments, TrainingArguments]
+TYPES = argument_types(FinetuneGPT2)
 
 
 def parse(*argv: str) -> dict[str, Any]:
@@ -107,89 +102,93 @@ def test_other_bad_command_lines_are_refused(tmp_path: Path) -> None:
     assert caught.value.code == 2
 
 
-def test_methods_by_name() -> None:
-    nola, lora, fourier = parse_methods(
-        ["nola", "{name: LoRA, r: 1, learning_rate: 2e-4, label: small}", "{name: fourierft, n_frequency: 10}"]
-    )
-    assert (nola.label, nola.learning_rate, nola.folder) == ("nola", None, "nola")
-    assert (lora.label, lora.learning_rate, lora.options) == ("small", 2e-4, {"r": 1})
-    assert fourier.folder == "fourierft-n_frequency=10"
-    assert isinstance(lora.config("CAUSAL_LM", 0), LoraConfig)
-    assert isinstance(fourier.config("CAUSAL_LM", 0), FourierFTConfig)
-    # The run's seed is the basis's too, unless the user fixed that.
-    assert nola.config("CAUSAL_LM", 5).seed == 5
-    (fixed,) = parse_methods(["{name: nola, seed: 9}"])
-    assert fixed.config("CAUSAL_LM", 5).seed == 9
+def test_flags_alone_change_the_quickstart() -> None:
+    values = parse("--output_dir", "elsewhere", "--methods", "lora")
+    assert values["restaurants"] is True and values["max_steps"] == 150 and values["source_column"] == "meaning"
+    assert values["output_dir"] == "elsewhere" and values["methods"] == ["lora"]
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "model-name-or-path"])
+def test_with_a_model_or_data_of_ones_own_no_preset_applies(name: str) -> None:
+    for flags in ([f"--{name}", "mine"], [f"--{name}=mine"]):
+        values = parse(*flags)
+        assert values["restaurants"] is False and values["source_column"] is None and values["max_steps"] == -1
+    values = parse(f"--{name}", "mine", "--preset", "e2e")
+    assert values["source_column"] == "mr" and values[name.replace("-", "_")] == "mine"
+
+
+def test_with_weights_of_ones_own_no_preset_applies_to_unlearning() -> None:
+    types = argument_types(Unlearn)
+    *_, quickstart, training = parse_arguments("unlearn", types, ["--output_dir", "X"])
+    assert quickstart.digits is True and training.output_dir == "X"
+    *_, quickstart, training = parse_arguments("unlearn", types, ["--network_weights", "w.safetensors"])
+    assert quickstart.digits is False
+
+
+@pytest.mark.parametrize("recipe", [FinetuneGPT2, FinetuneViT, TrainFromSeed, Unlearn], ids=lambda recipe: recipe.name)
+def test_help_lists_the_options_under_headings(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(recipe.name, argument_types(recipe), ["nowhere.yaml", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    sections: dict[str, str] = {}
+    heading = ""
+    for line in text.splitlines():
+        if line and not line.startswith(" ") and line.endswith(":"):
+            heading = line[:-1]
+        sections[heading] = sections.get(heading, "") + line + "\n"
+    *own, last = argument_types(recipe)
+    headings = [each.__doc__.splitlines()[0].rstrip(".") for each in own]
+    assert last is TrainingArguments
+    assert list(sections)[1:] == ["options", "Presets", *headings, "Training (transformers.TrainingArguments)"]
+    assert "--preset {" in sections["Presets"] and "quickstart" in sections["Presets"]
+    for title, each in zip([*headings, list(sections)[-1]], [*own, last]):
+        for field in dataclasses.fields(each):
+            assert f"--{field.name} " in sections[title] or f"--{field.name}," in sections[title], field.name
+    assert "the preset quickstart applies" in " ".join(text.split())
+    assert "accelerate_multi_gpu.yaml" in text
 
 
 @pytest.mark.parametrize(
-    "specs, said",
+    "content, said",
     [
-        (["lara"], ["'lara'", "lora", "nola"]),
-        (["{name: nola, rank: 3}"], ["'nola'", "'rank'", "3", "num_basis"]),
-        (["{name: nola, task_type: SEQ_CLS}"], ["'task_type'"]),
-        (["{r: 3}"], ["'name'"]),
-        (["{name: nola, learning_rate: -1}"], ["learning_rate", "-1", "positive"]),
-        (["nola", "nola"], ["'nola'", "label"]),
-        (["{name: nola, r: 0}"], ["'nola r=0'", "`r`", "0"]),
+        (b"learning_rate: 1\noutput_dir: caf\xe9\n", "is not UTF-8 text"),
+        ("learning_rate: 1\n".encode("utf-16"), "is not UTF-8 text"),
+        (b"methods: &all [nola, *all]\n", "an anchor refers to itself"),
+        (b"&top\nmethods: [*top]\n", "an anchor refers to itself"),
+        (b"max_steps: " + b"[" * 5000, "nested too deeply"),
+        (b"learning_rate: 2024-02-30\n", "--learning-rate: invalid float value: '2024-02-30'"),
+        (b"max_steps: 2024-01-01\n", "--max-steps: invalid int value: '2024-01-01'"),
+        (b"max_steps: !!timestamp 2024-02-30\n", "not valid YAML"),
+        (b"output_dir: !!timestamp 2024-01-01\n", "output_dir must be text, a number"),
+        (b"max_steps: 2024-01-01 10:00:00\n", "--max-steps: invalid int value: '2024-01-01 10:00:00'"),
+        (b"max_steps: \x00\n", "not valid YAML"),
+        (b"max_steps: [1\nmethods: 2\n", "not valid YAML"),
+        (b"max_steps: !!python/object:os.system {}\n", "not valid YAML"),
     ],
 )
-def test_bad_methods_are_refused(specs: list[str], said: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        for method in parse_methods(specs):
-            method.config("CAUSAL_LM", 0)
-    assert all(part in str(caught.value) for part in said), caught.value
+def test_a_malformed_file_ends_in_a_line(ends: Callable[..., str], tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    assert said in ends([str(file)])
 
 
-def prepare(folder: Path, *argv: str) -> None:
-    parsed = parse_arguments("finetune_gpt2", TYPES, ["--output_dir", str(folder), *argv])
-    claim_output_dir(parsed[-1], check_output_dir(parsed[-1], parsed, parsed[3].overwrite_output_dir))
+def test_a_file_that_is_a_folder_or_malformed_methods_end_in_a_line(ends: Callable[..., str], tmp_path: Path) -> None:
+    assert f"cannot read {tmp_path}: Is a directory" in ends([str(tmp_path)])
+    assert "there is no file" in ends([str(tmp_path / "none.yaml")])
+    assert "methods: not valid YAML: an anchor refers to itself" in ends(["--methods", "&m {name: nola, r: *m}"])
+    assert "learning_rate is '2024-01-01'; it must be a positive number" in ends(
+        ["--methods", "{name: nola, learning_rate: 2024-01-01}"]
+    )
+    assert "invalid int value: 'many'" in ends(["--max_steps", "many"])
 
 
-def test_output_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    prepare(folder, "--max_steps", "3")
-    finished = folder / "nola-seed0" / "result.json"
-    state = folder / "lora-seed0" / "checkpoint-2" / "trainer_state.json"
-    for file in (finished, state):
-        file.parent.mkdir(parents=True)
-        file.write_text("{}")
-    with pytest.raises(UserError, match="not empty.*--overwrite_output_dir.*--resume_from_checkpoint"):
-        prepare(folder, "--max_steps", "3")
-    prepare(folder, "--max_steps", "3", "--resume_from_checkpoint", "true")
-    with pytest.raises(UserError, match="max_steps = 3, now it is 4"):
-        prepare(folder, "--max_steps", "4", "--resume_from_checkpoint", "true")
-    with pytest.raises(UserError, match="the only value is true"):
-        prepare(folder, "--max_steps", "3", "--resume_from_checkpoint", "checkpoint-2")
-    assert finished.exists() and state.exists()
-    prepare(folder, "--max_steps", "4", "--overwrite_output_dir")
-    # Nothing of the overwritten run may be taken for finished or continued later.
-    assert not finished.exists() and not state.exists()
-    assert json.loads((folder / "arguments.json").read_text())["max_steps"] == 4
-    with pytest.raises(UserError, match="is a file"):
-        prepare(folder / "arguments.json")
-
-
-def test_bad_input_of_the_recipe(flags: list[str], refused: Callable[[list[str]], str], tmp_path: Path) -> None:
-    def without(name: str) -> list[str]:
-        place = flags.index(name)
-        return flags[:place] + flags[place + 2 :]
-
-    said = refused([*flags, "--source_column", "meaning"])
-    assert "'meaning'" in said and "'mr', 'ref'" in said and "'train'" in said
-    assert "--preset quickstart" in refused([*without("--model_name_or_path")])
-    # The tests run with HF_HUB_OFFLINE=1, which fails as an unreachable hub does, at once.
-    for name in ("--model_name_or_path", "--dataset_name"):
-        said = refused([*flags, name, "nobody/nothing"])
-        assert "'nobody/nothing'" in said and all(
-            flag in said for flag in ("--preset quickstart", "--model_name_or_path", "--dataset_name")
-        )
-    assert '"dev"' in refused([*flags, "--eval_split", "dev"])
-    assert "--text_column" in refused([*without("--target_column")])
-    assert "{source}" in refused([*flags, "--prompt_template", "x"])
-    assert "128 positions" in refused([*flags, "--max_source_length", "120"])
-    assert "max_train_samples is 0" in refused([*flags, "--max_train_samples", "0"])
-    said = refused([*flags, "--methods", "{name: lora, target_modules: [nowhere]}"])
-    assert "nowhere" in said and "lora" in said
-    assert "leave out" in refused([*flags, "--restaurants"])
-    assert not (tmp_path / "out").exists(), "a refused run must not stand in the way of the next"
+def test_a_date_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: 2024-02-30\nmethods: [{name: nola, label: 2024-01-01}]\n")
+    values = parse(str(file))
+    assert values["output_dir"] == "2024-02-30"
+    assert parse_methods(values["methods"])[0].label == "2024-01-01"

@@ -12,7 +12,8 @@ import torch
 from rouge_score import rouge_scorer
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from recipes.support.arguments import UserError
+from peft_ext.targets import Alignment
+from recipes.support.arguments import CONFIGS, UserError
 from recipes.tasks import restaurants
 from recipes.tasks.causal_lm import (
     DataArguments,
@@ -52,7 +53,7 @@ def test_labels_are_on_the_target_and_its_end_only(model_folder: Path) -> None:
         together = float(model.eval()(**padded).loss)
         counts = [int((each["labels"] != -100).sum()) for each in alone]
         apart = sum(float(model(**each).loss) * n for each, n in zip(alone, counts)) / sum(counts)
-        sums = token_losses(model(**padded).logits, padded["labels"])
+        sums = token_losses(Alignment.of(model), model(**padded).logits, padded["labels"])
     assert together == pytest.approx(apart, rel=1e-5)
     assert mean_token_loss(EvalPrediction(sums.numpy(), None))["token_loss"] == pytest.approx(apart, rel=1e-5)
 
@@ -122,7 +123,7 @@ def test_scores_are_those_of_the_libraries() -> None:
     # More references can only help.
     assert scores["BLEU"] > score(OUTPUTS, [texts[:1] for texts in REFERENCES])["BLEU"]
     # The modules work by their folder, without this package.
-    folder = Path(restaurants.__file__).parent / "metrics" / "corpus_bleu"
+    folder = CONFIGS.parent / "metrics" / "corpus_bleu"
     result = evaluate.load(str(folder)).compute(predictions=OUTPUTS, references=REFERENCES)
     assert result == {"bleu": pytest.approx(bleu)}
 

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 
 from recipes.finetune_gpt2 import main
 from recipes.support.arguments import CONFIGS
+from recipes.support.methods import parse_methods
+from recipes.support.runs import last_checkpoint
 from recipes.tasks import training
+from recipes.tasks.base import adapt
+from recipes.tasks.causal_lm import DataArguments, ModelArguments, load_model, load_text_data
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["--methods", "{name: nola, r: 4, num_basis: 16}", "{name: lora, r: 1, learning_rate: 1e-2}"]
@@ -111,7 +126,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         main([*flags, *methods, "--output_dir", str(broken)])
     monkeypatch.setattr(training, "make_trainer", make_trainer)
-    checkpoint = training.last_checkpoint(broken / "lora-r=1-lora_dropout=0.1-seed42")
+    checkpoint = last_checkpoint(broken / "lora-r=1-lora_dropout=0.1-seed42")
     assert checkpoint is not None and checkpoint.name == "checkpoint-4"
     # A checkpoint that the interruption cut short is passed over.
     (checkpoint.with_name("checkpoint-5")).mkdir()
@@ -147,12 +162,17 @@ def test_command_line_with_a_fresh_process(flags: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_two_processes(flags: list[str], model_folder: Path, tmp_path: Path) -> None:
-    # Without dropout, whose masks the processes draw for themselves.
+@pytest.fixture
+def plain(model_folder: Path, tmp_path: Path) -> Path:
+    """The model without dropout, whose masks differ from process to process and from training to evaluation."""
     plain = tmp_path / "plain"
     shutil.copytree(model_folder, plain)
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps({**config, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}))
+    return plain
+
+
+def test_two_processes(flags: list[str], plain: Path, tmp_path: Path) -> None:
     flags = [*flags, "--model_name_or_path", str(plain)]
     main([*flags, *METHODS[:2], "--output_dir", str(tmp_path / "one")])
     config = str(CONFIGS / "accelerate_cpu_x2.yaml")
@@ -175,3 +195,98 @@ def test_two_processes(flags: list[str], model_folder: Path, tmp_path: Path) -> 
         assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-5)
         assert len(two["outputs"]) == 6 and two["metrics"]
     assert results(tmp_path / "one")[0]["outputs"] == results(tmp_path / "out")[0]["outputs"]
+
+
+def test_bad_input_of_the_recipe(flags: list[str], refused: Callable[[list[str]], str], tmp_path: Path) -> None:
+    def without(name: str) -> list[str]:
+        place = flags.index(name)
+        return flags[:place] + flags[place + 2 :]
+
+    said = refused([*flags, "--source_column", "meaning"])
+    assert "'meaning'" in said and "'mr', 'ref'" in said and "'train'" in said
+    assert "--preset quickstart" in refused([*without("--model_name_or_path")])
+    # The tests run with HF_HUB_OFFLINE=1, which fails as an unreachable hub does, at once.
+    for name in ("--model_name_or_path", "--dataset_name"):
+        said = refused([*flags, name, "nobody/nothing"])
+        assert "'nobody/nothing'" in said and all(
+            flag in said for flag in ("--preset quickstart", "--model_name_or_path", "--dataset_name")
+        )
+    assert '"dev"' in refused([*flags, "--eval_split", "dev"])
+    assert "--text_column" in refused([*without("--target_column")])
+    assert "{source}" in refused([*flags, "--prompt_template", "x"])
+    assert "128 positions" in refused([*flags, "--max_source_length", "120"])
+    assert "max_train_samples is 0" in refused([*flags, "--max_train_samples", "0"])
+    said = refused([*flags, "--methods", "{name: lora, target_modules: [nowhere]}"])
+    assert "nowhere" in said and "lora" in said
+    assert "leave out" in refused([*flags, "--restaurants"])
+    assert not (tmp_path / "out").exists(), "a refused run must not stand in the way of the next"
+
+
+def own_loss(model: PeftModel, tokenizer: PreTrainedTokenizerBase, split: datasets.Dataset) -> float:
+    """The loss as the model itself reports it, over all tokens of a split."""
+    model.eval()
+    batch = DataCollatorForSeq2Seq(tokenizer)(split.to_list())
+    with torch.no_grad():
+        return float(model(**batch).loss)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "{name: prompt_tuning, num_virtual_tokens: 4}",
+        "{name: prefix_tuning, num_virtual_tokens: 4}",
+        "{name: p_tuning, num_virtual_tokens: 4, encoder_hidden_size: 8}",
+    ],
+    ids=["prompt_tuning", "prefix_tuning", "p_tuning"],
+)
+@pytest.mark.parametrize("text", [False, True], ids=["pairs", "text"])
+def test_soft_prompts(flags: list[str], data_folder: Path, plain: Path, method: str, text: bool) -> None:
+    flags = [*flags, "--model_name_or_path", str(plain), "--num_train_epochs", "1", "--methods", method]
+    if text:
+        for name in ("--source_column", "--target_column"):
+            place = flags.index(name)
+            del flags[place : place + 2]
+        flags += ["--text_column", "ref"]
+    else:
+        flags += ["--prompt_template", "{source} ="]
+    # One step on all pairs: its logged loss is that of the model as it starts.
+    flags += ["--per_device_train_batch_size", "24", "--max_steps", "1", "--logging_steps", "1"]
+    main([*flags, "--learning_rate", "1e-1"])
+    out = Path(flags[flags.index("--output_dir") + 1])
+    untrained, tuned = results(out)
+    columns = {"source_column": "mr", "target_column": "ref", "prompt_template": "{source} ="}
+    columns = {"text_column": "ref"} if text else columns
+    model_args = ModelArguments(str(plain))
+    base, tokenizer = load_model(model_args)
+    data = load_text_data(
+        DataArguments(str(data_folder), max_source_length=60, max_target_length=30, **columns), tokenizer
+    )
+    (folder,) = out.glob("*-seed42")
+    loaded = PeftModel.from_pretrained(load_model(model_args)[0], folder / "adapter")
+    assert tuned["validation_loss"] == pytest.approx(own_loss(loaded, tokenizer, data.validation), abs=1e-5)
+    with loaded.disable_adapter():
+        assert untrained["validation_loss"] == pytest.approx(own_loss(loaded, tokenizer, data.validation), abs=1e-5)
+    fresh: Any = adapt(partial(copy.deepcopy, base), parse_methods([method])[0], 42, task_type="CAUSAL_LM")
+    # The Trainer divides by the number of labels, also that of a first token, which nothing before it predicts.
+    if not text or "prefix" not in method:
+        assert tuned["training_loss"] == pytest.approx(own_loss(fresh, tokenizer, data.train), abs=1e-5)
+    assert tuned["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    if not text:
+        batch = tokenizer("name[N0], food[F0] =", return_tensors="pt")
+        written = loaded.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+        alone = tokenizer.decode(written[batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert tuned["outputs"][0] == alone != "" and len(tuned["outputs"]) == 6
+
+
+def test_soft_prompts_in_a_fresh_process(flags: list[str]) -> None:
+    methods = ["--methods", "{name: prompt_tuning, num_virtual_tokens: 4}", "--verify_adapters"]
+    done = run([sys.executable, "-m", "recipes.finetune_gpt2", *flags, *methods])
+    assert done.returncode == 0, done.stderr
+    assert "largest difference to the trained model 0.0e+00; same text: True" in done.stdout
+    assert "merged into" not in done.stdout and "adapter: 'name[N0]" in done.stdout
+
+
+def test_what_soft_prompts_cannot_do(flags: list[str], refused: Callable[[list[str]], str]) -> None:
+    flags = [*flags, "--methods", "{name: prompt_tuning, num_virtual_tokens: 40}"]
+    assert "40 virtual tokens" in refused(flags) and "128 positions" in refused(flags)
+    assert "label_smoothing_factor" in refused([*flags, "--label_smoothing_factor", "0.1"])

@@ -23,19 +23,20 @@ from transformers import (
     Dinov2Config,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from peft_ext import NolaConfig
-from recipes.finetune_vit import QuickstartArguments, main
-from recipes.support.arguments import CONFIGS, HEAD, MethodArguments, parse_arguments, parse_methods
+from recipes.finetune_vit import FinetuneViT, main
+from recipes.support.arguments import CONFIGS, parse_arguments
+from recipes.support.methods import HEAD, parse_methods
+from recipes.support.runs import argument_types
 from recipes.tasks import digits, training
-from recipes.tasks.image_classification import DataArguments, ModelArguments
+from recipes.tasks.image_classification import ModelArguments
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = [ModelArguments, DataArguments, MethodArguments, QuickstartArguments, TrainingArguments]
+TYPES = argument_types(FinetuneViT)
 METHODS = ["--methods", "{name: nola, r: 4, num_basis: 16}", "head"]
 
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from recipes.support import inputs
-from recipes.support.arguments import UserError
+from recipes.support.arguments import CONFIGS, UserError
 from recipes.tasks.image_classification import (
     DataArguments,
     ImageData,
@@ -266,7 +266,7 @@ def test_accuracy_is_that_of_the_library() -> None:
     expected = {"accuracy": pytest.approx(100 * accuracy_score(references, predictions))}
     assert inputs.load_metric("accuracy").compute(predictions=predictions, references=references) == expected
     # The module works by its folder, without this package.
-    folder = Path(inputs.__file__).parent / "metrics" / "accuracy"
+    folder = CONFIGS.parent / "metrics" / "accuracy"
     assert evaluate.load(str(folder)).compute(predictions=predictions, references=references) == expected
 
 

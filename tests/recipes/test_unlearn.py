@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,17 @@ from peft_ext.training.callbacks import trainable_state
 from peft_ext.unlearning.evaluation.results import UnlearningResult
 from peft_ext.unlearning.methods import METHODS
 from recipes import unlearn
-from recipes.support.arguments import CONFIGS, UserError, parse_arguments, parse_methods
-from recipes.support.usage import Usage
+from recipes.support.arguments import CONFIGS, UserError, parse_arguments
+from recipes.support.methods import parse_methods
+from recipes.support.runs import argument_types
 from recipes.tasks import digits
 from recipes.tasks.resnet import CifarResNet
-from recipes.unlearn import DataArguments, ModelArguments, UnlearnArguments, main, parse_unlearning_methods
-from recipes.unlearning.cases import (
-    CaseArguments,
-    CaseSpec,
-    Samples,
-    choose,
-    memorisation_scores,
-    parse_cases,
-    with_copies,
-)
+from recipes.unlearn import Unlearn, main
+from recipes.unlearning import experiment, settings
+from recipes.unlearning.cases import parse_cases
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = [ModelArguments, DataArguments, CaseArguments, UnlearnArguments, TrainingArguments]
+TYPES = argument_types(Unlearn)
 ADAPTER = ["--adapter", "{name: nola, r: 2, num_basis: 8}"]
 FLAGS = (
     "--num_train_epochs 6 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --learning_rate 2e-2 "
@@ -49,14 +42,7 @@ FLAGS = (
 def images(vit_folder: Path, image_folder: Path, tmp_path: Path) -> list[str]:
     """A short run on images of three colours: 6 for training and 4 for testing of each."""
     text = f"--model_name_or_path {vit_folder} --dataset_name {image_folder} --eval_split test"
-    return [
-        *text.split(),
-        "--adapter",
-        "{name: nola, r: 2, num_basis: 8}",
-        "--output_dir",
-        str(tmp_path / "out"),
-        *FLAGS,
-    ]
+    return [*text.split(), *ADAPTER, "--output_dir", str(tmp_path / "out"), *FLAGS]
 
 
 @pytest.fixture
@@ -66,14 +52,7 @@ def texts(model_folder: Path, data_folder: Path, tmp_path: Path) -> list[str]:
         f"--task text --model_name_or_path {model_folder} --dataset_name {data_folder} --source_column mr "
         "--target_column ref --max_source_length 60 --max_target_length 30"
     )
-    return [
-        *text.split(),
-        "--adapter",
-        "{name: nola, r: 2, num_basis: 8}",
-        "--output_dir",
-        str(tmp_path / "out"),
-        *FLAGS,
-    ]
+    return [*text.split(), *ADAPTER, "--output_dir", str(tmp_path / "out"), *FLAGS]
 
 
 @pytest.fixture
@@ -132,13 +111,13 @@ def test_a_resumed_run_takes_what_is_there(
     assert len(result(tmp_path / "out" / "memorised-20", "salun").outcomes["forget"]) == 4
     (folder / "salun-seed42" / "unlearning.json").unlink()
     trained = []
-    fit = unlearn.fit
+    fit = experiment.fit
 
     def counted(model: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         trained.append(len(data))
         return fit(model, data, *args, **kwargs)
 
-    monkeypatch.setattr(unlearn, "fit", counted)
+    monkeypatch.setattr(experiment, "fit", counted)
     main([*arguments, "--resume_from_checkpoint", "true"])
     assert trained in ([6], []), "more was trained than the relearning of one result"
     again = result(folder, "salun")
@@ -152,6 +131,28 @@ def timeless(report: Any) -> Any:
     return {key: value for key, value in report.items() if key != "seconds"}
 
 
+def test_damaged_results_end_in_a_line(
+    images: list[str], tmp_path: Path, ends: Callable[..., str], no_report: None
+) -> None:
+    arguments = [*images, "--cases", "class:red", "--methods", "{name: finetune, max_steps: 1}", "--relearn_limit", "0"]
+    main(arguments)
+    folder = tmp_path / "out" / "class-red" / "retrain-seed42"
+    for file in (
+        folder / "unlearning.json",
+        folder / "unlearning.npz",
+        tmp_path / "out" / "original-seed42.safetensors",
+    ):
+        if file.suffix == ".safetensors":
+            (folder / "unlearning.json").unlink()  # so that the original is needed
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        said = ends([*arguments, "--resume_from_checkpoint", "true"], main)
+        named = file if file.suffix == ".safetensors" else folder
+        assert f"resume_from_checkpoint: {named} is damaged (" in said
+        file.write_bytes(whole)
+    main([*arguments, "--resume_from_checkpoint", "true"])
+
+
 class Interrupted(Exception):
     """As a kill would be."""
 
@@ -161,13 +162,13 @@ def test_an_overwritten_run_leaves_nothing_to_resume_from(
 ) -> None:
     flags = [*images, "--cases", "class:red", "--methods", "{name: finetune, max_steps: 1}", "--relearn_limit", "0"]
     seeds = []
-    fit = unlearn.fit
+    fit = experiment.fit
 
     def spied(model: Any, data: Any, collator: Any, training: TrainingArguments, **options: Any) -> Any:
         seeds.append(training.seed)
         return fit(model, data, collator, training, **options)
 
-    monkeypatch.setattr(unlearn, "fit", spied)
+    monkeypatch.setattr(experiment, "fit", spied)
     main([*flags, "--seeds", "9"])
     assert seeds == [9]
     found = UnlearningResult.load(tmp_path / "out" / "class-red" / "retrain-seed9")
@@ -176,7 +177,7 @@ def test_an_overwritten_run_leaves_nothing_to_resume_from(
     def interrupt(*_: Any) -> None:
         raise Interrupted
 
-    monkeypatch.setattr(unlearn.Experiment, "original", interrupt)
+    monkeypatch.setattr(experiment.Experiment, "original", interrupt)
     with pytest.raises(Interrupted):
         main([*flags, "--seeds", "9", "--overwrite_output_dir", "true"])
     assert not list((tmp_path / "out").rglob("*.json"))[1:], "more than arguments.json is left"
@@ -223,14 +224,14 @@ def test_parameters_by_name_in_a_network_with_batch_norm(
     flags += ["--dataset_name", digits.prepare_data(tmp_path), "--trainable_parameters", "bn|linear"]
     flags += ["--max_train_samples", "40", "--max_eval_samples", "20", "--cases", "random:0.2"]
     models = []
-    run = unlearn.train_by_name
+    run = settings.train_by_name
 
     def remembered(*args: Any) -> Any:
         model = run(*args)
         models.append((model, trainable_state(model)))
         return model
 
-    monkeypatch.setattr(unlearn, "train_by_name", remembered)
+    monkeypatch.setattr(settings, "train_by_name", remembered)
     main([*flags, "--methods", "{name: random_labels, max_steps: 2}"])
     pretrained = network.state_dict()
     assert len(models) == 5  # a check, the original, three that start from it
@@ -273,79 +274,12 @@ def test_two_processes(images: list[str], tmp_path: Path, no_report: None) -> No
         assert loss(two, "test") == pytest.approx(loss(one, "test"), abs=0.1)
 
 
-def test_memorisation_is_what_a_sample_adds_to_its_own_probability() -> None:
-    seen: list[tuple[list[int], int]] = []
-
-    def probabilities(places: list[int], seed: int) -> np.ndarray:
-        seen.append((places, seed))
-        found = np.full(9, 0.9)  # known whether it is trained on or not
-        found[4] = 0.8 if 4 in places else 0.1
-        return found
-
-    scores = memorisation_scores(9, 3, 0, probabilities)
-    np.testing.assert_allclose(scores, [0.7 if i == 4 else 0 for i in range(9)], atol=1e-12)
-    assert len(seen) == 6 and len({seed for _, seed in seen}) == 6
-    for (first, _), (second, _) in zip(seen[::2], seen[1::2]):
-        assert sorted(first + second) == list(range(9))
-    assert seen[0][0] != seen[2][0]
-
-
-def samples(kinds: list[str]) -> Samples:
-    return Samples([{"x": torch.tensor(i), "labels": 0} for i in range(len(kinds))], kinds)  # type: ignore[arg-type]
-
-
-def test_the_forget_set_is_drawn_by_its_own_seed() -> None:
-    train = samples([""] * 50)
-
-    def drawn(seed: int) -> list[int]:
-        args = CaseArguments(forget_seed=seed)
-        return choose(CaseSpec("random", 0.2), args, train, train, lambda: np.zeros(0)).forget
-
-    assert len(drawn(0)) == 10 and drawn(0) == drawn(0) != drawn(1)
-
-
-def test_memorised_are_the_highest_scores() -> None:
-    train = samples([""] * 5)
-    scores = np.array([0.1, 0.9, -0.5, 0.3, 0.2])
-    case = choose(CaseSpec("memorised", 0.4), CaseArguments(), train, train, lambda: scores)
-    assert case.forget == [1, 3] and case.test == list(range(5)) and case.heldout == []
-
-
-def test_groups_are_forgotten_whole() -> None:
-    kinds = [f"name[{name}], food[{i}]" for i, name in enumerate("aabbccddee")] + ["food[1]"]
-    args = CaseArguments(group_pattern=r"name\[(.*?)\]")
-    case = choose(CaseSpec("groups", 0.4), args, samples(kinds), samples(kinds[:6]), lambda: np.zeros(0))
-    assert len(case.forget) == 4 and all(place ^ 1 in case.forget for place in case.forget)
-    names = {kinds[place][5] for place in case.forget}
-    assert case.heldout == [place for place in range(6) if kinds[place][5] in names]
-    assert sorted(case.heldout + case.test) == list(range(6))
-
-
-def test_copies_are_forgotten_too() -> None:
-    rows = [{"x": torch.tensor([float(i % 4)]), "labels": [i % 4 + i // 8]} for i in range(10)]
-    assert with_copies(rows, 10, [1]) == [1, 5]
-    twice = Samples([*rows[:8], *rows[:8]], ["?"] * 16)  # type: ignore[arg-type]
-    case = choose(CaseSpec("random", 0.1), CaseArguments(), twice, twice, lambda: np.zeros(0))
-    assert len(case.forget) >= 4 and all((place + 8) % 16 in case.forget for place in case.forget)
-
-
-def test_memory_of_a_block_is_measured() -> None:
-    before = torch.ones(30_000_000)  # not counted
-    with Usage(torch.device("cpu")) as usage:
-        taken = torch.ones(10_000_000)
-        time.sleep(0.1)  # for several samples
-        del taken
-    del before
-    assert usage.seconds >= 0.1
-    assert usage.peak_memory is None or 35e6 < usage.peak_memory < 100e6
-
-
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("unlearn_*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_parses(path: Path) -> None:
-    model, data, cases, args, training = parse_arguments("unlearn", TYPES, [str(path)])
-    unlearn.check_arguments(model, data, args, training)
+    model, data, cases, args, run, _, training = parse_arguments("unlearn", TYPES, [str(path)])
+    settings.check_arguments(model, data, args, run.seeds or [training.seed])
     parse_cases(cases, args.task == "text")
-    assert parse_unlearning_methods(args.methods)
+    assert settings.parse_unlearning_methods(args.methods)
     if args.adapter:
         parse_methods([args.adapter])[0].config(None, 0)
 
@@ -428,3 +362,19 @@ def test_names_that_are_in_no_parameter(resnet: tuple[CifarResNet, list[str]], t
         main([*flags, "--trainable_parameters", "norm"])
     with pytest.raises(UserError, match="resnet20 takes no adapter"):
         main([*flags, "--adapter", "nola"])
+
+
+def test_labels_that_share_a_folder(images: list[str], refused: Callable[..., str]) -> None:
+    methods = ["--methods", "{name: finetune, label: a b}", "{name: salun, label: a-b}"]
+    assert "two are called 'a b'; give each a 'label' of its own" in refused([*images, *methods], main=main)
+    for label in ("original", "retrain"):
+        assert f"'{label}'" in refused([*images, "--methods", f"{{name: finetune, label: {label}}}"], main=main)
+
+
+def test_damaged_weights(resnet: tuple[CifarResNet, list[str]], tmp_path: Path) -> None:
+    _, flags = resnet
+    flags += ["--dataset_name", digits.prepare_data(tmp_path), "--trainable_parameters", "bn|linear"]
+    file = tmp_path / "resnet.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="network_weights: cannot load"):
+        main(flags)
