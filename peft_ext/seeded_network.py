@@ -14,19 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import randomness
+from .checkpoint.card import About
+from .checkpoint.hub import local_folder, upload
 from .checkpoint.identity import check_finite
 from .generators.base import Frozen
 from .tuners.config import SeededConfig, Target
+from .tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, describe
 from .tuners.expansion import SharedExpansion
-
-CONFIG_NAME = "seed_config.json"
-WEIGHTS_NAME = "model.safetensors"
 
 _ADAPTER = "network"
 _VECTOR_SPREAD = 0.1  # of updates of norm weights and biases, which start at 1 and 0
@@ -129,30 +130,77 @@ class SeededNetwork(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes coefficients and buffers to `model.safetensors`, seed and sizes to `seed_config.json`.
 
-        The configuration of a network of transformers is written to `config.json` beside them.
+        The configuration of a network of transformers is written to `config.json` beside them, and a model card that
+        describes all this to `README.md`; see `peft_ext.describe`.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
-        save_file(state, path / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(state, path / NETWORK_WEIGHTS_NAME, metadata={"format": "pt"})
         described = {
             "network": type(self.network).__name__,
             "weights": {weight.name: list(weight.shape) for weight in self._weights},
             "method": {key: value for key, value in self.config.to_dict().items() if value is not None},
         }
-        (path / CONFIG_NAME).write_text(json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8")
+        (path / NETWORK_CONFIG_NAME).write_text(
+            json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8"
+        )
         if isinstance(self.network, transformers.PreTrainedModel):
             self.network.config.architectures = [type(self.network).__name__]
             self.network.config.save_pretrained(path)
+        describe(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload network",
+        create_pr: bool = False,
+        **about: Any,
+    ) -> CommitInfo:
+        """Saves the network and uploads it with its model card to the Hugging Face hub; `load_from_seed` loads it.
+
+        The text of a card that is in the repository at that revision is kept.
+
+        Args:
+            repo_id: `"user/name"`, or a name among your own. Made unless it is there.
+            private: whether a new repository is private.
+            token: of the hub; by default the one that is logged in.
+            revision: the branch, by default main. A new one starts at main, as it is there.
+            commit_message: its first line.
+            create_pr: propose the commit in place of making it.
+            **about: `license`, `datasets` and `metrics` for the card, as in `peft_ext.describe`.
+
+        Returns:
+            The commit, which as a text is its address.
+        """
+
+        def save(folder: str, about: About) -> None:
+            self.save_pretrained(folder)
+            describe(folder, **vars(about))
+
+        return upload(repo_id, save, About(**about), private, token, revision, commit_message, create_pr)
 
 
-def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = None) -> nn.Module:
-    """Rebuilds a network that `SeededNetwork.save_pretrained` wrote.
+def load_from_seed(
+    folder: str | os.PathLike[str],
+    network: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """Rebuilds a network that `SeededNetwork.save_pretrained` or `SeededNetwork.push_to_hub` wrote.
 
     Args:
-        folder: where it was written.
+        folder: where it was written, or the id of a repository on the hub, `"user/name"`, of which nothing but seed,
+            coefficients and the configuration of the network is downloaded.
         network: a network of the same architecture, whatever its weights, which are replaced. May be left out for
             the classes of transformers, which are made from `config.json`.
+        revision: branch, tag or commit of the repository.
+        token: of the hub; by default the one that is logged in.
 
     Returns:
         The network with ordinary frozen parameters, in evaluation mode.
@@ -160,9 +208,10 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     Raises:
         ValueError: another architecture, an unknown generator version or other random numbers, coefficients that do
             not fit or are not finite, or no `network` where one is needed.
+        FileNotFoundError: neither a folder nor what could be the id of a repository.
     """
-    path = Path(folder)
-    described = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    path = local_folder(folder, (NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, "config.json"), revision, token)
+    described = json.loads((path / NETWORK_CONFIG_NAME).read_text(encoding="utf-8"))
     config = PeftConfig.from_peft_type(**described["method"])
     network = _make_network(path, described["network"]) if network is None else network
     found = {weight.name: list(weight.shape) for weight in _weights(network)}
@@ -175,14 +224,14 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
             f"{found.get(differing[0])} in the network given."
         )
     seeded = SeededNetwork(network, config)
-    state = load_file(path / WEIGHTS_NAME)
+    state = load_file(path / NETWORK_WEIGHTS_NAME)
     expected = {name: tensor.shape for name, tensor in seeded.state_dict().items()}
     if {name: tensor.shape for name, tensor in state.items()} != expected:
         raise ValueError(
-            f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: it must hold "
+            f"{NETWORK_WEIGHTS_NAME} does not fit {NETWORK_CONFIG_NAME}: it must hold "
             f"{', '.join(f'{name} {tuple(shape)}' for name, shape in expected.items())}."
         )
-    check_finite(state[f"coefficients.{_ADAPTER}"], f" in {WEIGHTS_NAME}")
+    check_finite(state[f"coefficients.{_ADAPTER}"], f" in {NETWORK_WEIGHTS_NAME}")
     seeded.load_state_dict(state)
     return seeded.to_plain().eval()
 

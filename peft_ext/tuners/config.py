@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Optional, TypeVar, Union
 
@@ -13,10 +12,10 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .. import randomness
-from ..checkpoint.card import CardFacts, write_card
 from ..checkpoint.identity import check_fingerprint
 from ..checks import check_probability
 from ..generators import Generator
+from .description import DescribedConfig
 
 C = TypeVar("C", bound=type[PeftConfig])
 
@@ -59,7 +58,7 @@ class Target(NamedTuple):
 
 
 @dataclass
-class SeededConfig(PeftConfig):
+class SeededConfig(DescribedConfig):
     """PEFT's standard fields, and those of an adapter whose weights are regenerated from a seed.
 
     A method subclasses this, names itself in `method_name`, declares a field `<method>_dropout`, and says what makes
@@ -118,10 +117,7 @@ class SeededConfig(PeftConfig):
         metadata={"help": "Written to checkpoints and checked when they are loaded. Leave it alone."},
     )
 
-    method_name: ClassVar[str]  # in capitals, as in PEFT's enum of methods
-    paper: ClassVar[str]
     size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
-    notice: ClassVar[str] = ""  # put into model cards
 
     @classmethod
     def method(cls) -> str:
@@ -178,10 +174,6 @@ class SeededConfig(PeftConfig):
             f"{type(self).__name__}."
         )
 
-    def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
-        """What the method adds to the table of a model card, for `{"out x in": number of layers}`."""
-        return {}
-
     def to_dict(self) -> dict[str, Any]:
         shapes = self.__dict__.get("_saved_shapes")  # set when an adapter's state is collected for saving
         return {
@@ -189,25 +181,3 @@ class SeededConfig(PeftConfig):
             "fingerprint": randomness.fingerprint(self.seed, self.generator_version),
             "target_shapes": shapes or self.target_shapes,
         }
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`, and describes the adapter in the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        base_model = kwargs.get("auto_mapping_dict") or {}
-        in_transformers = str(base_model.get("parent_library", "")).startswith("transformers.")
-        fields = self.to_dict()
-        shapes = fields["target_shapes"] or {}
-        facts = CardFacts(
-            self.method_name,
-            self.paper,
-            self.base_model_name_or_path,
-            self.seed,
-            self.generator_version,
-            fields["fingerprint"],
-            shapes,
-            self.card_rows(shapes),
-            self.notice,
-            self.task_type,
-            base_model.get("base_model_class") if in_transformers else None,
-        )
-        write_card(save_directory, facts)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
-from peft import PeftConfig
 from peft.utils import PeftType
 
 from ... import randomness
 from ...checks import check_boolean, check_positive_integer, check_probability
 from ..config import documented
+from ..description import DescribedConfig
 
 
 @documented
 @dataclass
-class VisualPromptConfig(PeftConfig):
+class VisualPromptConfig(DescribedConfig):
     """
     Configuration of a [`VisualPromptModel`]: learnable tokens in the input of a frozen vision transformer.
 
@@ -41,6 +41,8 @@ class VisualPromptConfig(PeftConfig):
 
     method_name: ClassVar[str] = "VISUAL_PROMPT"
     paper: ClassVar[str] = "https://huggingface.co/papers/2203.12119"
+    summary: ClassVar[str] = "tokens in the input of the blocks, trained and saved whole. They started from a seed."
+    marker: ClassVar[str] = "visual_prompt_tokens"
     target_modules: ClassVar[Any] = None  # PEFT reads it; the targets are always the blocks
 
     def __post_init__(self) -> None:
