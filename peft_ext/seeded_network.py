@@ -172,7 +172,7 @@ class SeededNetwork(nn.Module):
             revision: the branch, by default main. A new one starts at main, as it is there.
             commit_message: its first line.
             create_pr: propose the commit in place of making it.
-            **about: `license`, `datasets` and `metrics` for the card, as in `peft_ext.describe`.
+            **about: `license`, `datasets`, `metrics` and `tags` for the card, as in `peft_ext.describe`.
 
         Returns:
             The commit, which as a text is its address.

@@ -33,14 +33,14 @@ def push_to_hub(
     own uploads keep the description with `peft_ext.adapters.trainer.DescribingTrainer`.
 
     Args:
-        model: with adapters of the methods of this package, or others, whose cards stay as PEFT writes them.
+        model: with adapters of this package; those of other methods get the card that PEFT writes.
         repo_id: `"user/name"`, or a name among your own. Made unless it is there.
         private: whether a new repository is private.
         token: of the hub; by default the one that is logged in.
         revision: the branch, by default main. A new one starts at main, as it is there.
         commit_message: its first line.
         create_pr: propose the commit in place of making it.
-        **about: `license`, `datasets` and `metrics` for the card, as in `peft_ext.describe`.
+        **about: `license`, `datasets`, `metrics` and `tags` for the card, as in `peft_ext.describe`.
 
     Returns:
         The commit, which as a text is its address.

@@ -34,6 +34,7 @@ class About:
         license: An identifier of the hub, such as `"mit"`; by default what the card has already.
         datasets: What it was trained on: ids on the hub, or other names.
         metrics: What was measured on which data.
+        tags: Further tags of the hub.
     """
 
     repository: str | None = None
@@ -42,6 +43,7 @@ class About:
     license: str | None = None
     datasets: Sequence[str] = ()
     metrics: Sequence[EvalResult] = ()
+    tags: Sequence[str] = ()
 
     def place(self, *arguments: str) -> str:
         """Where to load from, as arguments in Python, with others after the first."""
@@ -151,15 +153,15 @@ def is_repository(name: Any) -> bool:
 def _metadata(data: dict[str, Any], facts: CardFacts) -> ModelCardData:
     """The metadata of a card with what the facts say; what the hub refuses is left out."""
     about = facts.about
-    tags = {*(data.get("tags") or []), "peft_ext", facts.method.lower()}
-    data["tags"] = sorted(
-        tag for tag in tags if not tag.startswith(_BASE_TAG) or is_repository(tag.removeprefix(_BASE_TAG))
-    )
     data["library_name"] = facts.library
     if facts.base_model:
         data.setdefault("base_model", facts.base_model)
     if isinstance(data.get("base_model"), str) and not is_repository(data["base_model"]):
         del data["base_model"]  # a folder means nothing to others, and the hub refuses it
+    bases = data.get("base_model") or []
+    base_tags = [_BASE_TAG + base for base in ([bases] if isinstance(bases, str) else bases)]
+    tags = {*(data.get("tags") or []), *about.tags, "peft_ext", facts.method.lower()}
+    data["tags"] = sorted(tag for tag in tags if not tag.startswith(_BASE_TAG) or tag in base_tags)
     if about.license:
         data["license"] = about.license
     _extend(data, "datasets", [name for name in about.datasets if is_repository(name)])

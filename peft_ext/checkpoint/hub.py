@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .card import CARD_NAME, About, is_repository
@@ -18,11 +19,11 @@ def upload(
     repo_id: str,
     save: Callable[[str, About], None],
     about: About,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload checkpoint",
-    create_pr: bool = False,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
 ) -> CommitInfo:
     """Makes a repository, and the branch, unless they are there, and uploads a checkpoint in one commit.
 
@@ -45,22 +46,26 @@ def upload(
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         hub.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        tags = list(about.tags)
         try:
-            shutil.copyfile(hub.hf_hub_download(repo_id, CARD_NAME, revision=revision), os.path.join(folder, CARD_NAME))
+            found = hub.hf_hub_download(repo_id, CARD_NAME, revision=revision)
+            shutil.copyfile(found, os.path.join(folder, CARD_NAME))
+            tags += ModelCard.load(found).data.tags or []  # which PEFT does not keep
         except RemoteEntryNotFoundError:
             pass
-        save(folder, About(**{**vars(about), "repository": repo_id, "revision": revision}))
-        return hub.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
+        save(folder, dataclasses.replace(about, repository=repo_id, revision=revision, tags=tags))
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return hub.create_commit(  # one for all files, where `upload_folder` may make several
+            repo_id,
+            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
             commit_message=commit_message,
+            revision=revision,
             create_pr=create_pr,
         )
 
 
 def local_folder(
-    place: str | os.PathLike[str], files: Sequence[str], revision: str | None = None, token: str | bool | None = None
+    place: str | os.PathLike[str], files: Sequence[str], revision: str | None, token: str | bool | None
 ) -> Path:
     """The folder itself, or one on this machine with some files of a repository of the hub.
 

@@ -65,8 +65,8 @@ def describe(folder: str | os.PathLike[str], **about: Any) -> None:
 
     Args:
         folder: an adapter of one of our methods, or what `SeededNetwork.save_pretrained` wrote.
-        **about: `repository` and `revision` of the hub, `license`, `datasets` (names) and `metrics` (a list of
-            `huggingface_hub.EvalResult`).
+        **about: `repository` and `revision` of the hub, `license`, `datasets` (names), `metrics` (a list of
+            `huggingface_hub.EvalResult`) and `tags`.
 
     Raises:
         ValueError: an adapter of another method, or neither.
