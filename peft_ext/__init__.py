@@ -6,6 +6,7 @@ Importing this package registers the methods with PEFT.
 from .adapters.hub import push_to_hub
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
+from .tuners.description import describe
 from .tuners.mcnc import McncConfig, McncModel
 from .tuners.nola import NolaConfig, NolaModel
 from .tuners.pranc import PrancConfig, PrancModel
@@ -22,6 +23,7 @@ __all__ = [
     "SeededNetwork",
     "VisualPromptConfig",
     "VisualPromptModel",
+    "describe",
     "load_from_seed",
     "push_to_hub",
 ]

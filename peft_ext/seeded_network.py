@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from . import randomness
 from .checkpoint import quantization
+from .checkpoint.card import About
+from .checkpoint.hub import local_folder, upload
 from .checkpoint.identity import (
     FORMAT,
     Identity,
@@ -33,10 +36,8 @@ from .checkpoint.identity import (
 )
 from .generators.base import Frozen
 from .tuners.config import SeededConfig, Target
+from .tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, describe
 from .tuners.expansion import SharedExpansion
-
-CONFIG_NAME = "seed_config.json"
-WEIGHTS_NAME = "model.safetensors"
 
 _ADAPTER = "network"
 _COEFFICIENTS = f"coefficients.{_ADAPTER}"
@@ -113,7 +114,8 @@ class SeededNetwork(nn.Module):
     def get_extra_state(self) -> torch.Tensor:
         """The record of the coefficients and buffers, which state dicts hold as `_extra_state`."""
         buffers = {name: buffer for name, buffer in self.named_buffers()}
-        return _record(self.identity, "float32", self.coefficients[_ADAPTER], buffers)
+        coefficients = self.coefficients[_ADAPTER]
+        return _record(self.identity, "float32", len(coefficients), coefficients, buffers)
 
     def set_extra_state(self, state: Any) -> None:
         """Does nothing: what is loaded has been verified."""
@@ -157,7 +159,8 @@ class SeededNetwork(nn.Module):
         """Writes coefficients and buffers to `model.safetensors`, seed and sizes to `seed_config.json`.
 
         The coefficients are saved in the `coefficient_dtype` of the configuration. The configuration of a network of
-        transformers is written to `config.json` beside them.
+        transformers is written to `config.json` beside them, and a model card that describes all this to `README.md`;
+        see `peft_ext.describe`.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -168,30 +171,79 @@ class SeededNetwork(nn.Module):
         buffers = {name: state[name] for name, _ in self.named_buffers() if name in state}
         if quantization.is_integer(dtype):
             parts = [coefficients[places] for places in self.config.kinds(len(coefficients))]
-            state["packed"] = quantization.encode(parts, dtype)
+            stored = state["packed"] = quantization.encode(parts, dtype)
+            error = quantization.change(parts, quantization.decode(stored, [len(part) for part in parts], dtype))
         else:
-            state[_COEFFICIENTS] = quantization.cast(coefficients, dtype)
-        state["identity"] = _record(self.identity, dtype, state.get("packed", state.get(_COEFFICIENTS)), buffers)
-        save_file(state, path / WEIGHTS_NAME, metadata={"format": "pt"})
+            stored = state[_COEFFICIENTS] = quantization.cast(coefficients, dtype)
+            error = quantization.change([coefficients], [stored])
+        state["identity"] = _record(self.identity, dtype, len(coefficients), stored, buffers)
+        save_file(state, path / NETWORK_WEIGHTS_NAME, metadata={"format": "pt"})
+        fields = {**self.config.to_dict(), "coefficient_error": error}
         described = {
             "network": type(self.network).__name__,
             "weights": {weight.name: list(weight.shape) for weight in self._weights},
-            "method": {key: value for key, value in self.config.to_dict().items() if value is not None},
+            "method": {key: value for key, value in fields.items() if value is not None},
             "identity": self.identity.to_dict(),
         }
-        (path / CONFIG_NAME).write_text(json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8")
+        (path / NETWORK_CONFIG_NAME).write_text(
+            json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8"
+        )
         if isinstance(self.network, transformers.PreTrainedModel):
             self.network.config.architectures = [type(self.network).__name__]
             self.network.config.save_pretrained(path)
+        describe(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload network",
+        create_pr: bool = False,
+        **about: Any,
+    ) -> CommitInfo:
+        """Saves the network and uploads it with its model card to the Hugging Face hub; `load_from_seed` loads it.
+
+        The text of a card that is in the repository at that revision is kept.
+
+        Args:
+            repo_id: `"user/name"`, or a name among your own. Made unless it is there.
+            private: whether a new repository is private.
+            token: of the hub; by default the one that is logged in.
+            revision: the branch, by default main. A new one starts at main, as it is there.
+            commit_message: its first line.
+            create_pr: propose the commit in place of making it.
+            **about: `license`, `datasets`, `metrics` and `tags` for the card, as in `peft_ext.describe`.
+
+        Returns:
+            The commit, which as a text is its address.
+        """
+
+        def save(folder: str, about: About) -> None:
+            self.save_pretrained(folder)
+            describe(folder, **vars(about))
+
+        return upload(repo_id, save, About(**about), private, token, revision, commit_message, create_pr)
 
 
-def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = None) -> nn.Module:
-    """Rebuilds a network that `SeededNetwork.save_pretrained` wrote.
+def load_from_seed(
+    folder: str | os.PathLike[str],
+    network: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """Rebuilds a network that `SeededNetwork.save_pretrained` or `SeededNetwork.push_to_hub` wrote.
 
     Args:
-        folder: where it was written.
+        folder: where it was written, or the id of a repository on the hub, `"user/name"`, of which nothing but seed,
+            coefficients and the configuration of the network is downloaded.
         network: a network of the same architecture, whatever its weights, which are replaced. May be left out for
             the classes of transformers, which are made from `config.json`.
+        revision: branch, tag or commit of the repository.
+        token: of the hub; by default the one that is logged in.
 
     Returns:
         The network with ordinary frozen parameters, in evaluation mode.
@@ -199,10 +251,11 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     Raises:
         ValueError: another architecture, an unknown generator version or other random numbers, coefficients that do
             not fit or are not finite, or no `network` where one is needed.
+        FileNotFoundError: neither a folder nor what could be the id of a repository.
     """
-    path = Path(folder)
+    path = local_folder(folder, (NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, "config.json"), revision, token)
     described, config = _read_config(path)
-    state = load_file(path / WEIGHTS_NAME)
+    state = load_file(path / NETWORK_WEIGHTS_NAME)
     content = read_record(state.pop("identity", None), "identity")
     saved, name = described["weights"], described["network"]
     if network is None:
@@ -213,8 +266,8 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     weights = list(_weights(network))
     _check_weights(saved, name, weights)
     identity = _identity(config, weights)
-    check_identity(described["identity"], identity, f"in {CONFIG_NAME}")
-    check_identity(content.get("identity"), identity, f"in {WEIGHTS_NAME}")
+    check_identity(described["identity"], identity, f"in {NETWORK_CONFIG_NAME}")
+    check_identity(content.get("identity"), identity, f"in {NETWORK_WEIGHTS_NAME}")
     seeded = SeededNetwork(network, config)
     coefficients = seeded.coefficients[_ADAPTER]
     found = "packed" if "packed" in state else _COEFFICIENTS
@@ -223,10 +276,10 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     if shapes != expected | ({} if found == "packed" else {_COEFFICIENTS: coefficients.shape}):
         expected = {_COEFFICIENTS: coefficients.shape, **expected}
         raise ValueError(
-            f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: it must hold "
+            f"{NETWORK_WEIGHTS_NAME} does not fit {NETWORK_CONFIG_NAME}: it must hold "
             f"{', '.join(f'{key} {tuple(shape)}' for key, shape in expected.items())}."
         )
-    check_finite(state[found], f" in {WEIGHTS_NAME}")
+    check_finite(state[found], f" in {NETWORK_WEIGHTS_NAME}")
     buffers = {key: tensor for key, tensor in state.items() if key != found}
     check_checksum(content.get("coefficients"), checksum([("coefficients", state[found])]), f"{found!r}")
     check_checksum(content.get("others"), checksum(buffers.items()), "the buffers")
@@ -247,17 +300,17 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
 def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
     """What `seed_config.json` says, and the configuration in it."""
     try:
-        described = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        described = json.loads((path / NETWORK_CONFIG_NAME).read_text(encoding="utf-8"))
         weights, method = described["weights"], described["method"]
         shapes = [[int(size) for size in shape] for shape in weights.values()]
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")
         config = PeftConfig.from_peft_type(**method)
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{str(path / CONFIG_NAME)!r} is damaged: {error!r}.") from error
+        raise ValueError(f"{str(path / NETWORK_CONFIG_NAME)!r} is damaged: {error!r}.") from error
     if not isinstance(config, SeededConfig):
         raise ValueError(
-            f"`peft_type` in {CONFIG_NAME} must be a method that makes networks, got {method['peft_type']!r}."
+            f"`peft_type` in {NETWORK_CONFIG_NAME} must be a method that makes networks, got {method['peft_type']!r}."
         )
     parameters = sum(math.prod(shape) for shape in shapes)
     config.network_generator(parameters)  # whether it makes networks, and has fewer coefficients than parameters
@@ -282,14 +335,14 @@ def _identity(config: SeededConfig, weights: Sequence[_Weight]) -> Identity:
 
 
 def _record(
-    identity: Identity, dtype: str, coefficients: torch.Tensor | None, buffers: Mapping[str, torch.Tensor]
+    identity: Identity, dtype: str, count: int, coefficients: torch.Tensor, buffers: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    assert coefficients is not None
     return write_record(
         {
             "format": FORMAT,
             "identity": identity.to_dict(),
             "dtype": dtype,
+            "count": count,
             "coefficients": checksum([("coefficients", coefficients)]),
             "others": checksum(buffers.items()),
         }

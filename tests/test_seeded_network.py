@@ -190,7 +190,12 @@ def test_a_vision_transformer_needs_no_class(tmp_path: Path) -> None:
     network = SeededNetwork(tiny_models.vit(), PrancConfig(num_coefficients=100))
     randomize(network)
     network.eval().save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "seed_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "seed_config.json",
+    }
     assert (tmp_path / "model.safetensors").stat().st_size < 4 * 100 + 300 + 512
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.equal(load_from_seed(tmp_path)(pixels).logits, network(pixels).logits)

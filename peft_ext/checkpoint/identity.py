@@ -23,7 +23,7 @@ from .. import randomness
 FORMAT = 1
 """Version of the checkpoint format, see docs/checkpoint-format.md."""
 
-RECORD_SIZE = 448
+RECORD_SIZE = 512
 """A record is filled up with spaces to a multiple of so many bytes."""
 
 _DIGITS = 32  # hexadecimal digits that are kept of a SHA-256

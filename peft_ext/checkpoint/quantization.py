@@ -89,5 +89,11 @@ def decode(packed: torch.Tensor, sizes: Sequence[int], dtype: str) -> list[torch
     return [part.flatten()[:size] for part, size in zip(numbers.split(counts), sizes)]
 
 
+def change(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float | None:
+    """Norm of the difference relative to that of what was there before, or None if nothing changed."""
+    exact, found = (torch.cat([each.detach().flatten().double().cpu() for each in some]) for some in (before, after))
+    return None if torch.equal(exact, found) else float((found - exact).norm() / exact.norm())
+
+
 def _grouped(part: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(part.flatten(), (0, -part.numel() % GROUP)).view(-1, GROUP)

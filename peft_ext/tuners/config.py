@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional, TypeVar, Union
@@ -15,11 +15,11 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .. import randomness
-from ..checkpoint.card import CardFacts, write_card
 from ..checkpoint.identity import check_fingerprint, check_identity, shape_name, unfold_names
 from ..checkpoint.quantization import DTYPES
 from ..checks import check_choice, check_probability, check_types
 from ..generators import Generator
+from .description import DescribedConfig
 
 C = TypeVar("C", bound=type[PeftConfig])
 
@@ -96,8 +96,16 @@ def shape_counts(targets: Sequence[Target]) -> dict[str, int]:
     return dict(Counter(shape_name(target.fan_out, target.fan_in) for target in targets))
 
 
+def _refuse_pickle(folder: Path, what_to_do: str) -> None:
+    if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"The weights of an adapter must be in {SAFETENSORS_WEIGHTS_NAME}, got {WEIGHTS_NAME} in {str(folder)!r}, "
+            f"a pickle, which is not read. {what_to_do}."
+        )
+
+
 @dataclass
-class CheckpointedConfig(PeftConfig):
+class CheckpointedConfig(DescribedConfig):
     """PEFT's standard fields, and those that say and verify what a checkpoint holds.
 
     A method names itself in `method_name`. Its fields that turn coefficients into weights have `generates` in their
@@ -125,6 +133,15 @@ class CheckpointedConfig(PeftConfig):
         default=None,
         metadata={"help": "Names of the adapted modules, written to checkpoints. Leave it alone."},
     )
+    coefficient_error: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": (
+                "Norm of what saving in `coefficient_dtype` changed, relative to that of the coefficients, written to "
+                "checkpoints. Leave it alone."
+            )
+        },
+    )
     base_fingerprint: Optional[str] = field(
         default=None,
         metadata={
@@ -135,10 +152,7 @@ class CheckpointedConfig(PeftConfig):
         },
     )
 
-    method_name: ClassVar[str]  # in capitals, as in PEFT's enum of methods
-    paper: ClassVar[str]
     size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
-    notice: ClassVar[str] = ""  # put into model cards
 
     @classmethod
     def method(cls) -> str:
@@ -196,12 +210,17 @@ class CheckpointedConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            raise ValueError(
-                f"The weights of an adapter must be in {SAFETENSORS_WEIGHTS_NAME}, got {WEIGHTS_NAME} in "
-                f"{str(folder)!r}, a pickle, which is not read. Save the adapter again with `save_pretrained`."
-            )
+        _refuse_pickle(folder, "Save the adapter again with `save_pretrained`")
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and describes the adapter in the model card beside it.
+
+        Raises:
+            ValueError: the weights were saved as a pickle, with `safe_serialization=False`.
+        """
+        _refuse_pickle(Path(save_directory), "`safe_serialization` must be True")
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         saved = self.__dict__.get("_saved", {})  # set when an adapter's state is collected for saving
@@ -317,31 +336,5 @@ class SeededConfig(CheckpointedConfig):
             f"{type(self).__name__}."
         )
 
-    def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
-        """What the method adds to the table of a model card, for `{"out x in": number of layers}`."""
-        return {}
-
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "fingerprint": randomness.fingerprint(self.seed, self.generator_version)}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`, and describes the adapter in the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        base_model = kwargs.get("auto_mapping_dict") or {}
-        in_transformers = str(base_model.get("parent_library", "")).startswith("transformers.")
-        fields = self.to_dict()
-        shapes = fields["target_shapes"] or {}
-        facts = CardFacts(
-            self.method_name,
-            self.paper,
-            self.base_model_name_or_path,
-            self.seed,
-            self.generator_version,
-            fields["fingerprint"],
-            shapes,
-            self.card_rows(shapes),
-            self.notice,
-            self.task_type,
-            base_model.get("base_model_class") if in_transformers else None,
-        )
-        write_card(save_directory, facts)

@@ -126,6 +126,7 @@ class Provenance:
                 "format": FORMAT,
                 "identity": self.identity.to_dict(),
                 "dtype": self.config.coefficient_dtype,
+                "count": sum(parameter.numel() for parameter in self.parameters()),
                 "coefficients": checksum(coefficients.items()),
                 "others": checksum((name.rpartition(".")[2], tensor) for name, tensor in others.items()),
             }
@@ -175,11 +176,9 @@ class Provenance:
             "identity": self.identity.to_dict(),
             "target_names": fold_names([target.name for target in self.targets]),
             "base_fingerprint": keys.base_fingerprint,
+            "coefficient_error": quantization.change(coefficients, stored),
             **config.saved_facts(self.targets),
         }
-        exact = torch.cat([each.flatten().double().cpu() for each in coefficients])
-        error = torch.cat([each.flatten().double().cpu() for each in stored]) - exact
-        config._coefficient_error = float(error.norm() / exact.norm()) if exact.any() else 0.0  # type: ignore[attr-defined]
         return tensors
 
     # Loading

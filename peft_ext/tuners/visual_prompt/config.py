@@ -42,6 +42,7 @@ class VisualPromptConfig(CheckpointedConfig):
     size_fields = ("num_prompts", "deep")
     method_name = "VISUAL_PROMPT"
     paper = "https://huggingface.co/papers/2203.12119"
+    summary = "tokens in the input of the blocks, trained and saved whole. They started from a seed."
     target_modules: ClassVar[Any] = None  # PEFT reads it; the targets are always the blocks
 
     def check_fields(self) -> None:
