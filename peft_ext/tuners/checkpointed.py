@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +82,7 @@ class Provenance:
         size = self._record({}, {}).numel()
         self.owner.buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
         if quantization.is_integer(self.config.coefficient_dtype):
-            packed = quantization.size_of(self._sizes(), self.config.coefficient_dtype)
+            packed = quantization.size_of(self._layout().sizes, self.config.coefficient_dtype)
             self.owner.buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
 
     def _drop_buffers(self) -> None:
@@ -92,32 +92,11 @@ class Provenance:
             if self.adapter_name in buffers:
                 del buffers[self.adapter_name]
 
-    def _kinds(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(container, places in its coefficients), all of one kind before the next."""
-        kinds = [self.config.kinds(parameter.numel()) for parameter in self.parameters()]
-        for kind in range(max(map(len, kinds), default=0)):
-            for index, places in enumerate(kinds):
-                if kind < len(places):
-                    yield index, places[kind]
-
-    def _sizes(self) -> list[int]:
-        """Lengths of the parts that are packed: all coefficients of a kind are one."""
-        sizes: list[int] = []
-        for index, places in self._kinds():
-            sizes = [*sizes[:-1], sizes[-1] + len(places)] if index and sizes else [*sizes, len(places)]
-        return sizes
-
-    def _pack(self, coefficients: list[torch.Tensor], dtype: str) -> torch.Tensor:
-        gathered = torch.cat([coefficients[index].flatten().cpu()[places] for index, places in self._kinds()])
-        return quantization.encode(gathered.split(self._sizes()), dtype)
+    def _layout(self) -> quantization.Layout:
+        return quantization.Layout([self.config.kinds(parameter.numel()) for parameter in self.parameters()])
 
     def _unpack(self, packed: torch.Tensor, dtype: str) -> list[torch.Tensor]:
-        numbers = torch.cat(quantization.decode(packed, self._sizes(), dtype))
-        parts = [torch.empty(parameter.numel()) for parameter in self.parameters()]
-        start = 0
-        for index, places in self._kinds():
-            parts[index][places] = numbers[start : start + len(places)]
-            start += len(places)
+        parts = self._layout().unpack(packed, dtype)
         return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters())]
 
     def _record(self, coefficients: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -162,7 +141,7 @@ class Provenance:
         coefficients = [_whole(tensors.pop(key)).detach() for key in keys.coefficients]
         dtype = config.coefficient_dtype
         if quantization.is_integer(dtype):
-            packed = self._pack(coefficients, dtype)
+            packed = self._layout().pack(coefficients, dtype)
             stored = self._unpack(packed, dtype)
             tensors[keys.packed] = packed
             labelled = {"packed": packed}
