@@ -248,7 +248,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
     """What `seed_config.json` says, and the configuration in it."""
     try:
         described = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-        weights, method = described["weights"], described["method"]
+        weights, method, _ = described["weights"], described["method"], described["identity"]
         shapes = [[int(size) for size in shape] for shape in weights.values()]
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")

@@ -233,6 +233,9 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+NEW = {"identity": None, "target_names": None, "target_shapes": None, "base_fingerprint": None}  # of no checkpoint
+
+
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
@@ -327,7 +330,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     ),
     "num_coefficients, more than weights": (
         "PRANC",
-        edit_config(num_coefficients=3073, identity=None),
+        edit_config(num_coefficients=3073, **NEW),
         ["`num_coefficients`", "at most", "3072 in the 4 target modules", "got 3073"],
     ),
     "basis": ("PRANC", edit_config(basis="gaussian"), ["`basis`", "one of 'sparse', 'dense'", "got 'gaussian'"]),
@@ -337,7 +340,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     "d": ("MCNC", edit_config(d=3), ["`d`", "larger than `k` (3)", "got 3"]),
     "d, too long": (
         "MCNC",
-        edit_config(d=129, identity=None),
+        edit_config(d=129, **NEW),
         ["`d`", "at most", "128 for the largest of the 4", "got 129"],
     ),
     "widths": ("MCNC", edit_config(widths=[8, 0]), ["`widths`", "positive integer", "got 0"]),

@@ -58,6 +58,7 @@ class Provenance:
         self.containers: list[nn.ParameterDict] = []
         self.owner: CheckpointedLayer | None = None
         self.pending = config.identity is not None
+        self._base: _Base | None = None
 
     def add(self, layer: CheckpointedLayer, target: Target) -> None:
         """Adds an adapted layer whose coefficients are in place."""
@@ -76,17 +77,22 @@ class Provenance:
         """The coefficients of every container."""
         return [container[self.adapter_name] for container in self.containers]
 
-    def make_buffers(self) -> None:
-        """Makes room for the record and for packed coefficients, which transformers' `load_adapter` fills."""
+    def await_tensors(self, model: nn.Module) -> None:
+        """Makes room for the record and for packed coefficients, which transformers' `load_adapter` fills.
+
+        It fills whatever else of the model a file has tensors for as well: what it must not touch is remembered.
+        """
         assert self.owner is not None
+        self._base = _Base(model, self.adapter_name, getattr(self.config, "bias", "none") != "none")
         size = self._record({}, {}).numel()
         self.owner.buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
         if quantization.is_integer(self.config.coefficient_dtype):
             packed = quantization.size_of(self._layout().sizes, self.config.coefficient_dtype)
             self.owner.buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
 
-    def _drop_buffers(self) -> None:
+    def _settled(self) -> None:
         assert self.owner is not None
+        self.pending, self._base = False, None
         for name in ("identity", "packed"):
             buffers = self.owner.buffers_of(name)
             if self.adapter_name in buffers:
@@ -101,15 +107,28 @@ class Provenance:
 
     def _record(self, coefficients: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The record of tensors by label."""
-        return write_record(
-            {
-                "format": FORMAT,
-                "identity": self.identity.to_dict(),
-                "dtype": self.config.coefficient_dtype,
-                "coefficients": checksum(coefficients.items()),
-                "others": checksum((name.rpartition(".")[2], tensor) for name, tensor in others.items()),
-            }
-        )
+        content = {
+            "format": FORMAT,
+            "identity": self.identity.to_dict(),
+            "dtype": self.config.coefficient_dtype,
+            "coefficients": checksum(coefficients.items()),
+            "others": checksum(_unnamed(others)),
+        }
+        if others:
+            content["named"] = checksum(self._named(others))
+        return write_record(content)
+
+    def _check_others(self, content: Mapping[str, Any], others: Mapping[str, torch.Tensor], renamed: bool) -> None:
+        """Raises a ValueError if what is saved beside the coefficients was changed; renamed modules are allowed to."""
+        check_checksum(content.get("others"), checksum(_unnamed(others)), "what is saved beside the coefficients")
+        if others and not renamed:
+            what = "what is saved beside the coefficients and its names"
+            check_checksum(content.get("named"), checksum(self._named(others)), what)
+
+    def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Tensors with their names in the base model."""
+        names = {BaseTuner._remove_adapter_name_from_key(_clean(name), self.adapter_name): name for name in tensors}
+        return [(name.removeprefix("base_model.model."), tensors[full]) for name, full in names.items()]
 
     # Saving
 
@@ -125,8 +144,9 @@ class Provenance:
             others: modules that are saved whole beside them.
 
         Raises:
-            ValueError: the configuration has changed since the adapter was made.
+            ValueError: the configuration has changed since the adapter was made, or there are no coefficients.
         """
+        self.settle()
         if config.generating() != self.fields:
             name = next(name for name, value in config.generating().items() if self.fields.get(name) != value)
             raise ValueError(
@@ -215,8 +235,13 @@ class Provenance:
         beside = {key: others.pop(key) for key in list(others) if keys.belongs(key)}
         self._check_strangers(others, content, model)
         if not any(tensor.is_meta for tensor in beside.values()):
-            found_others = checksum((key.rpartition(".")[2], tensor) for key, tensor in beside.items())
-            check_checksum(content.get("others"), found_others, "what is saved beside the coefficients")
+            self._check_others(content, {keys.saved(key): tensor for key, tensor in beside.items()}, keys.renamed)
+            # Names are those that were saved, but for PEFT's prefix, or those of renamed modules.
+            start = "base_model.model." if isinstance(model, PeftModel) else ""
+            known = beside.keys() & model.state_dict().keys() if keys.renamed else beside.keys()
+            unknown = [key for key in sorted(beside) if key not in known or not key.startswith(start)]
+            if unknown:
+                raise ValueError(f"The saved adapter does not fit the model, which has no {unknown[0]!r}.")
         self.config.coefficient_dtype = dtype
         if self.config.base_fingerprint and keys.base_fingerprint not in (None, self.config.base_fingerprint):
             warnings.warn(
@@ -224,8 +249,7 @@ class Provenance:
                 f"differ ({keys.base_fingerprint}, saved was {self.config.base_fingerprint}).",
                 stacklevel=2,
             )
-        self.pending = False
-        self._drop_buffers()
+        self._settled()
         return {**own, **beside, **others}
 
     def _check_keys(self, found: set[str], expected: set[str]) -> None:
@@ -290,6 +314,11 @@ class Provenance:
         content = read_record(record, name)
         check_identity(content.get("identity"), self.identity, "in the weights file")
         dtype, parameters = str(content.get("dtype")), self.parameters()
+        assert self._base is not None
+        self._base.check_untouched()
+        as_loaded = "float32" if quantization.is_integer(dtype) else dtype
+        if all(str(parameter.dtype) == f"torch.{as_loaded}" for parameter in parameters):  # the model was not cast
+            self._check_others(content, self._base.beside(self.config), Keys(self._base.model, self).renamed)
         with torch.no_grad():
             if quantization.is_integer(dtype):
                 packed = self.owner.buffers_of("packed")[self.adapter_name]
@@ -306,8 +335,56 @@ class Provenance:
                         container[self.adapter_name] = nn.Parameter(parameter.float(), parameter.requires_grad)
         for parameter in self.parameters():
             check_finite(parameter)
-        self.pending = False
-        self._drop_buffers()
+        self._settled()
+
+
+class _Base:
+    """What a model was before its adapter was filled by transformers, which asks nobody.
+
+    Args:
+        model: with the adapter.
+        adapter_name: the adapter's.
+        with_biases: a file of the adapter holds biases of the model too.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, with_biases: bool) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        filled = {
+            id(module)
+            for wrapper in model.modules()
+            if isinstance(wrapper, AuxiliaryTrainingWrapper)
+            for name, child in wrapper.named_children()
+            if name != "original_module"
+            for module in child.modules()
+        }
+        self._tensors = [
+            (module, name, tensor)
+            for module in model.modules()
+            if id(module) not in filled
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and name != adapter_name and not (with_biases and name == "bias")
+        ]
+
+    def check_untouched(self) -> None:
+        """Raises a ValueError if a tensor of the model is another object of other numbers, but of the same shape."""
+        for module, name, before in self._tensors:
+            now = getattr(module, name, None)
+            if now is before or not isinstance(now, torch.Tensor) or now.shape != before.shape or now.is_meta:
+                continue
+            if before.is_meta or not torch.equal(now.to(before), before):
+                path = next((path for path, each in self.model.named_modules() if each is module), "")
+                raise ValueError(
+                    f"The saved adapter holds a tensor {f'{path}.{name}'!r}, which is no part of it and has overwritten "
+                    "that of the base model: load the base model again. (If you replaced the tensor yourself, do so "
+                    "before the adapter is loaded.)"
+                )
+
+    def beside(self, config: CheckpointedConfig) -> dict[str, torch.Tensor]:
+        """The biases and modules that the adapter was saved with, by saved name, as they are now."""
+        state = self.model.state_dict()
+        biases = BaseTuner._get_learnable_bias_state_dict(self.model, state, config)
+        return biases | _saved_modules(self.model, self.adapter_name, state)
 
 
 class CheckpointedLayer(BaseTunerLayer):
@@ -368,17 +445,27 @@ class Keys:
         self.packed = f"{owner}.{method}_packed.{adapter}"
         self._biases = getattr(provenance.config, "bias", "none") != "none"
         self._beside = {
-            f"{_clean(name)}.{key}"
+            f"{_clean(name)}.{key}": f"{_clean(name)}.{saved}"
             for name, module in model.named_modules()
             if isinstance(module, AuxiliaryTrainingWrapper)
-            for key in module.adapter_state_dict_load_map(adapter).values()
+            for saved, key in module.adapter_state_dict_load_map(adapter).items()
         }
+        adapted = [
+            names[id(module)].removeprefix("base_model.model.")
+            for module in model.modules()
+            if isinstance(module, CheckpointedLayer) and module.provenances.get(adapter) is provenance
+        ]
+        self.renamed = adapted != [target.name for target in provenance.targets]
         self.base_fingerprint = _base_fingerprint(model, adapter)
 
     def completed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A loaded state dict with full names of what has no place in the model: record and packed coefficients."""
         full = {_bare(key, self._adapter): key for key in (self.record, self.packed)}
         return {full.get(_bare(key, self._adapter), key): tensor for key, tensor in tensors.items()}
+
+    def saved(self, key: str) -> str:
+        """The name in the file of what is saved beside the coefficients."""
+        return self._beside.get(key, key)
 
     def belongs(self, key: str) -> bool:
         """Whether a tensor of this name is trained and saved whole beside the coefficients."""
@@ -394,7 +481,7 @@ class CheckpointedModel(BaseTuner):
         self._provenance: Provenance | None = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self._provenance is not None and self._provenance.pending:
-            self._provenance.make_buffers()
+            self._provenance.await_tensors(model)
 
     def _record(self, config: CheckpointedConfig, adapter_name: str, layer: CheckpointedLayer, target: Target) -> None:
         """Notes that a layer has got an adapter."""
@@ -416,13 +503,7 @@ class CheckpointedModel(BaseTuner):
         provenance = _provenance(model, adapter_name)
         if provenance is None:
             return found
-        others: dict[str, torch.Tensor] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):  # what PEFT adds itself, after this
-                start = f"{_clean(name)}."
-                own = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
-                own = module.adapter_state_dict(adapter_name, own)  # type: ignore[call-arg]
-                others |= {f"{start}{key}": value for key, value in own.items()}
+        others = _saved_modules(model, adapter_name, state_dict)
         return provenance.seal(config, Keys(model, provenance), found, others)
 
     @classmethod
@@ -451,6 +532,18 @@ def _provenance(model: nn.Module, adapter_name: str) -> Provenance | None:
     return None
 
 
+def _saved_modules(model: nn.Module, adapter_name: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a state dict, what PEFT saves with an adapter from modules that are trained whole, by their saved names."""
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            start = f"{_clean(name)}."
+            own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+            own = module.adapter_state_dict(adapter_name, own)  # type: ignore[call-arg]
+            found |= {f"{start}{key}": value for key, value in own.items()}
+    return found
+
+
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Takes off the adapter that PEFT has put into a model before its coefficients were looked at."""
     if not isinstance(model, PeftModel):
@@ -475,6 +568,11 @@ def _bare(key: str, adapter_name: str) -> str:
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that is not a shard of itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _unnamed(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors with labels that stay when modules are renamed."""
+    return [(name.rpartition(".")[2], tensor) for name, tensor in tensors.items()]
 
 
 def _labelled(tensors: list[Any]) -> dict[str, torch.Tensor]:
