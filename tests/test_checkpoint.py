@@ -21,6 +21,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from peft_ext.checkpoint.identity import checksum, read_record, write_record
+
 Snapshot = Callable[[nn.Module], dict[str, Any]]
 
 
@@ -430,6 +432,47 @@ def test_targets_are_checked_before_the_model_is_changed(
     for part in parts:
         assert part in str(refused.value)
     unchanged(before, snapshot(base))
+
+
+class Reordered(nn.Module):
+    """Three equal layers, registered in any order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = {name: nn.Linear(8, 8) for name in "abc"}
+        for name in order:
+            self.add_module(name, layers[name])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule("c")(torch.tanh(self.get_submodule("b")(torch.tanh(self.get_submodule("a")(x)))))
+
+
+@one_of_each
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_layers_in_another_order_are_refused(dtype: str, method: str, tmp_path: Path, snapshot: Snapshot) -> None:
+    """Packed coefficients are known by their place alone."""
+    options = {"target_modules": ["a", "b", "c"], "coefficient_dtype": dtype}
+    get_peft_model(Reordered("abc"), config_of(method, **options)).save_pretrained(str(tmp_path))
+    base = Reordered("acb")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="belongs to other modules.*in the order of the model"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    unchanged(before, snapshot(base))
+
+
+@pytest.mark.parametrize("key", ["base_model.model.a.base_layer.weight", "base_model.model.c.base_layer.bias"])
+def test_no_record_allows_tensors_of_the_base_model(key: str, tmp_path: Path) -> None:
+    """A file may declare what it likes: a tensor that would overwrite the base model is refused."""
+    get_peft_model(Reordered("abc"), config_of("NOLA", target_modules=["a", "b"])).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    record = "base_model.model.a.nola_identity"
+    extra = {key: torch.zeros(8, 8) if key.endswith("weight") else torch.zeros(8)}
+    content = {**read_record(tensors[record], record), "strangers": checksum(extra.items())}
+    save_file({**tensors, **extra, record: write_record(content)}, path)
+    with pytest.raises(ValueError, match="tensors that are no part of it.*would overwrite the base model"):
+        PeftModel.from_pretrained(Reordered("abc"), str(tmp_path))
 
 
 @one_of_each
