@@ -301,7 +301,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
     """What `seed_config.json` says, and the configuration in it."""
     try:
         described = json.loads((path / NETWORK_CONFIG_NAME).read_text(encoding="utf-8"))
-        weights, method = described["weights"], described["method"]
+        weights, method, _ = described["weights"], described["method"], described["identity"]
         shapes = [[int(size) for size in shape] for shape in weights.values()]
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")
@@ -309,9 +309,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(path / NETWORK_CONFIG_NAME)!r} is damaged: {error!r}.") from error
     if not isinstance(config, SeededConfig):
-        raise ValueError(
-            f"`peft_type` in {NETWORK_CONFIG_NAME} must be a method that makes networks, got {method['peft_type']!r}."
-        )
+        kind = method.get("peft_type")
+        raise ValueError(f"`peft_type` in {NETWORK_CONFIG_NAME} must be a method that makes networks, got {kind!r}.")
     parameters = sum(math.prod(shape) for shape in shapes)
     config.network_generator(parameters)  # whether it makes networks, and has fewer coefficients than parameters
     return described, config

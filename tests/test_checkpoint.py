@@ -21,6 +21,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from peft_ext.checkpoint.identity import checksum, read_record, write_record
+
 Snapshot = Callable[[nn.Module], dict[str, Any]]
 
 
@@ -233,6 +235,9 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+NEW = {"identity": None, "target_names": None, "target_shapes": None, "base_fingerprint": None}  # of no checkpoint
+
+
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
@@ -327,7 +332,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     ),
     "num_coefficients, more than weights": (
         "PRANC",
-        edit_config(num_coefficients=3073, identity=None),
+        edit_config(num_coefficients=3073, **NEW),
         ["`num_coefficients`", "at most", "3072 in the 4 target modules", "got 3073"],
     ),
     "basis": ("PRANC", edit_config(basis="gaussian"), ["`basis`", "one of 'sparse', 'dense'", "got 'gaussian'"]),
@@ -337,7 +342,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     "d": ("MCNC", edit_config(d=3), ["`d`", "larger than `k` (3)", "got 3"]),
     "d, too long": (
         "MCNC",
-        edit_config(d=129, identity=None),
+        edit_config(d=129, **NEW),
         ["`d`", "at most", "128 for the largest of the 4", "got 129"],
     ),
     "widths": ("MCNC", edit_config(widths=[8, 0]), ["`widths`", "positive integer", "got 0"]),
@@ -427,6 +432,47 @@ def test_targets_are_checked_before_the_model_is_changed(
     for part in parts:
         assert part in str(refused.value)
     unchanged(before, snapshot(base))
+
+
+class Reordered(nn.Module):
+    """Three equal layers, registered in any order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = {name: nn.Linear(8, 8) for name in "abc"}
+        for name in order:
+            self.add_module(name, layers[name])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule("c")(torch.tanh(self.get_submodule("b")(torch.tanh(self.get_submodule("a")(x)))))
+
+
+@one_of_each
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_layers_in_another_order_are_refused(dtype: str, method: str, tmp_path: Path, snapshot: Snapshot) -> None:
+    """Packed coefficients are known by their place alone."""
+    options = {"target_modules": ["a", "b", "c"], "coefficient_dtype": dtype}
+    get_peft_model(Reordered("abc"), config_of(method, **options)).save_pretrained(str(tmp_path))
+    base = Reordered("acb")
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="belongs to other modules.*in the order of the model"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    unchanged(before, snapshot(base))
+
+
+@pytest.mark.parametrize("key", ["base_model.model.a.base_layer.weight", "base_model.model.c.base_layer.bias"])
+def test_no_record_allows_tensors_of_the_base_model(key: str, tmp_path: Path) -> None:
+    """A file may declare what it likes: a tensor that would overwrite the base model is refused."""
+    get_peft_model(Reordered("abc"), config_of("NOLA", target_modules=["a", "b"])).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    record = "base_model.model.a.nola_identity"
+    extra = {key: torch.zeros(8, 8) if key.endswith("weight") else torch.zeros(8)}
+    content = {**read_record(tensors[record], record), "strangers": checksum(extra.items())}
+    save_file({**tensors, **extra, record: write_record(content)}, path)
+    with pytest.raises(ValueError, match="tensors that are no part of it.*would overwrite the base model"):
+        PeftModel.from_pretrained(Reordered("abc"), str(tmp_path))
 
 
 @one_of_each

@@ -65,9 +65,12 @@ class Identity:
     modules: Sequence[Sequence[Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: the fields, a hash of the modules sorted by name, and the hash of both under `"sha256"`."""
+        """What is saved: the fields, a hash of the modules, and the hash of both under `"sha256"`.
+
+        The order of the modules counts: packed coefficients are known by their place.
+        """
         described = {name: _shortened(value) for name, value in self.fields.items()}
-        described["modules"] = digest(canonical(sorted(map(list, self.modules))))
+        described["modules"] = digest(canonical(self.modules))
         return {"sha256": digest(canonical(described)), **described}
 
 
@@ -109,10 +112,11 @@ def check_identity(saved: Any, found: Identity | Mapping[str, Any], where: str) 
             )
     if described.get("modules") != expected["modules"]:
         raise ValueError(
-            f"The saved adapter belongs to other modules: the hash of their names and shapes {where} is "
-            f"{described.get('modules')!r}, and {expected['modules']!r} for the modules that `target_modules` matches "
-            "here. Load the base model that the adapter was trained on (layer names can also differ between releases "
-            "of transformers). To start a new adapter from a saved configuration, set its `identity` to None."
+            "The saved adapter belongs to other modules: the hash of their names and shapes, in the order of the "
+            f"model, {where} is {described.get('modules')!r}, and {expected['modules']!r} for the modules that "
+            "`target_modules` matches here. Load the base model that the adapter was trained on (layer names can also "
+            "differ between releases of transformers). To start a new adapter from a saved configuration, set its "
+            "`identity` to None."
         )
     if not intact:
         raise ValueError(f"`identity` {where} was edited or is damaged: its hash does not fit its fields.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -93,6 +93,36 @@ def change(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> flo
     """Norm of the difference relative to that of what was there before, or None if nothing changed."""
     exact, found = (torch.cat([each.detach().flatten().double().cpu() for each in some]) for some in (before, after))
     return None if torch.equal(exact, found) else float((found - exact).norm() / exact.norm())
+
+
+class Layout:
+    """The order in which vectors of coefficients are packed: all numbers of the first kind, then all of the next.
+
+    Args:
+        kinds: of every vector, the places of its numbers of each kind; each vector has as many kinds.
+    """
+
+    def __init__(self, kinds: Sequence[Sequence[torch.Tensor]]) -> None:
+        self._kinds = kinds
+        self.sizes = [sum(map(len, places)) for places in zip(*kinds)]
+
+    def _places(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for places in zip(*self._kinds):
+            yield from enumerate(places)
+
+    def pack(self, vectors: Sequence[torch.Tensor], dtype: str) -> torch.Tensor:
+        """The vectors as bytes, see `encode`."""
+        gathered = torch.cat([vectors[index].flatten().cpu()[places] for index, places in self._places()])
+        return encode(gathered.split(self.sizes), dtype)
+
+    def unpack(self, packed: torch.Tensor, dtype: str) -> list[torch.Tensor]:
+        """The vectors that `pack` packed, in float32."""
+        numbers = torch.cat(decode(packed, self.sizes, dtype))
+        vectors = [torch.empty(sum(map(len, places)), dtype=torch.float32) for places in self._kinds]
+        parts = numbers.split([len(places) for _, places in self._places()])
+        for (index, places), part in zip(self._places(), parts):
+            vectors[index][places] = part
+        return vectors
 
 
 def _grouped(part: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import CheckpointedConfig, Target
-from .provenance import CheckpointedLayer, Keys, Provenance, clean
+from .provenance import CheckpointedLayer, Keys, Provenance
+from .surroundings import saved_modules
 
 
 class CheckpointedModel(BaseTuner):
@@ -23,7 +23,7 @@ class CheckpointedModel(BaseTuner):
         self._provenance: Provenance | None = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self._provenance is not None and self._provenance.pending:
-            self._provenance.make_buffers()
+            self._provenance.await_tensors(model)
 
     def _record(self, config: CheckpointedConfig, adapter_name: str, layer: CheckpointedLayer, target: Target) -> None:
         """Notes that a layer has got an adapter."""
@@ -45,13 +45,7 @@ class CheckpointedModel(BaseTuner):
         provenance = _provenance(model, adapter_name)
         if provenance is None:
             return found
-        others: dict[str, torch.Tensor] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):  # what PEFT adds itself, after this
-                start = f"{clean(name)}."
-                own = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
-                own = module.adapter_state_dict(adapter_name, own)  # type: ignore[call-arg]
-                others |= {f"{start}{key}": value for key, value in own.items()}
+        others = saved_modules(model, adapter_name, state_dict)
         return provenance.seal(config, Keys(model, provenance), found, others)
 
     @classmethod

@@ -169,8 +169,16 @@ class CheckpointedConfig(DescribedConfig):
             raise
         check_types(self)
         check_choice("coefficient_dtype", self.coefficient_dtype, DTYPES)
+        saved = [
+            name for name in ("target_shapes", "target_names", "base_fingerprint") if getattr(self, name) is not None
+        ]
         if self.identity is not None:
             check_identity(self.identity, self.generating(), "in adapter_config.json")
+        elif saved:
+            raise ValueError(
+                f"`identity` must be there beside `{saved[0]}`, which only saved adapters have: it was taken out of "
+                "adapter_config.json. Load the adapter with the configuration that was saved with it, unedited."
+            )
         if self.target_names is not None:
             unfold_names(self.target_names)
 

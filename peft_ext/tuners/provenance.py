@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -27,15 +28,12 @@ from ..checkpoint.identity import (
     check_finite,
     check_identity,
     checksum,
-    digest,
     fold_names,
     read_record,
     write_record,
 )
 from .config import CheckpointedConfig, Target
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-_SAMPLED = 64  # numbers of every base weight that its fingerprint is made of
+from .surroundings import Base, bare, base_fingerprint, clean, whole
 
 
 class Provenance:
@@ -57,6 +55,7 @@ class Provenance:
         self.containers: list[nn.ParameterDict] = []
         self.owner: CheckpointedLayer | None = None
         self.pending = config.identity is not None
+        self._base: Base | None = None
 
     def add(self, layer: CheckpointedLayer, target: Target) -> None:
         """Adds an adapted layer whose coefficients are in place."""
@@ -75,62 +74,59 @@ class Provenance:
         """The coefficients of every container."""
         return [container[self.adapter_name] for container in self.containers]
 
-    def make_buffers(self) -> None:
-        """Makes room for the record and for packed coefficients, which transformers' `load_adapter` fills."""
+    def await_tensors(self, model: nn.Module) -> None:
+        """Makes room for the record and for packed coefficients, which transformers' `load_adapter` fills.
+
+        It fills whatever else of the model a file has tensors for as well: what it must not touch is remembered.
+        """
         assert self.owner is not None
+        self._base = Base(model, self.adapter_name, getattr(self.config, "bias", "none") != "none")
         size = self._record({}, {}).numel()
         self.owner.buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
         if quantization.is_integer(self.config.coefficient_dtype):
-            packed = quantization.size_of(self._sizes(), self.config.coefficient_dtype)
+            packed = quantization.size_of(self._layout().sizes, self.config.coefficient_dtype)
             self.owner.buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
 
-    def _drop_buffers(self) -> None:
+    def _settled(self) -> None:
         assert self.owner is not None
+        self.pending, self._base = False, None
         for name in ("identity", "packed"):
             buffers = self.owner.buffers_of(name)
             if self.adapter_name in buffers:
                 del buffers[self.adapter_name]
 
-    def _kinds(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(container, places in its coefficients), all of one kind before the next."""
-        kinds = [self.config.kinds(parameter.numel()) for parameter in self.parameters()]
-        for kind in range(max(map(len, kinds), default=0)):
-            for index, places in enumerate(kinds):
-                if kind < len(places):
-                    yield index, places[kind]
-
-    def _sizes(self) -> list[int]:
-        """Lengths of the parts that are packed: all coefficients of a kind are one."""
-        sizes: list[int] = []
-        for index, places in self._kinds():
-            sizes = [*sizes[:-1], sizes[-1] + len(places)] if index and sizes else [*sizes, len(places)]
-        return sizes
-
-    def _pack(self, coefficients: list[torch.Tensor], dtype: str) -> torch.Tensor:
-        gathered = torch.cat([coefficients[index].flatten().cpu()[places] for index, places in self._kinds()])
-        return quantization.encode(gathered.split(self._sizes()), dtype)
+    def _layout(self) -> quantization.Layout:
+        return quantization.Layout([self.config.kinds(parameter.numel()) for parameter in self.parameters()])
 
     def _unpack(self, packed: torch.Tensor, dtype: str) -> list[torch.Tensor]:
-        numbers = torch.cat(quantization.decode(packed, self._sizes(), dtype))
-        parts = [torch.empty(parameter.numel()) for parameter in self.parameters()]
-        start = 0
-        for index, places in self._kinds():
-            parts[index][places] = numbers[start : start + len(places)]
-            start += len(places)
+        parts = self._layout().unpack(packed, dtype)
         return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters())]
 
     def _record(self, coefficients: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The record of tensors by label."""
-        return write_record(
-            {
-                "format": FORMAT,
-                "identity": self.identity.to_dict(),
-                "dtype": self.config.coefficient_dtype,
-                "count": sum(parameter.numel() for parameter in self.parameters()),
-                "coefficients": checksum(coefficients.items()),
-                "others": checksum((name.rpartition(".")[2], tensor) for name, tensor in others.items()),
-            }
-        )
+        content = {
+            "format": FORMAT,
+            "identity": self.identity.to_dict(),
+            "dtype": self.config.coefficient_dtype,
+            "count": sum(parameter.numel() for parameter in self.parameters()),
+            "coefficients": checksum(coefficients.items()),
+            "others": checksum(_unnamed(others)),
+        }
+        if others:
+            content["named"] = checksum(self._named(others))
+        return write_record(content)
+
+    def _check_others(self, content: Mapping[str, Any], others: Mapping[str, torch.Tensor], renamed: bool) -> None:
+        """Raises a ValueError if what is saved beside the coefficients was changed; renamed modules are allowed to."""
+        check_checksum(content.get("others"), checksum(_unnamed(others)), "what is saved beside the coefficients")
+        if others and not renamed:
+            what = "what is saved beside the coefficients and its names"
+            check_checksum(content.get("named"), checksum(self._named(others)), what)
+
+    def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Tensors with their names in the base model."""
+        names = {BaseTuner._remove_adapter_name_from_key(clean(name), self.adapter_name): name for name in tensors}
+        return [(name.removeprefix("base_model.model."), tensors[full]) for name, full in names.items()]
 
     # Saving
 
@@ -146,8 +142,9 @@ class Provenance:
             others: modules that are saved whole beside them.
 
         Raises:
-            ValueError: the configuration has changed since the adapter was made.
+            ValueError: the configuration has changed since the adapter was made, or there are no coefficients.
         """
+        self.settle()
         if config.generating() != self.fields:
             name = next(name for name, value in config.generating().items() if self.fields.get(name) != value)
             raise ValueError(
@@ -159,10 +156,10 @@ class Provenance:
         tensors = {key: tensor for key, tensor in tensors.items() if key not in (keys.record, keys.packed)}
         if any(key not in tensors or tensors[key].is_meta for key in keys.coefficients):
             return tensors  # another process has them
-        coefficients = [_whole(tensors.pop(key)).detach() for key in keys.coefficients]
+        coefficients = [whole(tensors.pop(key)).detach() for key in keys.coefficients]
         dtype = config.coefficient_dtype
         if quantization.is_integer(dtype):
-            packed = self._pack(coefficients, dtype)
+            packed = self._layout().pack(coefficients, dtype)
             stored = self._unpack(packed, dtype)
             tensors[keys.packed] = packed
             labelled = {"packed": packed}
@@ -232,10 +229,15 @@ class Provenance:
         own = {key: tensors[key] for key in keys.coefficients}
         others = {key: tensor for key, tensor in tensors.items() if key not in own}
         beside = {key: others.pop(key) for key in list(others) if keys.belongs(key)}
-        self._check_strangers(others, content, model)
+        self._check_strangers(others, model)
         if not any(tensor.is_meta for tensor in beside.values()):
-            found_others = checksum((key.rpartition(".")[2], tensor) for key, tensor in beside.items())
-            check_checksum(content.get("others"), found_others, "what is saved beside the coefficients")
+            self._check_others(content, {keys.saved(key): tensor for key, tensor in beside.items()}, keys.renamed)
+            # Names are those that were saved, but for PEFT's prefix, or those of renamed modules.
+            start = "base_model.model." if isinstance(model, PeftModel) else ""
+            known = beside.keys() & model.state_dict().keys() if keys.renamed else beside.keys()
+            unknown = [key for key in sorted(beside) if key not in known or not key.startswith(start)]
+            if unknown:
+                raise ValueError(f"The saved adapter does not fit the model, which has no {unknown[0]!r}.")
         self.config.coefficient_dtype = dtype
         if self.config.base_fingerprint and keys.base_fingerprint not in (None, self.config.base_fingerprint):
             warnings.warn(
@@ -243,8 +245,7 @@ class Provenance:
                 f"differ ({keys.base_fingerprint}, saved was {self.config.base_fingerprint}).",
                 stacklevel=2,
             )
-        self.pending = False
-        self._drop_buffers()
+        self._settled()
         return {**own, **beside, **others}
 
     def _check_keys(self, found: set[str], expected: set[str]) -> None:
@@ -269,9 +270,7 @@ class Provenance:
         if not tensor.is_floating_point():
             raise ValueError(f"{key!r} must hold floating-point numbers, got {tensor.dtype}.")
 
-    def _check_strangers(
-        self, strangers: dict[str, torch.Tensor], content: Mapping[str, Any], model: nn.Module
-    ) -> None:
+    def _check_strangers(self, strangers: dict[str, torch.Tensor], model: nn.Module) -> None:
         """Weights of the base model, which PEFT saves with some adapters, must be those that the model has."""
         if not strangers:
             return
@@ -280,7 +279,7 @@ class Provenance:
             if key in state and state[key].shape == strangers[key].shape:
                 if torch.equal(state[key].cpu(), strangers[key].to(state[key].dtype).cpu()):
                     del strangers[key]
-        if strangers and content.get("strangers") != checksum(strangers.items()):
+        if strangers:
             raise ValueError(
                 f"The saved adapter holds {len(strangers)} tensors that are no part of it (first: "
                 f"{min(strangers)!r}) and would overwrite the base model. Take them out of the file. Modules that are "
@@ -309,6 +308,11 @@ class Provenance:
         content = read_record(record, name)
         check_identity(content.get("identity"), self.identity, "in the weights file")
         dtype, parameters = str(content.get("dtype")), self.parameters()
+        assert self._base is not None
+        self._base.check_untouched()
+        as_loaded = "float32" if quantization.is_integer(dtype) else dtype
+        if all(str(parameter.dtype) == f"torch.{as_loaded}" for parameter in parameters):  # the model was not cast
+            self._check_others(content, self._base.beside(self.config), Keys(self._base.model, self).renamed)
         with torch.no_grad():
             if quantization.is_integer(dtype):
                 packed = self.owner.buffers_of("packed")[self.adapter_name]
@@ -325,8 +329,7 @@ class Provenance:
                         container[self.adapter_name] = nn.Parameter(parameter.float(), parameter.requires_grad)
         for parameter in self.parameters():
             check_finite(parameter)
-        self.pending = False
-        self._drop_buffers()
+        self._settled()
 
 
 class CheckpointedLayer(BaseTunerLayer):
@@ -387,60 +390,39 @@ class Keys:
         self.packed = f"{owner}.{method}_packed.{adapter}"
         self._biases = getattr(provenance.config, "bias", "none") != "none"
         self._beside = {
-            f"{clean(name)}.{key}"
+            f"{clean(name)}.{key}": f"{clean(name)}.{saved}"
             for name, module in model.named_modules()
             if isinstance(module, AuxiliaryTrainingWrapper)
-            for key in module.adapter_state_dict_load_map(adapter).values()
+            for saved, key in module.adapter_state_dict_load_map(adapter).items()
         }
-        self.base_fingerprint = _base_fingerprint(model, adapter)
+        layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, CheckpointedLayer) and module.provenances.get(adapter) is provenance
+        ]
+        adapted = [names[id(layer)].removeprefix("base_model.model.") for layer in layers]
+        self.renamed = adapted != [target.name for target in provenance.targets]
+        self.base_fingerprint = base_fingerprint(layers)
 
     def completed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A loaded state dict with full names of what has no place in the model: record and packed coefficients."""
-        full = {_bare(key, self._adapter): key for key in (self.record, self.packed)}
-        return {full.get(_bare(key, self._adapter), key): tensor for key, tensor in tensors.items()}
+        full = {bare(key, self._adapter): key for key in (self.record, self.packed)}
+        return {full.get(bare(key, self._adapter), key): tensor for key, tensor in tensors.items()}
+
+    def saved(self, key: str) -> str:
+        """The name in the file of what is saved beside the coefficients."""
+        return self._beside.get(key, key)
 
     def belongs(self, key: str) -> bool:
         """Whether a tensor of this name is trained and saved whole beside the coefficients."""
         return key in self._beside or (self._biases and key.rpartition(".")[2] == "bias")
 
 
-def clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def _bare(key: str, adapter_name: str) -> str:
-    """A name as it is in a file, without PEFT's prefix."""
-    return key.removeprefix("base_model.model.").removesuffix(f".{adapter_name}")
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is not a shard of itself."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _unnamed(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors with labels that stay when modules are renamed."""
+    return [(name.rpartition(".")[2], tensor) for name, tensor in tensors.items()]
 
 
 def _labelled(tensors: list[Any]) -> dict[str, torch.Tensor]:
     """Coefficients by their place, which stays when modules are renamed."""
     return {f"coefficients {index}": tensor for index, tensor in enumerate(tensors)}
-
-
-@torch.no_grad()
-def _base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
-    """A hash of a few numbers of every adapted base weight, rounded to bfloat16, or None if it cannot be told.
-
-    So it is the same for a model in float32 and in bfloat16. Quantized, sharded and merged weights have none.
-    """
-    samples = []
-    for module in model.modules():
-        if not isinstance(module, CheckpointedLayer) or adapter_name not in module.provenances:
-            continue
-        weight = getattr(module.get_base_layer(), "weight", None)
-        if weight is None:
-            continue
-        plain = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
-        if not plain or weight.dtype not in (torch.float32, torch.float64, torch.bfloat16) or module.merged_adapters:
-            return None
-        flat = weight.detach().flatten()
-        samples.append(flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].float().bfloat16().cpu())
-    return digest(torch.cat(samples).view(torch.uint8).numpy().tobytes()) if samples else None

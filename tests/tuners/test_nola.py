@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import tiny_models
 import torch
 from dense import close, coefficients_of, run_dense
@@ -34,6 +37,18 @@ def test_patterns_by_regular_expression() -> None:
     model = get_peft_model(tiny_models.llama(), config)
     layers = model.base_model.model.model.layers
     assert [layer.self_attn.q_proj.r["default"] for layer in layers] == [8, 3]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_contradicts_itself_is_refused(field: str, snapshot: Any) -> None:
+    """PEFT takes the first key that matches, and writes the keys in another order to the file."""
+    base = tiny_models.llama()
+    before = snapshot(base)
+    config = NolaConfig(target_modules=["q_proj", "v_proj"], **{field: {"v_proj": 3, ".*_proj": 2}})
+    with pytest.raises(ValueError, match=f"`{field}` must give one value to .*self_attn.v_proj.*3 by 'v_proj', 2 by "):
+        get_peft_model(base, config)
+    assert snapshot(base)["modules"] == before["modules"]
+    get_peft_model(base, NolaConfig(target_modules=["v_proj"], **{field: {"v_proj": 3, ".*_proj": 3}}))
 
 
 def test_starts_at_zero() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -13,6 +13,8 @@ from peft.utils.other import get_pattern_key
 from ...checks import check_number, check_positive_integer
 from ...generators import RandomBasis
 from ..config import SeededConfig, Target, check_memory, check_multiple, documented
+
+N = TypeVar("N", int, float)
 
 
 @documented
@@ -96,11 +98,11 @@ class NolaConfig(SeededConfig):
 
     def rank(self, module_name: str) -> int:
         """The rank of a module: that of its pattern, or `r`."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
+        return _matching("rank_pattern", self.rank_pattern, module_name, self.r)
 
     def alpha_of(self, module_name: str) -> float:
         """The alpha of a module: that of its pattern, or `alpha`."""
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.alpha)
+        return _matching("alpha_pattern", self.alpha_pattern, module_name, self.alpha)
 
     def check_sizes(self, targets: Sequence[Target]) -> None:
         num_A, num_B = self.num_basis_per_factor
@@ -109,6 +111,7 @@ class NolaConfig(SeededConfig):
         largest = max(r * max(t.fan_in, t.fan_out) for t in targets if (r := self.rank(t.name)))
         for target in targets:
             r = self.rank(target.name)
+            self.alpha_of(target.name)  # refuses a pattern that contradicts itself
             field = "r" if r == self.r else "rank_pattern"
             check_multiple(field, r, max(target.fan_out, target.fan_in), f"columns or rows of {target.name!r}")
             bases |= {("A", num_A * r * target.fan_in), ("B", num_B * r * target.fan_out)}
@@ -147,3 +150,16 @@ class NolaConfig(SeededConfig):
             **options,
         )
         return basis_A, basis_B
+
+
+def _matching(field: str, pattern: Mapping[str, N], module_name: str, default: N) -> N:
+    """What a pattern gives a module.
+
+    Raises:
+        ValueError: keys of the pattern give it several: the first would count, and files do not keep their order.
+    """
+    keys = [key for key in pattern if get_pattern_key([key], module_name) == key]
+    if len({pattern[key] for key in keys}) > 1:
+        given = ", ".join(f"{pattern[key]} by {key!r}" for key in keys)
+        raise ValueError(f"`{field}` must give one value to {module_name!r}, got {given}.")
+    return pattern[keys[0]] if keys else default
