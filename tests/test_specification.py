@@ -26,9 +26,12 @@ from safetensors import safe_open
 from specification_cases import CASES, DTYPES, exact, loaded_weights, rebuilt_weights, save
 from torch import nn
 
-from peft_ext import load_from_seed
+from peft_ext import McncConfig, NolaConfig, PrancConfig, VisualPromptConfig, load_from_seed
+from peft_ext.checkpoint.identity import canonical, fold_names, unfold_names
 from peft_ext.randomness import uniform
+from peft_ext.tuners.config import CheckpointedConfig
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "checkpoint-format.md"
 GOLDEN = Path(__file__).parent / "golden"
 MAIN = ["nola", "pranc", "mcnc", "prompts", "network-pranc", "network-mcnc"]  # with every type of coefficients
 ROUNDING = 1e-6  # relative to the largest weight
@@ -63,6 +66,42 @@ def test_random_numbers(seed: int) -> None:
     assert np.array_equal(reference_reader.uniform(seed, stream, 100), expected)
     for start, count in [(0, 1), (1, 6), (3, 5), (5, 20), (8, 8), (15, 2)]:
         assert np.array_equal(reference_reader.uniform(seed, stream, count, start), expected[start : start + count])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"b": [1, 2.0, 2.5, -0.0], "a": {"ü😀": None, '"\\\n\x7f': True}, "B": (1e-7, 1e-5, 0.0001, 123456.789)},
+        [1e16, 1e22, 2**64 - 1, 0.1 + 0.2, 1e300, -7 / 3],
+        "/é",
+    ],
+)
+def test_canonical_json(value: Any) -> None:
+    assert reference_reader.canonical(value) == canonical(value)
+
+
+def test_canonical_json_by_example() -> None:
+    value = {"b": 8.0, "a": [0.3, 1e-05, 1.5e-07], "A": "ü"}
+    assert canonical(value) == '{"A":"\\u00fc","a":[0.3,1e-05,1.5e-07],"b":8}'
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"h.{i}.attn.{name}" for i in range(2) for name in "qv"],
+        ["embedding", "h.0.q", "h.1.q", "h.3.q", "h.3.k", "norm", "a.1.b.2.c", "a.1.b.3.c", "0.q", "x.0", "x.0.q"],
+        [],
+    ],
+)
+def test_names(names: list[str]) -> None:
+    assert reference_reader.unfold(fold_names(names)) == names == unfold_names(fold_names(names))
+
+
+@pytest.mark.parametrize("config", [NolaConfig(), PrancConfig(), McncConfig(), VisualPromptConfig()])
+def test_generating_fields(config: CheckpointedConfig) -> None:
+    fields = sorted(config.generating().keys() - {"method"})
+    assert reference_reader.GENERATING[config.method_name].split() == fields
+    assert f"| {config.method_name} | {', '.join(f'`{name}`' for name in fields)} |\n" in DOCUMENT.read_text("utf-8")
 
 
 @pytest.mark.parametrize(
