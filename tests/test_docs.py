@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md"]
+DOCUMENTS = ["README.md", "docs/checkpoint-format.md"]
 
 
 def snippets() -> list[pytest.ParameterSet]:  # type: ignore[name-defined]

@@ -92,3 +92,16 @@ class One(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
+
+
+class Mixed(nn.Module):
+    """Every kind of parameter and buffer that a network from a seed can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.token = nn.Parameter(torch.randn(1, 4))
+        self.first = Conv1D(6, 4)
+        self.second = nn.Linear(6, 3)

@@ -1,0 +1,420 @@
+"""A reader of checkpoints written from docs/checkpoint-format.md alone, with NumPy and the standard library.
+
+It shows that the document is complete: tests compare it with the library. It is written to be read beside the document,
+section by section, and knows nothing of models: a caller says which modules are adapted, or what the parameters of a
+network are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Files
+
+
+def read_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors of a safetensors file, and their types by the names that checksums use. A bfloat16 is a uint16 here."""
+    kinds = {
+        "F64": ("<f8", "float64"),
+        "F32": ("<f4", "float32"),
+        "F16": ("<f2", "float16"),
+        "BF16": ("<u2", "bfloat16"),
+        "U8": ("u1", "uint8"),
+        "I64": ("<i8", "int64"),
+    }
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    tensors, types = {}, {}
+    for name, described in header.items():
+        if name != "__metadata__":
+            numpy_type, types[name] = kinds[described["dtype"]]
+            first, last = described["data_offsets"]
+            flat = np.frombuffer(data[8 + length + first : 8 + length + last], numpy_type)
+            tensors[name] = flat.reshape(described["shape"])
+    return tensors, types
+
+
+# Canonical JSON, hashes, names
+
+
+def canonical(value: Any) -> str:
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(each) for key, each in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [plain(each) for each in item]
+        return int(item) if isinstance(item, float) and item.is_integer() else item
+
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+GENERATING = {
+    "NOLA": "alpha alpha_pattern fan_in_fan_out generator_version num_basis r rank_pattern seed share_basis",
+    "PRANC": "adapt_bias basis fan_in_fan_out generator_version nnz num_coefficients seed",
+    "MCNC": "activation alpha apply_to d fan_in_fan_out frequency generator_version k normalize r seed widths",
+    "VISUAL_PROMPT": "deep num_prompts",
+}
+
+
+def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The identity of an adapter or a network, from its configuration and a row for every module or parameter."""
+    fields = {"method": config["peft_type"]}
+    fields |= {name: config.get(name) for name in GENERATING[config["peft_type"]].split()}
+    described = {}
+    for name, value in fields.items():
+        text = canonical(value)
+        described[name] = json.loads(text) if len(text) <= 96 else f"sha256:{digest(text.encode())}"
+    described["modules"] = digest(canonical(modules).encode())
+    return {"sha256": digest(canonical(described).encode()), **described}
+
+
+def checksum(tensors: Iterable[tuple[str, np.ndarray, str]]) -> str:
+    """Of (label, tensor, type)."""
+    lines = [f"{label} {kind} {list(array.shape)} {digest(array.tobytes())}" for label, array, kind in tensors]
+    return digest("\n".join(sorted(lines)).encode())
+
+
+def unfold(folded: Sequence[str]) -> list[str]:
+    """The names of `target_names`."""
+    names = []
+    for text in folded:
+        range_found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+        before, numbers, after = text, [""], ""
+        if range_found:
+            before, after = text[: range_found.start()], text[range_found.end() :]
+            numbers = [str(n) for n in range(int(range_found[1]), int(range_found[2]) + 1)]
+        else:
+            before, after = "", text
+        head, brace, choices = after.partition("{")
+        names += [
+            f"{before}{number}{head}{choice}"
+            for number in numbers
+            for choice in (choices[:-1].split(",") if brace else [""])
+        ]
+    return names
+
+
+# Coefficients
+
+
+def as_float32(array: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "bfloat16":
+        return (array.astype("<u4") << 16).view("<f4")
+    return array.astype(np.float32)
+
+
+def unpack(packed: np.ndarray, lengths: Sequence[int], dtype: str) -> list[np.ndarray]:
+    """The parts of packed coefficients, one for every kind."""
+    groups = [-(-length // 128) for length in lengths]
+    total = sum(groups)
+    body, scales = packed[: len(packed) - 2 * total], packed[len(packed) - 2 * total :]
+    if dtype == "int8":
+        integers = body.view(np.int8).astype(np.float32)
+    else:
+        halves = np.stack([body & 15, body >> 4], axis=1).reshape(-1).astype(np.int16)
+        integers = np.where(halves >= 8, halves - 16, halves).astype(np.float32)
+    numbers = integers.reshape(total, 128) * as_float32(scales.view("<u2"), "bfloat16")[:, None]
+    starts = np.cumsum([0, *groups])
+    return [numbers[start : start + n].reshape(-1)[:length] for start, n, length in zip(starts, groups, lengths)]
+
+
+# Random numbers
+
+_MASK = np.uint64(0xFFFFFFFF)
+
+
+def _multiply(a: np.ndarray, b: int) -> tuple[np.ndarray, np.ndarray]:
+    """High and low 64 bits of products of 64-bit numbers."""
+    low_a, high_a = a & _MASK, a >> np.uint64(32)
+    low_b, high_b = np.uint64(b & 0xFFFFFFFF), np.uint64(b >> 32)
+    low = low_a * low_b
+    middle = high_a * low_b + (low >> np.uint64(32))
+    other = low_a * high_b + (middle & _MASK)
+    high = high_a * high_b + (middle >> np.uint64(32)) + (other >> np.uint64(32))
+    return high, (other << np.uint64(32)) | (low & _MASK)
+
+
+def philox(key: tuple[int, int], blocks: np.ndarray) -> np.ndarray:
+    """Philox4x64-10: four 64-bit words for every block, of which number i has the counter i + 1."""
+    zeros = np.zeros_like(blocks)
+    c0, c1, c2, c3 = blocks + np.uint64(1), zeros, zeros, zeros
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2E7470EE14C6C93)
+        high1, low1 = _multiply(c2, 0xCA5A826395121157)
+        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint64(k0), low1, high0 ^ c3 ^ np.uint64(k1), low0
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) % 2**64, (k1 + 0xBB67AE8584CAA73B) % 2**64
+    return np.stack([c0, c1, c2, c3], axis=1)
+
+
+def uniform(seed: int, stream: Sequence[Any], count: int, start: int = 0) -> np.ndarray:
+    """Numbers `start` to `start + count` of a stream: float32."""
+    name = json.dumps(["peft_ext", 1, *stream], separators=(",", ":"))
+    stream_key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    blocks = np.arange(start // 8, -(-(start + count) // 8), dtype=np.uint64)
+    words = philox((seed, stream_key), blocks)
+    halves = np.stack([words & _MASK, words >> np.uint64(32)], axis=2).reshape(-1)
+    kept = halves[start % 8 : start % 8 + count].astype(np.uint32)
+    return (kept >> np.uint32(8)).astype(np.float32) * np.float32(2**-23) - np.float32(1)
+
+
+# Generators. Products are computed in float64, from numbers that are float32 where the document says so.
+
+
+def dense(seed: int, stream: Sequence[Any], coefficients: np.ndarray, size: int, scale: float) -> np.ndarray:
+    basis = uniform(seed, [*stream, "basis"], len(coefficients) * size).reshape(len(coefficients), size)
+    return scale * (coefficients.astype(np.float64) @ basis.astype(np.float64))
+
+
+def offset(seed: int, stream: Sequence[Any], size: int, scale: float) -> np.ndarray:
+    return (uniform(seed, stream, size) * np.float32(scale)).astype(np.float64)
+
+
+def sparse(seed: int, stream: Sequence[Any], coefficients: np.ndarray, size: int, scale: float, nnz: int) -> np.ndarray:
+    """In float32 throughout: equal to the bit."""
+    k = len(coefficients)
+    whole, rest = size // k, size % k
+    total = np.zeros(0, np.float32)
+    for t in range(nnz):
+        runs = -(-size // k)
+        keys = uniform(seed, [*stream, "order", t], runs * k).reshape(runs, k)
+        order = np.argsort(keys, axis=1, kind="stable")
+        signs = uniform(seed, [*stream, "sign", t], size)
+        factors = np.ones(k, np.float32)
+        if whole and rest:
+            factors[:] = np.float32(math.sqrt((size / k) / whole))
+            factors[order[-1, :rest]] = np.float32(math.sqrt((size / k) / (whole + 1)))
+        scaled = coefficients * factors * np.float32(scale / math.sqrt(nnz))
+        read = scaled[order.reshape(-1)[:size]]
+        part = np.where(signs < 0, -read, read)
+        total = total + part if t else part
+    return total
+
+
+ACTIVATIONS = {
+    "sine": (np.sin, math.sqrt(2)),
+    "relu": (lambda x: np.maximum(x, 0), math.sqrt(2)),
+    "tanh": (np.tanh, 5 / 3),
+    "none": (lambda x: x, 1.0),
+}
+
+
+def manifold(config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float) -> np.ndarray:
+    k, d = config["k"], config.get("d") or 5000
+    sizes = [k, *config["widths"], d]
+    activation, gain = ACTIVATIONS[config["activation"]]
+    layers = []
+    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+        stream = ["mcnc", "phi", k, *config["widths"], d, "layer", i]
+        factor = np.float32((gain if i else 1.0) * math.sqrt(3 / fan_in))
+        layers.append((uniform(config["seed"], stream, fan_in * fan_out) * factor).reshape(fan_in, fan_out))
+    chunks = coefficients.astype(np.float64).reshape(-1, k + 1)
+    hidden = chunks[:, :k] * config["frequency"]
+    for layer in layers[:-1]:
+        hidden = activation(hidden @ layer)
+    outputs = hidden @ layers[-1]
+    if config["normalize"]:
+        outputs = outputs / np.sqrt((outputs**2).mean(axis=1, keepdims=True) + 1e-12)
+    return (scale * chunks[:, k:] * outputs).reshape(-1)[:size]
+
+
+# Adapters
+
+
+class Module(NamedTuple):
+    """An adapted module: its name when it was saved, rows and columns of its weight as a matrix, biases."""
+
+    name: str
+    fan_out: int
+    fan_in: int
+    biases: int = 0
+
+
+def matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    values = [value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)]
+    return values[0] if values else default
+
+
+def lengths(config: Mapping[str, Any], module: Module) -> list[int]:
+    """How many coefficients of every kind a module has."""
+    if config["peft_type"] == "NOLA":
+        pair = config["num_basis"]
+        return list(pair) if isinstance(pair, list) else [pair, pair]
+    if config["peft_type"] == "MCNC":
+        chunks = -(-_generated(config, module) // (config.get("d") or 5000))
+        return [chunks * config["k"], chunks]
+    return [config["num_coefficients"]] if config["peft_type"] == "PRANC" else [module.fan_out * module.fan_in]
+
+
+def _generated(config: Mapping[str, Any], module: Module) -> int:
+    if config["apply_to"] == "factors":
+        return config["r"] * (module.fan_out + module.fan_in)
+    return module.fan_out * module.fan_in
+
+
+def joined(config: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The coefficients of a module from those of every kind."""
+    if config["peft_type"] != "MCNC":
+        return np.concatenate(parts)
+    return np.concatenate([parts[0].reshape(-1, config["k"]), parts[1][:, None]], axis=1).reshape(-1)
+
+
+def update(config: Mapping[str, Any], module: Module, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a module's weight, as a matrix, and its bias get."""
+    seed, method, (name, fan_out, fan_in, biases) = config["seed"], config["peft_type"], module
+    none = np.zeros(0, np.float32)
+    if method == "PRANC":
+        size = fan_out * fan_in + (biases if config["adapt_bias"] else 0)
+        stream = ["pranc", config["basis"], name, fan_out, fan_in]
+        if config["basis"] == "dense":
+            flat = dense(seed, stream, coefficients, size, math.sqrt(3 / (len(coefficients) * fan_in)))
+        else:
+            flat = sparse(seed, stream, coefficients, size, 1 / math.sqrt(fan_in), config["nnz"])
+        return flat[: fan_out * fan_in].reshape(fan_out, fan_in), flat[fan_out * fan_in :]
+    if method == "MCNC" and config["apply_to"] == "weight":
+        return manifold(config, coefficients, fan_out * fan_in, 1 / math.sqrt(fan_in)).reshape(fan_out, fan_in), none
+    if method == "MCNC":
+        r, alpha = config["r"], config["alpha"]
+        flat = manifold(config, coefficients, r * (fan_in + fan_out), 1.0)
+        A, B = flat[: r * fan_in], flat[r * fan_in :]
+        A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], r * fan_in, 1 / math.sqrt(fan_in))
+    else:
+        r = matching(config["rank_pattern"], name, config["r"])
+        alpha = matching(config["alpha_pattern"], name, config["alpha"])
+        own = [] if config["share_basis"] else [name]
+        num_A, num_B = lengths(config, module)
+        stream_A, stream_B = ["nola", "A", r, fan_in, *own], ["nola", "B", fan_out, r, *own]
+        A = dense(seed, stream_A, coefficients[:num_A], r * fan_in, 1 / math.sqrt(num_A))
+        A = A + offset(seed, [*stream_A, "offset"], r * fan_in, 1 / math.sqrt(fan_in))
+        B = dense(seed, stream_B, coefficients[num_A:], fan_out * r, 1 / math.sqrt(num_B))
+    return alpha / r * (B.reshape(fan_out, r) @ A.reshape(r, fan_in)), none
+
+
+def read_adapter(
+    config: Mapping[str, Any], data: bytes, modules: Sequence[Module]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The coefficients of every adapted module by its name, verified, and what is saved whole beside them.
+
+    Args:
+        config: what is in `adapter_config.json`.
+        data: the weights file.
+        modules: the adapted ones, in the order of the model.
+    """
+    method = config["peft_type"]
+    prefix = "visual_prompt" if method == "VISUAL_PROMPT" else method.lower()
+    tensors, types = read_safetensors(data)
+    assert [module.name for module in modules] == unfold(config["target_names"])
+
+    def key(name: str, what: str) -> str:
+        return f"base_model.model.{name}.{prefix}_{what}"
+
+    record = json.loads(tensors.pop(key(modules[0].name, "identity")).tobytes())
+    rows = [list(module) if config.get("adapt_bias") else list(module[:3]) for module in modules]
+    assert record["format"] == 1
+    assert record["identity"] == config["identity"] == identity(config, rows)
+
+    owners = modules[:1] if method == "PRANC" else modules
+    found = {}
+    if record["dtype"] in ("int8", "int4"):
+        packed = tensors.pop(key(modules[0].name, "packed"))
+        assert record["coefficients"] == checksum([("packed", packed, "uint8")])
+        counts = np.array([lengths(config, module) for module in owners])  # (modules, kinds)
+        kinds = [
+            np.split(numbers, np.cumsum(counts[:-1, kind]))
+            for kind, numbers in enumerate(unpack(packed, counts.sum(axis=0).tolist(), record["dtype"]))
+        ]
+        found = {module.name: joined(config, parts) for module, parts in zip(owners, zip(*kinds))}
+    else:
+        what = "tokens" if method == "VISUAL_PROMPT" else "coefficients"
+        names = [key(module.name, what) for module in owners]
+        labelled = [(f"coefficients {i}", tensors[name], types[name]) for i, name in enumerate(names)]
+        assert record["coefficients"] == checksum(labelled)
+        found = {module.name: as_float32(tensors.pop(n), types[n]).reshape(-1) for module, n in zip(owners, names)}
+    labelled = [(name.rpartition(".")[2], tensor, types[name]) for name, tensor in tensors.items()]
+    assert record["others"] == checksum(labelled)
+    return {module.name: found.get(module.name, found[modules[0].name]) for module in modules}, tensors
+
+
+def base_weight(matrix: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
+    """A matrix of fan_out rows as what is added to a base weight of a kind and shape."""
+    return (matrix.T if kind in ("Conv1D", "Embedding") else matrix).reshape(shape)
+
+
+# Networks from a seed
+
+
+class Parameter(NamedTuple):
+    """A parameter of a network: `"linear"`, `"Conv1D"`, `"weight"` or `"bias"` of one dimension, or `"other"`."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+def start_of(parameter: Parameter) -> tuple[float, float, float]:
+    """(mean, width, spread) of a parameter."""
+    if parameter.kind in ("linear", "Conv1D"):
+        fan_in = parameter.shape[0] if parameter.kind == "Conv1D" else math.prod(parameter.shape[1:])
+        return 0.0, math.sqrt(3 / fan_in), 1 / math.sqrt(fan_in)
+    if len(parameter.shape) == 1:
+        return (1.0 if parameter.kind == "weight" else 0.0), 0.0, 0.1
+    return 0.0, 0.02 * math.sqrt(3), 0.02
+
+
+def read_network(described: Mapping[str, Any], data: bytes, parameters: Sequence[Parameter]) -> dict[str, np.ndarray]:
+    """The parameters and buffers of a network by name, verified.
+
+    Args:
+        described: what is in `seed_config.json`.
+        data: the weights file.
+        parameters: in the order of the network.
+    """
+    config = described["method"]
+    tensors, types = read_safetensors(data)
+    record = json.loads(tensors.pop("identity").tobytes())
+    assert described["weights"] == {each.name: list(each.shape) for each in parameters}
+    rows = [[i, each.name, *each.shape, *start_of(each)] for i, each in enumerate(parameters)]
+    assert record["format"] == 1
+    assert record["identity"] == described["identity"] == identity(config, rows)
+
+    size = sum(math.prod(each.shape) for each in parameters)
+    if record["dtype"] in ("int8", "int4"):
+        packed = tensors.pop("packed")
+        assert record["coefficients"] == checksum([("coefficients", packed, "uint8")])
+        counts = lengths(config, Module("", size, 1))
+        coefficients = joined(config, unpack(packed, counts, record["dtype"]))
+    else:
+        stored = tensors.pop("coefficients.network")
+        kind = types["coefficients.network"]
+        assert record["coefficients"] == checksum([("coefficients", stored, kind)])
+        coefficients = as_float32(stored, kind)
+    assert record["others"] == checksum((name, tensor, types[name]) for name, tensor in tensors.items())
+
+    if config["peft_type"] == "MCNC":
+        flat = manifold(config, coefficients, size, 1.0)
+    elif config["basis"] == "dense":
+        flat = dense(config["seed"], ["network", "dense"], coefficients, size, math.sqrt(3 / len(coefficients)))
+    else:
+        flat = sparse(config["seed"], ["network", "sparse"], coefficients, size, 1.0, config["nnz"])
+    found, place = {name.removeprefix("network."): buffer for name, buffer in tensors.items()}, 0
+    for parameter in parameters:
+        mean, width, spread = start_of(parameter)
+        count = math.prod(parameter.shape)
+        start = np.full(count, mean, np.float32)
+        if width:
+            start = uniform(config["seed"], ["network", parameter.name], count) * np.float32(width)
+        part = flat[place : place + count] * np.float32(spread)
+        found[parameter.name] = (start + part).reshape(parameter.shape)
+        place += count
+    return found
