@@ -58,12 +58,19 @@ def evaluated(task: Task, adapter: Path, label: str, seed: int) -> Iterator[dict
             task.save(model, Path(folder))
             model = PeftModel.from_pretrained(task.fresh_model(), folder).eval()  # type: ignore[arg-type]
             size = (Path(folder) / task.weights_file).stat().st_size
-            error = model.peft_config["default"].coefficient_error or 0.0  # type: ignore[union-attr]
+            loaded: Any = model.peft_config["default"]
         head = sum(value.nbytes for name, value in model.named_parameters() if ".modules_to_save." in name)
         evaluation = make_trainer(task, model, task.training).evaluate()
         result = RunResult(label, seed)
         task.score(model, evaluation, result)
-        row = {"method": label, "seed": seed, "dtype": dtype, "bytes": size, "head_bytes": head, "change": error}
+        row = {
+            "method": label,
+            "seed": seed,
+            "dtype": dtype,
+            "bytes": size,
+            "head_bytes": head,
+            "change": loaded.coefficient_error or 0.0,
+        }
         yield row | {"loss": evaluation[task.loss], **result.metrics}
 
 

@@ -84,7 +84,9 @@ def describe(folder: str | os.PathLike[str], **about: Any) -> None:
 
 
 def is_described(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter that `describe` knows."""
+    """Whether a folder holds an adapter, or a network from a seed, that `describe` knows."""
+    if (Path(folder) / NETWORK_CONFIG_NAME).is_file():
+        return True
     path = Path(folder) / _ADAPTER_CONFIG_NAME
     return path.is_file() and isinstance(PeftConfig.from_pretrained(str(folder)), DescribedConfig)
 

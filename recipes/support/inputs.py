@@ -48,6 +48,12 @@ def model_folder(args: ModelArguments) -> str:
     return args.model_name_or_path
 
 
+def dataset_title(args: DataArguments) -> str:
+    """Returns what a card calls the data: the hub id, or the name of a local folder or file without its place."""
+    name = str(args.dataset_name)
+    return Path(name).stem if Path(name).exists() else name
+
+
 @contextmanager
 def loading(field_name: str, value: str) -> Iterator[None]:
     """Turns what libraries raise for something that is not there into a message for the user."""

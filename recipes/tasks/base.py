@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import EvalResult
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from peft_ext.tuners.description import describe, is_described
 from recipes.support import inputs
 from recipes.support.arguments import UserError
 from recipes.support.methods import Method
@@ -63,6 +65,7 @@ class Task(ABC):
         processor: what turns data into the model's inputs: a tokenizer or an image processor.
         training: the Trainer's arguments.
         task_type: PEFT's task type.
+        hub_task: the hub's name of the task, for cards.
         loss: which of the values of the Trainer's evaluation is the validation loss.
         weights_file: the file that `save` writes the weights to.
     """
@@ -72,8 +75,14 @@ class Task(ABC):
     training: TrainingArguments
 
     task_type: ClassVar[str | None] = None
+    hub_task: ClassVar[str]
     loss: ClassVar[str] = "eval_loss"
     weights_file: ClassVar[str] = "adapter_model.safetensors"
+
+    @property
+    @abstractmethod
+    def dataset(self) -> str:
+        """What the data is called in cards."""
 
     @property
     def head(self) -> Sequence[str]:
@@ -105,6 +114,17 @@ class Task(ABC):
     def save(self, model: Any, folder: Path) -> None:
         """Saves what was trained, and what else it takes to use it."""
         model.save_pretrained(str(folder))
+
+    def describe(self, folder: Path, result: RunResult) -> None:
+        """Adds data and results to the model card of what was saved, if it is ours."""
+        scores = {"loss": result.validation_loss, **result.metrics}
+        metrics = [
+            EvalResult(self.hub_task, self.dataset, self.dataset, metric_type=name, metric_value=round(value, 4))
+            for name, value in scores.items()
+            if value is not None
+        ]
+        if is_described(folder):
+            describe(folder, datasets=[self.dataset], metrics=metrics)
 
     @abstractmethod
     def probes(self) -> list[dict[str, torch.Tensor]]:

@@ -86,12 +86,14 @@ class TextData:
         validation: validation pairs.
         prompts: what texts are written after.
         references: the texts that a prompt has in the data, for every prompt.
+        name: what the data is called.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     prompts: list[str]
     references: list[list[str]]
+    name: str
 
 
 def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -239,6 +241,7 @@ def load_text_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
         validation=encode_split(inputs.random_subset(validation, args.max_eval_samples), tokenizer, args),
         prompts=prompts,
         references=references,
+        name=inputs.dataset_title(args),
     )
 
 
@@ -375,7 +378,12 @@ class TextTask(Task):
     max_source_length: int
 
     task_type = "CAUSAL_LM"
+    hub_task = "text-generation"
     loss = "eval_token_loss"
+
+    @property
+    def dataset(self) -> str:
+        return self.data.name
 
     def fresh_model(self) -> PreTrainedModel:
         return copy.deepcopy(self.base)

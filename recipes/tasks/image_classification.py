@@ -346,6 +346,12 @@ class ImageTask(Task):
     data: ImageData
     data_seed: int
 
+    hub_task = "image-classification"
+
+    @property
+    def dataset(self) -> str:
+        return inputs.dataset_title(self.data.args)
+
     @property
     def head(self) -> Sequence[str]:
         return self.classifier.head

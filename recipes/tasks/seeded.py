@@ -13,6 +13,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 from peft_ext import SeededNetwork
+from recipes.support import inputs
 from recipes.support.arguments import UserError
 from recipes.support.methods import Method
 from recipes.support.reporting import RunResult
@@ -56,7 +57,12 @@ class SeedTask(Task):
     data: ImageData
     arguments: NetworkArguments
 
+    hub_task = "image-classification"
     weights_file: ClassVar[str] = "model.safetensors"
+
+    @property
+    def dataset(self) -> str:
+        return inputs.dataset_title(self.data.args)
 
     def fresh_model(self) -> nn.Module:
         """Returns the network, with random weights of torch's."""

@@ -115,6 +115,7 @@ def train(task: Task, method: Method, seed: int, verify: bool, folder: Path) -> 
     if PartialState().is_main_process:
         adapter = folder / "adapter"
         task.save(model, adapter)
+        task.describe(adapter, result)
         result.adapter_bytes = (adapter / task.weights_file).stat().st_size
         if verify:
             # Undo the autocast that Accelerate puts around the forward pass under --bf16.

@@ -66,6 +66,10 @@ def test_methods_and_seeds_in_one_table(
         assert row["head_parameters"] == 99
         assert row["trainable_parameters"] == 99 + (128 if "nola" in row["label"] else 0)
         assert row["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+        card = (folder / "adapter" / "README.md").read_text()
+        assert ("## Data and results" in card) == ("nola" in row["label"])
+        if "nola" in row["label"]:
+            assert f"| `{round(row['metrics']['accuracy'], 4)}` |" in card
         assert [step for step, _ in row["validation_curve"]] == [3, 6]
         assert [step for step, _ in row["training_curve"]] == [2, 4, 6]
         assert row["validation_loss"] == row["validation_curve"][-1][1]
