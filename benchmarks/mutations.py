@@ -77,7 +77,7 @@ def vit() -> nn.Module:
         intermediate_size=24,
         image_size=16,
         patch_size=8,
-        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
     )
     return transformers.ViTForImageClassification(config).eval()
 
@@ -559,7 +559,9 @@ def mutate(subject: Subject, chance: random.Random, kinds: tuple[str, ...] = tup
             return files, kind, told
 
 
-def run(subject: Subject, chance: random.Random, number: int, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[Result]:
+def run(
+    subject: Subject, chance: random.Random, number: int, kinds: tuple[str, ...] = tuple(KINDS)
+) -> Iterator[Result]:
     """Changes a checkpoint so many times, and loads every changed one by one of the ways in."""
     doors = doors_of(subject)
     for _ in range(number):

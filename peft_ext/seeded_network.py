@@ -39,7 +39,7 @@ CONFIG_NAME = "seed_config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 _ADAPTER = "network"
-_COEFFICIENTS = f"coefficients.{_ADAPTER}"
+NETWORK_COEFFICIENTS = f"coefficients.{_ADAPTER}"
 _RECORD = "_extra_state"
 _VECTOR_SPREAD = 0.1  # of updates of norm weights and biases, which start at 1 and 0
 
@@ -164,14 +164,14 @@ class SeededNetwork(nn.Module):
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
         del state[_RECORD]
         dtype = self.config.coefficient_dtype
-        coefficients = state.pop(_COEFFICIENTS)
+        coefficients = state.pop(NETWORK_COEFFICIENTS)
         buffers = {name: state[name] for name, _ in self.named_buffers() if name in state}
         if quantization.is_integer(dtype):
             parts = [coefficients[places] for places in self.config.kinds(len(coefficients))]
             state["packed"] = quantization.encode(parts, dtype)
         else:
-            state[_COEFFICIENTS] = quantization.cast(coefficients, dtype)
-        state["identity"] = _record(self.identity, dtype, state.get("packed", state.get(_COEFFICIENTS)), buffers)
+            state[NETWORK_COEFFICIENTS] = quantization.cast(coefficients, dtype)
+        state["identity"] = _record(self.identity, dtype, state.get("packed", state.get(NETWORK_COEFFICIENTS)), buffers)
         save_file(state, path / WEIGHTS_NAME, metadata={"format": "pt"})
         described = {
             "network": type(self.network).__name__,
@@ -201,7 +201,7 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
             not fit or are not finite, or no `network` where one is needed.
     """
     path = Path(folder)
-    described, config = _read_config(path)
+    described, config = read_config(path)
     state = load_file(path / WEIGHTS_NAME)
     content = read_record(state.pop("identity", None), "identity")
     saved, name = described["weights"], described["network"]
@@ -217,11 +217,11 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     check_identity(content.get("identity"), identity, f"in {WEIGHTS_NAME}")
     seeded = SeededNetwork(network, config)
     coefficients = seeded.coefficients[_ADAPTER]
-    found = "packed" if "packed" in state else _COEFFICIENTS
+    found = "packed" if "packed" in state else NETWORK_COEFFICIENTS
     expected = {key: buffer.shape for key, buffer in seeded.named_buffers() if key in seeded.state_dict()}
     shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed"}
-    if shapes != expected | ({} if found == "packed" else {_COEFFICIENTS: coefficients.shape}):
-        expected = {_COEFFICIENTS: coefficients.shape, **expected}
+    if shapes != expected | ({} if found == "packed" else {NETWORK_COEFFICIENTS: coefficients.shape}):
+        expected = {NETWORK_COEFFICIENTS: coefficients.shape, **expected}
         raise ValueError(
             f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: it must hold "
             f"{', '.join(f'{key} {tuple(shape)}' for key, shape in expected.items())}."
@@ -244,8 +244,12 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     return seeded.to_plain().eval()
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
-    """What `seed_config.json` says, and the configuration in it."""
+def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
+    """What `seed_config.json` of a folder says, and the configuration in it.
+
+    Raises:
+        ValueError: it is damaged, or no configuration of a network.
+    """
     try:
         described = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
         weights, method, _ = described["weights"], described["method"], described["identity"]
@@ -300,7 +304,7 @@ def _verify(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) ->
     """Verifies a state dict before any of it reaches the network."""
     content = read_record(state_dict.get(prefix + _RECORD), _RECORD)
     check_identity(content.get("identity"), module.identity, "in the state dict")
-    coefficients = state_dict.get(prefix + _COEFFICIENTS)
+    coefficients = state_dict.get(prefix + NETWORK_COEFFICIENTS)
     if coefficients is not None:
         check_checksum(content.get("coefficients"), checksum([("coefficients", coefficients)]), "the coefficients")
     buffers = {name: state_dict[prefix + name] for name, _ in module.named_buffers() if prefix + name in state_dict}

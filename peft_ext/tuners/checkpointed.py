@@ -373,7 +373,7 @@ class _Base:
             if before.is_meta or not torch.equal(now.to(before), before):
                 path = next((path for path, each in self.model.named_modules() if each is module), "")
                 raise ValueError(
-                    f"The saved adapter holds a tensor {f'{path}.{name}'!r}, which is no part of it and has overwritten "
+                    f"The saved adapter holds a tensor {f'{path}.{name}'!r}, which is no part of it and has replaced "
                     "that of the base model: load the base model again. (If you replaced the tensor yourself, do so "
                     "before the adapter is loaded.)"
                 )

@@ -155,7 +155,9 @@ class CheckpointedConfig(PeftConfig):
             raise
         check_types(self)
         check_choice("coefficient_dtype", self.coefficient_dtype, DTYPES)
-        saved = [name for name in ("target_shapes", "target_names", "base_fingerprint") if getattr(self, name) is not None]
+        saved = [
+            name for name in ("target_shapes", "target_names", "base_fingerprint") if getattr(self, name) is not None
+        ]
         if self.identity is not None:
             check_identity(self.identity, self.generating(), "in adapter_config.json")
         elif saved:
@@ -181,6 +183,10 @@ class CheckpointedConfig(PeftConfig):
     def kinds(self, size: int) -> list[torch.Tensor]:
         """Places of the coefficients of each kind among the `size` of a module: kinds share no scale when packed."""
         return [torch.arange(size)]
+
+    def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
+        """Numbers in every vector of coefficients that is saved for some adapted modules, in their order."""
+        raise NotImplementedError
 
     def check_sizes(self, targets: Sequence[Target]) -> None:
         """Verifies that what the configuration asks for is in proportion to the modules, before anything is drawn.
@@ -303,6 +309,9 @@ class SeededConfig(CheckpointedConfig):
     def generators(self, target: Target) -> tuple[Generator, ...]:
         """What makes the weights of an adapted module; each reads the next part of the module's coefficients."""
         raise NotImplementedError
+
+    def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
+        return [sum(generator.num_coefficients for generator in self.generators(target)) for target in targets]
 
     def initial(self, target: Target, generators: tuple[Generator, ...]) -> torch.Tensor:
         """The coefficients that a module, or a whole network, starts from: zeros, or random without `init_weights`."""
