@@ -24,13 +24,16 @@ from .checkpoint import quantization
 from .checkpoint.identity import (
     FORMAT,
     Identity,
+    canonical,
     check_checksum,
     check_finite,
     check_identity,
     checksum,
+    digest,
     read_record,
     write_record,
 )
+from .checks import check_choice
 from .generators.base import Frozen
 from .tuners.config import SeededConfig, Target
 from .tuners.expansion import SharedExpansion
@@ -173,16 +176,17 @@ class SeededNetwork(nn.Module):
             state[NETWORK_COEFFICIENTS] = quantization.cast(coefficients, dtype)
         state["identity"] = _record(self.identity, dtype, state.get("packed", state.get(NETWORK_COEFFICIENTS)), buffers)
         save_file(state, path / WEIGHTS_NAME, metadata={"format": "pt"})
+        if isinstance(self.network, transformers.PreTrainedModel):
+            self.network.config.architectures = [type(self.network).__name__]
+            self.network.config.save_pretrained(path)
         described = {
             "network": type(self.network).__name__,
+            "network_config": _digest_of_network_config(path),
             "weights": {weight.name: list(weight.shape) for weight in self._weights},
             "method": {key: value for key, value in self.config.to_dict().items() if value is not None},
             "identity": self.identity.to_dict(),
         }
         (path / CONFIG_NAME).write_text(json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8")
-        if isinstance(self.network, transformers.PreTrainedModel):
-            self.network.config.architectures = [type(self.network).__name__]
-            self.network.config.save_pretrained(path)
 
 
 def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = None) -> nn.Module:
@@ -205,27 +209,36 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     state = load_file(path / WEIGHTS_NAME)
     content = read_record(state.pop("identity", None), "identity")
     saved, name = described["weights"], described["network"]
+
+    def verify(network: nn.Module) -> None:
+        weights = list(_weights(network))
+        _check_weights(saved, name, weights)
+        identity = _identity(config, weights)
+        check_identity(described["identity"], identity, f"in {CONFIG_NAME}")
+        check_identity(content.get("identity"), identity, f"in {WEIGHTS_NAME}")
+
     if network is None:
-        with torch.device("meta"):
-            _check_weights(saved, name, list(_weights(_make_network(path, name))))
+        _check_network_config(path, described)
+        with torch.device("meta"):  # before a stranger's sizes cost memory
+            verify(_make_network(path, name))
         with _float32():
             network = _make_network(path, name)
-    weights = list(_weights(network))
-    _check_weights(saved, name, weights)
-    identity = _identity(config, weights)
-    check_identity(described["identity"], identity, f"in {CONFIG_NAME}")
-    check_identity(content.get("identity"), identity, f"in {WEIGHTS_NAME}")
+    verify(network)
     seeded = SeededNetwork(network, config)
     coefficients = seeded.coefficients[_ADAPTER]
-    found = "packed" if "packed" in state else NETWORK_COEFFICIENTS
+    check_choice(f"dtype in {WEIGHTS_NAME}", content.get("dtype"), quantization.DTYPES)
+    found = "packed" if quantization.is_integer(content["dtype"]) else NETWORK_COEFFICIENTS
     expected = {key: buffer.shape for key, buffer in seeded.named_buffers() if key in seeded.state_dict()}
-    shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed"}
-    if shapes != expected | ({} if found == "packed" else {NETWORK_COEFFICIENTS: coefficients.shape}):
+    shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed" or found != "packed"}
+    if found != "packed":
         expected = {NETWORK_COEFFICIENTS: coefficients.shape, **expected}
+    if shapes != expected:
         raise ValueError(
             f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}: it must hold "
             f"{', '.join(f'{key} {tuple(shape)}' for key, shape in expected.items())}."
         )
+    if found not in state:
+        raise ValueError(f"{WEIGHTS_NAME} must hold {found!r} for coefficients in {content['dtype']}.")
     check_finite(state[found], f" in {WEIGHTS_NAME}")
     buffers = {key: tensor for key, tensor in state.items() if key != found}
     check_checksum(content.get("coefficients"), checksum([("coefficients", state[found])]), f"{found!r}")
@@ -233,7 +246,7 @@ def load_from_seed(folder: str | os.PathLike[str], network: nn.Module | None = N
     with torch.no_grad():
         if found == "packed":
             kinds = config.kinds(len(coefficients))
-            parts = quantization.decode(state["packed"], [len(places) for places in kinds], str(content.get("dtype")))
+            parts = quantization.decode(state["packed"], [len(places) for places in kinds], content["dtype"])
             for places, part in zip(kinds, parts):
                 coefficients[places] = part
         else:
@@ -257,7 +270,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")
         config = PeftConfig.from_peft_type(**method)
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(path / CONFIG_NAME)!r} is damaged: {error!r}.") from error
     if not isinstance(config, SeededConfig):
         raise ValueError(
@@ -266,6 +279,23 @@ def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
     parameters = sum(math.prod(shape) for shape in shapes)
     config.network_generator(parameters)  # whether it makes networks, and has fewer coefficients than parameters
     return described, config
+
+
+def _digest_of_network_config(path: Path) -> str | None:
+    """A hash of `config.json`, which decides more than shapes; None if there is none."""
+    file = path / transformers.CONFIG_NAME
+    if not file.is_file():
+        return None
+    return digest(canonical(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def _check_network_config(path: Path, described: Mapping[str, Any]) -> None:
+    found = _digest_of_network_config(path)
+    if found is not None and found != described.get("network_config"):
+        raise ValueError(
+            f"{transformers.CONFIG_NAME} is not the one that was saved: its hash is {found!r}, and "
+            f"{str(described.get('network_config'))[:50]!r} in {CONFIG_NAME}. It was edited or is damaged."
+        )
 
 
 def _check_weights(saved: Mapping[str, Any], name: str, weights: Sequence[_Weight]) -> None:

@@ -170,6 +170,10 @@ def test_vision_transformer_with_a_new_classifier(safetensors: bool, method: str
     model(images).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.save_pretrained(str(tmp_path), safe_serialization=safetensors)
+    if not safetensors:
+        with pytest.raises(ValueError, match="got adapter_model.bin .*, a pickle, which is not read"):
+            PeftModel.from_pretrained(tiny_models.vit(), str(tmp_path))
+        return
     loaded = PeftModel.from_pretrained(tiny_models.vit(), str(tmp_path))
     assert torch.equal(loaded(images).logits, model(images).logits)
 

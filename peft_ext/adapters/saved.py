@@ -218,7 +218,9 @@ def verify(saved: Saved) -> list[str]:
             f"is {saved.identity.get('modules')!r} in {where} and "
             f"{saved.record['identity'].get('modules')!r} in the weights file."
         )
-    told = [f"Every generating field is that of the identity {saved.identity['sha256']}, in {where} and in the weights."]
+    told = [
+        f"Every generating field is that of the identity {saved.identity['sha256']}, in {where} and in the weights."
+    ]
     if getattr(saved.config, "fingerprint", None) is not None:  # verified when the configuration was read
         told.append(f"Seed {saved.config.seed} means the same random numbers here.")
     _check_coefficients(saved)
