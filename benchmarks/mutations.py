@@ -77,7 +77,7 @@ def vit() -> nn.Module:
         intermediate_size=24,
         image_size=16,
         patch_size=8,
-        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
     )
     return transformers.ViTForImageClassification(config).eval()
 

@@ -27,20 +27,23 @@ from .checkpoint.hub import local_folder, upload
 from .checkpoint.identity import (
     FORMAT,
     Identity,
+    canonical,
     check_checksum,
     check_finite,
     check_identity,
     checksum,
+    digest,
     read_record,
     write_record,
 )
+from .checks import check_choice
 from .generators.base import Frozen
 from .tuners.config import SeededConfig, Target
 from .tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, describe
 from .tuners.expansion import SharedExpansion
 
 _ADAPTER = "network"
-_COEFFICIENTS = f"coefficients.{_ADAPTER}"
+NETWORK_COEFFICIENTS = f"coefficients.{_ADAPTER}"
 _RECORD = "_extra_state"
 _VECTOR_SPREAD = 0.1  # of updates of norm weights and biases, which start at 1 and 0
 
@@ -167,20 +170,24 @@ class SeededNetwork(nn.Module):
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
         del state[_RECORD]
         dtype = self.config.coefficient_dtype
-        coefficients = state.pop(_COEFFICIENTS)
+        coefficients = state.pop(NETWORK_COEFFICIENTS)
         buffers = {name: state[name] for name, _ in self.named_buffers() if name in state}
         if quantization.is_integer(dtype):
             parts = [coefficients[places] for places in self.config.kinds(len(coefficients))]
             stored = state["packed"] = quantization.encode(parts, dtype)
             error = quantization.change(parts, quantization.decode(stored, [len(part) for part in parts], dtype))
         else:
-            stored = state[_COEFFICIENTS] = quantization.cast(coefficients, dtype)
+            stored = state[NETWORK_COEFFICIENTS] = quantization.cast(coefficients, dtype)
             error = quantization.change([coefficients], [stored])
         state["identity"] = _record(self.identity, dtype, len(coefficients), stored, buffers)
         save_file(state, path / NETWORK_WEIGHTS_NAME, metadata={"format": "pt"})
+        if isinstance(self.network, transformers.PreTrainedModel):
+            self.network.config.architectures = [type(self.network).__name__]
+            self.network.config.save_pretrained(path)
         fields = {**self.config.to_dict(), "coefficient_error": error}
         described = {
             "network": type(self.network).__name__,
+            "network_config": _digest_of_network_config(path),
             "weights": {weight.name: list(weight.shape) for weight in self._weights},
             "method": {key: value for key, value in fields.items() if value is not None},
             "identity": self.identity.to_dict(),
@@ -188,9 +195,6 @@ class SeededNetwork(nn.Module):
         (path / NETWORK_CONFIG_NAME).write_text(
             json.dumps(described, indent=1, default=_plain) + "\n", encoding="utf-8"
         )
-        if isinstance(self.network, transformers.PreTrainedModel):
-            self.network.config.architectures = [type(self.network).__name__]
-            self.network.config.save_pretrained(path)
         describe(path)
 
     def push_to_hub(
@@ -254,31 +258,40 @@ def load_from_seed(
         FileNotFoundError: neither a folder nor what could be the id of a repository.
     """
     path = local_folder(folder, (NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, "config.json"), revision, token)
-    described, config = _read_config(path)
+    described, config = read_config(path)
     state = load_file(path / NETWORK_WEIGHTS_NAME)
     content = read_record(state.pop("identity", None), "identity")
     saved, name = described["weights"], described["network"]
+
+    def verify(network: nn.Module) -> None:
+        weights = list(_weights(network))
+        _check_weights(saved, name, weights)
+        identity = _identity(config, weights)
+        check_identity(described["identity"], identity, f"in {NETWORK_CONFIG_NAME}")
+        check_identity(content.get("identity"), identity, f"in {NETWORK_WEIGHTS_NAME}")
+
     if network is None:
-        with torch.device("meta"):
-            _check_weights(saved, name, list(_weights(_make_network(path, name))))
+        _check_network_config(path, described)
+        with torch.device("meta"):  # before a stranger's sizes cost memory
+            verify(_make_network(path, name))
         with _float32():
             network = _make_network(path, name)
-    weights = list(_weights(network))
-    _check_weights(saved, name, weights)
-    identity = _identity(config, weights)
-    check_identity(described["identity"], identity, f"in {NETWORK_CONFIG_NAME}")
-    check_identity(content.get("identity"), identity, f"in {NETWORK_WEIGHTS_NAME}")
+    verify(network)
     seeded = SeededNetwork(network, config)
     coefficients = seeded.coefficients[_ADAPTER]
-    found = "packed" if "packed" in state else _COEFFICIENTS
+    check_choice(f"dtype in {NETWORK_WEIGHTS_NAME}", content.get("dtype"), quantization.DTYPES)
+    found = "packed" if quantization.is_integer(content["dtype"]) else NETWORK_COEFFICIENTS
     expected = {key: buffer.shape for key, buffer in seeded.named_buffers() if key in seeded.state_dict()}
-    shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed"}
-    if shapes != expected | ({} if found == "packed" else {_COEFFICIENTS: coefficients.shape}):
-        expected = {_COEFFICIENTS: coefficients.shape, **expected}
+    shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed" or found != "packed"}
+    if found != "packed":
+        expected = {NETWORK_COEFFICIENTS: coefficients.shape, **expected}
+    if shapes != expected:
         raise ValueError(
             f"{NETWORK_WEIGHTS_NAME} does not fit {NETWORK_CONFIG_NAME}: it must hold "
             f"{', '.join(f'{key} {tuple(shape)}' for key, shape in expected.items())}."
         )
+    if found not in state:
+        raise ValueError(f"{NETWORK_WEIGHTS_NAME} must hold {found!r} for coefficients in {content['dtype']}.")
     check_finite(state[found], f" in {NETWORK_WEIGHTS_NAME}")
     buffers = {key: tensor for key, tensor in state.items() if key != found}
     check_checksum(content.get("coefficients"), checksum([("coefficients", state[found])]), f"{found!r}")
@@ -286,7 +299,7 @@ def load_from_seed(
     with torch.no_grad():
         if found == "packed":
             kinds = config.kinds(len(coefficients))
-            parts = quantization.decode(state["packed"], [len(places) for places in kinds], str(content.get("dtype")))
+            parts = quantization.decode(state["packed"], [len(places) for places in kinds], content["dtype"])
             for places, part in zip(kinds, parts):
                 coefficients[places] = part
         else:
@@ -297,8 +310,12 @@ def load_from_seed(
     return seeded.to_plain().eval()
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
-    """What `seed_config.json` says, and the configuration in it."""
+def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
+    """What `seed_config.json` of a folder says, and the configuration in it.
+
+    Raises:
+        ValueError: it is damaged, or no configuration of a network.
+    """
     try:
         described = json.loads((path / NETWORK_CONFIG_NAME).read_text(encoding="utf-8"))
         weights, method, _ = described["weights"], described["method"], described["identity"]
@@ -306,7 +323,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")
         config = PeftConfig.from_peft_type(**method)
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(path / NETWORK_CONFIG_NAME)!r} is damaged: {error!r}.") from error
     if not isinstance(config, SeededConfig):
         kind = method.get("peft_type")
@@ -314,6 +331,23 @@ def _read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
     parameters = sum(math.prod(shape) for shape in shapes)
     config.network_generator(parameters)  # whether it makes networks, and has fewer coefficients than parameters
     return described, config
+
+
+def _digest_of_network_config(path: Path) -> str | None:
+    """A hash of `config.json`, which decides more than shapes; None if there is none."""
+    file = path / transformers.CONFIG_NAME
+    if not file.is_file():
+        return None
+    return digest(canonical(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def _check_network_config(path: Path, described: Mapping[str, Any]) -> None:
+    found = _digest_of_network_config(path)
+    if found is not None and found != described.get("network_config"):
+        raise ValueError(
+            f"{transformers.CONFIG_NAME} is not the one that was saved: its hash is {found!r}, and "
+            f"{str(described.get('network_config'))[:50]!r} in {NETWORK_CONFIG_NAME}. It was edited or is damaged."
+        )
 
 
 def _check_weights(saved: Mapping[str, Any], name: str, weights: Sequence[_Weight]) -> None:
@@ -352,7 +386,7 @@ def _verify(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) ->
     """Verifies a state dict before any of it reaches the network."""
     content = read_record(state_dict.get(prefix + _RECORD), _RECORD)
     check_identity(content.get("identity"), module.identity, "in the state dict")
-    coefficients = state_dict.get(prefix + _COEFFICIENTS)
+    coefficients = state_dict.get(prefix + NETWORK_COEFFICIENTS)
     if coefficients is not None:
         check_checksum(content.get("coefficients"), checksum([("coefficients", coefficients)]), "the coefficients")
     buffers = {name: state_dict[prefix + name] for name, _ in module.named_buffers() if prefix + name in state_dict}

@@ -13,7 +13,8 @@ LIBRARY = [
     "randomness checks registration files targets presentation",
     "generators checkpoint training",
     "tuners",
-    "adapters seeded_network unlearning",
+    "seeded_network unlearning",
+    "adapters",
     "__main__ __init__",
 ]
 UNLEARNING = ["derivatives", "ledger_state", "ledger methods", "evaluation"]

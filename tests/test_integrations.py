@@ -171,6 +171,8 @@ def test_vision_transformer_with_a_new_classifier(method: str, tmp_path: Path) -
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny_models.vit(), str(tmp_path))
     assert torch.equal(loaded(images).logits, model(images).logits)
+    with pytest.raises(ValueError, match="got adapter_model.bin .*, a pickle, which is not read. `safe_serialization`"):
+        model.save_pretrained(str(tmp_path / "pickle"), safe_serialization=False)
 
 
 # Generation

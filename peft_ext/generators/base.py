@@ -101,6 +101,11 @@ class Generator(ABC):
         """The tensors that are kept in memory."""
 
     @property
+    @abstractmethod
+    def frozen_sizes(self) -> tuple[int, ...]:
+        """Numbers of entries of the tensors of `frozen`, of four bytes each, without making them."""
+
+    @property
     def nbytes(self) -> int:
         """Memory that the generator holds now: 0 before its first use, and always if nothing is kept."""
         return sum(tensor.nbytes for tensor in self.frozen)

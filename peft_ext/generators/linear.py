@@ -90,6 +90,10 @@ class RandomBasis(LinearGenerator):
             return ()
         return (self._basis, self._offset) if self.offset_scale else (self._basis,)
 
+    @property
+    def frozen_sizes(self) -> tuple[int, ...]:
+        return (self.num_basis * self.size, self.size)[: len(self.frozen)]
+
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         flat = super()._expand(coefficients)
         return flat + self._offset.like(coefficients) if self.offset_scale else flat
@@ -171,6 +175,10 @@ class SparseBasis(LinearGenerator):
     @property
     def frozen(self) -> tuple[Frozen, ...]:
         return *self._reads, *self._factors
+
+    @property
+    def frozen_sizes(self) -> tuple[int, ...]:
+        return self.nnz * (self.size,) + self.nnz * (self.num_coefficients,)
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         # Coefficient c with sign +1 is entry c of the table of 2 * num_coefficients, with sign -1 entry c + that many.

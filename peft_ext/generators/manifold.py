@@ -93,6 +93,12 @@ class SineManifold(Generator):
     def frozen(self) -> tuple[Frozen, ...]:
         return (*self._layers, self._offset) if self.offset_size else self._layers
 
+    @property
+    def frozen_sizes(self) -> tuple[int, ...]:
+        sizes = (self.k, *self.widths, self.d)
+        layers = [fan_in * fan_out for fan_in, fan_out in zip(sizes, sizes[1:])]
+        return (*layers, self.offset_size)[: len(self.frozen)]
+
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or _is_transformed():
             return self._generate(coefficients)

@@ -198,6 +198,10 @@ class CheckpointedConfig(DescribedConfig):
         """Places of the coefficients of each kind among the `size` of a module: kinds share no scale when packed."""
         return [torch.arange(size)]
 
+    def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
+        """Numbers in every vector of coefficients that is saved for some adapted modules, in their order."""
+        raise NotImplementedError
+
     def check_sizes(self, targets: Sequence[Target]) -> None:
         """Verifies that what the configuration asks for is in proportion to the modules, before anything is drawn.
 
@@ -324,6 +328,9 @@ class SeededConfig(CheckpointedConfig):
     def generators(self, target: Target) -> tuple[Generator, ...]:
         """What makes the weights of an adapted module; each reads the next part of the module's coefficients."""
         raise NotImplementedError
+
+    def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
+        return [sum(generator.num_coefficients for generator in self.generators(target)) for target in targets]
 
     def initial(self, target: Target, generators: tuple[Generator, ...]) -> torch.Tensor:
         """The coefficients that a module, or a whole network, starts from: zeros, or random without `init_weights`."""

@@ -79,6 +79,9 @@ class PrancConfig(SeededConfig):
     def described(self, target: Target) -> list[Any]:
         return [*super().described(target), target.biases] if self.adapt_bias else super().described(target)
 
+    def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
+        return [self.num_coefficients]
+
     def check_sizes(self, targets: Sequence[Target]) -> None:
         weights = sum(target.fan_out * target.fan_in for target in targets)
         if self.num_coefficients > weights:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
 from ... import randomness
 from ...checks import check_boolean, check_positive_integer, check_probability
-from ..config import CheckpointedConfig, documented
+from ..config import CheckpointedConfig, Target, documented
 
 
 @documented
@@ -44,6 +45,9 @@ class VisualPromptConfig(CheckpointedConfig):
     paper = "https://huggingface.co/papers/2203.12119"
     summary = "tokens in the input of the blocks, trained and saved whole. They started from a seed."
     target_modules: ClassVar[Any] = None  # PEFT reads it; the targets are always the blocks
+
+    def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
+        return [target.fan_out * target.fan_in for target in targets]
 
     def check_fields(self) -> None:
         super().check_fields()

@@ -1,0 +1,169 @@
+"""The command line: looks at saved adapters and networks, verifies them, and saves them in fewer bits.
+
+    peft-ext inspect FOLDER
+    peft-ext verify FOLDER --base MODEL
+    peft-ext quantize FOLDER OUT --dtype int4
+
+A folder can also be the id of a repository on the hub, `user/name`. `--json` prints one JSON object:
+
+- inspect: what `peft_ext.adapters.inspection.inspect` returns;
+- verify: `folder`, `identity`, `verified` (sentences) and `unexplained` (names of tensors that only `--base` explains);
+- quantize: what `peft_ext.adapters.conversion.quantize` returns.
+
+Exit codes: 0 fine; 1 the checkpoint fails verification; 2 wrong arguments, or a file or repository is missing. What is
+wrong is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .adapters.conversion import quantize
+from .adapters.inspection import inspect, load_with_base
+from .adapters.saved import read, unexplained, verify
+from .checkpoint.identity import describe_shapes
+from .checkpoint.quantization import DTYPES
+
+FINE, REFUSED, WRONG = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        found = options.run(options)
+    except ValueError as error:
+        return _fail(error, REFUSED)
+    except OSError as error:  # also what huggingface_hub raises
+        return _fail(error, WRONG)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        options.show(found, Console(soft_wrap=True, highlight=False))
+    return FINE
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"peft-ext: {_visible(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
+    return code
+
+
+def _visible(text: str) -> str:
+    """Text of strangers without what a terminal would obey."""
+    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
+
+
+def _plain(value: Any) -> str:
+    """A value of strangers as text for rich."""
+    return escape(_visible(str(value)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("peft-ext", description="Adapters and networks that are a seed and coefficients.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, show: Any, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.add_argument("folder", help="of the checkpoint, or its id on the hub (user/name)")
+        added.add_argument("--revision", help="branch, tag or commit on the hub")
+        added.add_argument("--json", action="store_true", help="print one JSON object")
+        added.set_defaults(run=run, show=show)
+        return added
+
+    command("inspect", _inspect, _show_inspected, "show method, options, size, and what would be drawn")
+    verifying = command("verify", _verify, _show_verified, "verify all that can be verified without a model")
+    verifying.add_argument("--base", help="load this base model too: a folder, or its id on the hub")
+    quantizing = command("quantize", _quantize, _show_quantized, "save the coefficients in another type")
+    quantizing.add_argument("out", help="folder to write to")
+    quantizing.add_argument("--dtype", choices=DTYPES, required=True, help="what the coefficients are saved in")
+    quantizing.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> dict[str, Any]:
+    return inspect(read(options.folder, options.revision))
+
+
+def _verify(options: argparse.Namespace) -> dict[str, Any]:
+    saved = read(options.folder, options.revision)
+    verified = verify(saved)
+    strangers = sorted(unexplained(saved))
+    if options.base is not None:
+        verified += load_with_base(saved, options.base)
+        strangers = []
+    return {
+        "folder": options.folder,
+        "identity": saved.identity["sha256"],
+        "verified": verified,
+        "unexplained": strangers,
+    }
+
+
+def _quantize(options: argparse.Namespace) -> dict[str, Any]:
+    saved = read(options.folder, options.revision)
+    verify(saved)
+    return quantize(saved, options.out, options.dtype, options.overwrite)
+
+
+def _table(title: str, rows: Sequence[tuple[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(_plain(name), _plain(value))
+    return table
+
+
+def _show_inspected(found: dict[str, Any], console: Console) -> None:
+    rows = [
+        ("base model", found["base_model"] or "(not recorded)"),
+        ("network", found["network"]),
+        ("adapted", describe_shapes(found["modules"]) + " (out x in)"),
+        ("names", ", ".join(found["names"])),
+        ("coefficients", f"{found['coefficients']:,} in {found['coefficient_dtype']}"),
+        ("bytes", f"{found['bytes']:,}"),
+        ("identity", found["identity"]),
+    ]
+    mine = {"network"} if found["kind"] == "adapter" else {"base model", "adapted", "names"}
+    rows = [row for row in rows if row[0] not in mine]
+    console.print(_table(f"{found['method']} {found['kind']} in {_plain(found['folder'])}", rows))
+    marked = [(f"{name} *" if name in found["generating"] else name, value) for name, value in found["options"].items()]
+    console.print(_table("Options (* make the weights)", marked))
+    drawn = Table(title="Drawn from the seed", title_justify="left")
+    for column in ("what", "number", "frozen numbers", "bytes in memory"):
+        drawn.add_column(column, justify="left" if column == "what" else "right")
+    for row in found["drawn"]:
+        drawn.add_row(row["what"], f"{row['number']:,}", f"{row['numbers']:,}", f"{row['memory']:,}")
+    if found["drawn"]:
+        console.print(drawn)
+    if not found["drawn_exactly"]:
+        console.print("Ranks differ between modules: the numbers drawn are those of an arbitrary order of the modules.")
+
+
+def _show_verified(found: dict[str, Any], console: Console) -> None:
+    for sentence in found["verified"]:
+        console.print(_plain(sentence))
+    for name in found["unexplained"]:
+        console.print(
+            _plain(f"Not verified: {name} is none of the adapter's; --base tells whether the base model has it.")
+        )
+
+
+def _show_quantized(found: dict[str, Any], console: Console) -> None:
+    rows = [
+        ("folder", found["folder"]),
+        ("coefficients in", found["coefficient_dtype"]),
+        ("bytes", f"{found['bytes']:,} (before: {found['bytes_before']:,})"),
+        ("relative error", f"{found['error']:.2e}"),
+    ]
+    console.print(_table("Saved", rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

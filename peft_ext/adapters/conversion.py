@@ -1,0 +1,92 @@
+"""Saves coefficients in another type, without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from .. import seeded_network
+from ..checkpoint import quantization
+from ..checkpoint.identity import checksum, write_record
+from ..checks import check_choice
+from ..files import write_whole
+from .saved import Saved
+
+_CARD = "README.md"
+
+
+def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: bool = False) -> dict[str, Any]:
+    """Saves an adapter or a network again, with its coefficients in another type.
+
+    The model card and other files of the checkpoint go with it, described anew.
+
+    Args:
+        saved: which is not changed.
+        out: a folder, made unless it is there.
+        dtype: one of `peft_ext.checkpoint.quantization.DTYPES`.
+        overwrite: write into a folder that is not empty.
+
+    Returns:
+        `folder`, `coefficient_dtype`, `bytes` of the weights file, `bytes_before`, and `error`: the norm of the change
+        of the coefficients relative to theirs.
+
+    Raises:
+        ValueError: another dtype, or coefficients that cannot be unpacked without the base model.
+        FileExistsError: `out` is the folder of the checkpoint, or is not empty.
+    """
+    check_choice("dtype", dtype, quantization.DTYPES)
+    path = Path(out)
+    if path.exists() and path.resolve() == saved.folder.resolve():
+        raise FileExistsError("`out` must be another folder than the checkpoint's, got the same.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (overwrite and path.is_dir()):
+        raise FileExistsError(f"`out` must be a new or empty folder, or be overwritten, got {str(out)!r}.")
+    packs, was_packed = quantization.is_integer(dtype), quantization.is_integer(saved.dtype)
+    if was_packed and not packs and len(set(saved.sizes)) > 1:
+        raise ValueError(
+            f"Coefficients in {saved.dtype} for modules of several shapes cannot be told apart without the base model: "
+            f"load the adapter, set `coefficient_dtype` of its configuration to {dtype!r} and save it."
+        )
+    before = saved.coefficients()
+    if packs:
+        layout = saved.layout() if was_packed else _layout_of(saved, before)
+        packed = layout.pack(before, dtype)
+        after, stored = layout.unpack(packed, dtype), {saved.packed: packed}
+    else:
+        cast = [quantization.cast(each, dtype) for each in before]
+        after, stored = cast, dict(zip(saved.vectors, cast))
+    record = {**saved.record, "dtype": dtype, "coefficients": checksum(saved.labelled(stored))}
+    tensors = {**saved.others, **stored, saved.record_name: write_record(record)}
+
+    path.mkdir(parents=True, exist_ok=True)
+    for each in saved.folder.iterdir():
+        if each.is_file() and (each.name == _CARD or each.name == "config.json"):
+            shutil.copyfile(each, path / each.name)
+    metadata = {"format": "pt"}
+    weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(path / saved.weights_path.name, save(weights, metadata=metadata))
+    if saved.is_network:
+        described = {**saved.described, "method": {**saved.described["method"], "coefficient_dtype": dtype}}
+        write_whole(path / seeded_network.CONFIG_NAME, json.dumps(described, indent=1) + "\n")
+    else:
+        config = dataclasses.replace(saved.config, coefficient_dtype=dtype)
+        config.save_pretrained(str(path), auto_mapping_dict=config.auto_mapping)
+    exact = torch.cat([each.flatten().double() for each in before])
+    change = torch.cat([each.flatten().double() for each in after]) - exact
+    return {
+        "folder": str(path),
+        "coefficient_dtype": dtype,
+        "bytes": (path / saved.weights_path.name).stat().st_size,
+        "bytes_before": saved.weights_path.stat().st_size,
+        "error": float(change.norm() / exact.norm()) if exact.any() else 0.0,
+    }
+
+
+def _layout_of(saved: Saved, vectors: list[torch.Tensor]) -> quantization.Layout:
+    return quantization.Layout([saved.config.kinds(vector.numel()) for vector in vectors])

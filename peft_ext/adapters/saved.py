@@ -1,0 +1,294 @@
+"""Saved adapters and networks, read and verified without a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .. import seeded_network
+from ..checkpoint import quantization
+from ..checkpoint.identity import (
+    check_checksum,
+    check_finite,
+    check_identity,
+    checksum,
+    parse_shape,
+    read_record,
+    unfold_names,
+)
+from ..seeded_network import NETWORK_COEFFICIENTS
+from ..tuners.config import CheckpointedConfig, Target
+
+_PREFIX = "base_model.model."
+
+
+def local_folder(place: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder itself, or one on this machine with the files of a repository `"user/name"` of the hub.
+
+    Raises:
+        FileNotFoundError: neither a folder nor what could be the id of a repository.
+    """
+    if os.path.isdir(place):
+        return Path(place)
+    if str(place).count("/") != 1 or str(place).startswith((".", "/", "~")) or str(place).endswith("/"):
+        raise FileNotFoundError(f"`folder` must be a folder or the id of a repository on the hub, got {str(place)!r}.")
+    return Path(snapshot_download(str(place), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+
+
+@dataclass
+class Saved:
+    """An adapter or a network in a folder, with what its files say.
+
+    Attributes:
+        folder: where it is.
+        config: its configuration.
+        described: what `seed_config.json` of a network says; nothing for an adapter.
+        record: what the record in the weights file says.
+        targets: the adapted modules. A checkpoint tells their names and how many have which shape, not which: names
+            and shapes are each in an order of their own. A network is one module.
+        vectors: names of the tensors of coefficients, in the order of the model.
+        packed: name of the tensor that holds the coefficients in a few bits each.
+        record_name: name of the record.
+        tensors: what is in the weights file.
+    """
+
+    folder: Path
+    config: Any
+    described: Mapping[str, Any]
+    record: dict[str, Any]
+    targets: list[Target]
+    vectors: list[str]
+    packed: str
+    record_name: str
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def is_network(self) -> bool:
+        return bool(self.described)
+
+    @property
+    def weights_path(self) -> Path:
+        return self.folder / (seeded_network.WEIGHTS_NAME if self.is_network else SAFETENSORS_WEIGHTS_NAME)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What turns the coefficients into weights, as the configuration says it."""
+        return self.described["identity"] if self.is_network else self.config.identity
+
+    @property
+    def dtype(self) -> str:
+        """What the coefficients are saved in."""
+        return str(self.record.get("dtype"))
+
+    @property
+    def others(self) -> dict[str, torch.Tensor]:
+        """What is in the file beside the coefficients and the record."""
+        known = {*self.vectors, self.packed, self.record_name}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in known}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in every vector of coefficients; their order is not that of the model where shapes differ."""
+        if self.is_network:
+            return [self.config.network_generator(self.targets[0].fan_out).num_coefficients]
+        return self.config.vector_sizes(self.targets)
+
+    def coefficients(self) -> list[torch.Tensor]:
+        """The vectors, in float32, or float64 if they were saved in it; unpacked in the order of `sizes`.
+
+        Raises:
+            ValueError: they do not fit the configuration.
+        """
+        if quantization.is_integer(self.dtype):
+            return self.layout().unpack(self.tensors[self.packed], self.dtype)
+        return [
+            self.tensors[name].to(torch.promote_types(self.tensors[name].dtype, torch.float32)) for name in self.vectors
+        ]
+
+    def layout(self) -> quantization.Layout:
+        """How the vectors are packed. (Vectors of several sizes can be in any order: kinds are joined end to end.)"""
+        return quantization.Layout([self.config.kinds(size) for size in self.sizes])
+
+    def labelled(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Coefficients, by name, as their checksum sees them."""
+        if self.packed in tensors:
+            return [("coefficients" if self.is_network else "packed", tensors[self.packed])]
+        if self.is_network:
+            return [("coefficients", tensors[self.vectors[0]])]
+        return [(f"coefficients {index}", tensors[name]) for index, name in enumerate(self.vectors)]
+
+
+def read(place: str | os.PathLike[str], revision: str | None = None) -> Saved:
+    """Reads an adapter or a network from a folder or from the hub.
+
+    Raises:
+        FileNotFoundError: no folder or repository, or one that holds neither.
+        ValueError: a file is damaged, or the configuration does not fit its identity.
+    """
+    folder = local_folder(place, revision)
+    if (folder / CONFIG_NAME).is_file():
+        return _read_adapter(folder)
+    if (folder / seeded_network.CONFIG_NAME).is_file():
+        return _read_network(folder)
+    raise FileNotFoundError(
+        f"{str(place)!r} holds neither an adapter ({CONFIG_NAME}) nor a network from a seed "
+        f"({seeded_network.CONFIG_NAME})."
+    )
+
+
+def _read_adapter(folder: Path) -> Saved:
+    try:
+        method = PeftConfig._get_peft_type(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{str(folder / CONFIG_NAME)!r} is damaged, or of no method of PEFT: {error!r}.") from error
+    if not isinstance(config, CheckpointedConfig):
+        raise FileNotFoundError(f"{str(folder)!r} holds an adapter of {method}, which is no method of peft_ext.")
+    if config.identity is None or config.target_names is None:
+        raise ValueError(f"{str(folder / CONFIG_NAME)!r} is the configuration of no saved adapter: it has no identity.")
+    tensors = _load(folder / SAFETENSORS_WEIGHTS_NAME)
+    names = unfold_names(config.target_names)
+    targets = _targets(config, names)
+    layer = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls  # type: ignore[index]
+    ends = layer.adapter_layer_names[0]
+    record_name, packed = (f"{_PREFIX}{names[0]}.{config.method()}_{kind}" for kind in ("identity", "packed"))
+    vectors = [f"{_PREFIX}{name}.{ends}" for name in names[: len(config.vector_sizes(targets))]]
+    record = read_record(tensors.get(record_name), record_name)
+    return Saved(folder, config, {}, record, targets, vectors, packed, record_name, tensors)
+
+
+def _read_network(folder: Path) -> Saved:
+    described, config = seeded_network.read_config(folder)
+    tensors = _load(folder / seeded_network.WEIGHTS_NAME)
+    record = read_record(tensors.get("identity"), "identity")
+    size = sum(torch.Size(shape).numel() for shape in described["weights"].values())
+    targets, vectors = [Target("", size, 1)], [NETWORK_COEFFICIENTS]
+    return Saved(folder, config, described, record, targets, vectors, "packed", "identity", tensors)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {str(path)!r}.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
+
+
+def _targets(config: CheckpointedConfig, names: list[str]) -> list[Target]:
+    shapes = config.target_shapes or {}
+    if not names or sum(shapes.values()) != len(names):
+        raise ValueError(
+            f"`target_shapes` must count the {len(names)} modules that `target_names` stands for, got "
+            f"{sum(shapes.values())}."
+        )
+    try:
+        every = [parse_shape(shape) for shape, number in shapes.items() for _ in range(number)]
+    except ValueError as error:
+        raise ValueError(f"`target_shapes` must have keys like '32 x 16', got {list(shapes)[:5]!r}.") from error
+    return [Target(name, *shape) for name, shape in zip(names, every)]
+
+
+def verify(saved: Saved) -> list[str]:
+    """Verifies all of a checkpoint that can be verified without a model.
+
+    Returns:
+        What was verified, a sentence each.
+
+    Raises:
+        ValueError: something is wrong.
+    """
+    where = seeded_network.CONFIG_NAME if saved.is_network else CONFIG_NAME
+    check_identity(saved.identity, saved.config.generating(), f"in {where}")
+    check_identity(saved.record.get("identity"), saved.config.generating(), "in the weights file")
+    if saved.record["identity"] != saved.identity:
+        raise ValueError(
+            "The configuration and the weights file belong to different modules: the hash of their names and shapes "
+            f"is {saved.identity.get('modules')!r} in {where} and "
+            f"{saved.record['identity'].get('modules')!r} in the weights file."
+        )
+    told = [
+        f"Every generating field is that of the identity {saved.identity['sha256']}, in {where} and in the weights."
+    ]
+    if getattr(saved.config, "fingerprint", None) is not None:  # verified when the configuration was read
+        told.append(f"Seed {saved.config.seed} means the same random numbers here.")
+    _check_coefficients(saved)
+    told.append(f"{sum(saved.sizes):,} coefficients in {saved.dtype} are there, finite, and have the saved checksum.")
+    strangers = _check_others(saved)
+    if len(saved.others) > len(strangers):
+        told.append(f"{len(saved.others) - len(strangers)} tensors beside them have the saved checksum.")
+    return told
+
+
+def _check_coefficients(saved: Saved) -> None:
+    if saved.dtype not in quantization.DTYPES:
+        raise ValueError(f"`dtype` in {saved.record_name!r} must be one of {quantization.DTYPES}, got {saved.dtype!r}.")
+    names = [saved.packed] if quantization.is_integer(saved.dtype) else saved.vectors
+    missing = [name for name in names if name not in saved.tensors]
+    unknown = [name for name in (saved.packed, *saved.vectors) if name in saved.tensors and name not in names]
+    if missing or unknown:
+        surplus = f" and not {unknown[0]!r}" if unknown else ""
+        raise ValueError(
+            f"The weights file must hold {(missing or names)[0]!r}{surplus} for coefficients in {saved.dtype}."
+        )
+    sizes = saved.sizes
+    for name in names:
+        tensor = saved.tensors[name]
+        if name == saved.packed:
+            saved.layout().unpack(tensor, saved.dtype)
+        elif not tensor.is_floating_point() or tensor.numel() not in sizes:
+            raise ValueError(
+                f"{name!r} must hold {sizes[0]} numbers, got {tensor.dtype} of shape {tuple(tensor.shape)}."
+            )
+        else:
+            check_finite(tensor, f" in {name!r}")
+    if names == saved.vectors and sorted(saved.tensors[name].numel() for name in names) != sorted(sizes):
+        raise ValueError("The coefficients do not fit the shapes of the modules in `target_shapes`.")
+    found = checksum(saved.labelled({name: saved.tensors[name] for name in names}))
+    check_checksum(saved.record.get("coefficients"), found, "the coefficients")
+    for index, vector in enumerate(saved.coefficients()):
+        check_finite(vector, f" in vector {index}")
+
+
+def _check_others(saved: Saved) -> list[str]:
+    """Names of the tensors that only a base model can tell about, in a file whose others are those that were saved."""
+    others = saved.others
+    if saved.is_network:
+        check_checksum(saved.record.get("others"), checksum(others.items()), "the buffers")
+        return []
+    strangers = unexplained(saved)
+    beside = {name: tensor for name, tensor in others.items() if name not in strangers}
+    found = checksum((name.rpartition(".")[2], tensor) for name, tensor in beside.items())
+    check_checksum(saved.record.get("others"), found, "what is saved beside the coefficients")
+    if beside:
+        found = checksum((name.removeprefix(_PREFIX), tensor) for name, tensor in beside.items())
+        check_checksum(saved.record.get("named"), found, "what is saved beside the coefficients and its names")
+    return strangers
+
+
+def unexplained(saved: Saved) -> list[str]:
+    """Names of tensors that are neither coefficients nor biases nor of modules in `modules_to_save`.
+
+    PEFT saves such tensors with adapted embeddings. They must be equal to those of the base model, which loading
+    verifies.
+    """
+    if saved.is_network:
+        return []
+    modules = set(getattr(saved.config, "modules_to_save", None) or ())
+    biases = getattr(saved.config, "bias", "none") != "none"
+    return [
+        name
+        for name in saved.others
+        if not (biases and name.endswith(".bias")) and not modules & set(name.removeprefix(_PREFIX).split("."))
+    ]
