@@ -73,7 +73,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
     write_whole(path / saved.weights_path.name, save(weights, metadata=metadata))
     if saved.is_network:
         described = {**saved.described, "method": {**saved.described["method"], "coefficient_dtype": dtype}}
-        write_whole(path / seeded_network.CONFIG_NAME, json.dumps(described, indent=1) + "\n")
+        write_whole(path / seeded_network.NETWORK_CONFIG_NAME, json.dumps(described, indent=1) + "\n")
     else:
         config = dataclasses.replace(saved.config, coefficient_dtype=dtype)
         config.save_pretrained(str(path), auto_mapping_dict=config.auto_mapping)

@@ -79,7 +79,7 @@ class Saved:
 
     @property
     def weights_path(self) -> Path:
-        return self.folder / (seeded_network.WEIGHTS_NAME if self.is_network else SAFETENSORS_WEIGHTS_NAME)
+        return self.folder / (seeded_network.NETWORK_WEIGHTS_NAME if self.is_network else SAFETENSORS_WEIGHTS_NAME)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -139,11 +139,11 @@ def read(place: str | os.PathLike[str], revision: str | None = None) -> Saved:
     folder = local_folder(place, revision)
     if (folder / CONFIG_NAME).is_file():
         return _read_adapter(folder)
-    if (folder / seeded_network.CONFIG_NAME).is_file():
+    if (folder / seeded_network.NETWORK_CONFIG_NAME).is_file():
         return _read_network(folder)
     raise FileNotFoundError(
         f"{str(place)!r} holds neither an adapter ({CONFIG_NAME}) nor a network from a seed "
-        f"({seeded_network.CONFIG_NAME})."
+        f"({seeded_network.NETWORK_CONFIG_NAME})."
     )
 
 
@@ -170,7 +170,7 @@ def _read_adapter(folder: Path) -> Saved:
 
 def _read_network(folder: Path) -> Saved:
     described, config = seeded_network.read_config(folder)
-    tensors = _load(folder / seeded_network.WEIGHTS_NAME)
+    tensors = _load(folder / seeded_network.NETWORK_WEIGHTS_NAME)
     record = read_record(tensors.get("identity"), "identity")
     size = sum(torch.Size(shape).numel() for shape in described["weights"].values())
     targets, vectors = [Target("", size, 1)], [NETWORK_COEFFICIENTS]
@@ -209,7 +209,7 @@ def verify(saved: Saved) -> list[str]:
     Raises:
         ValueError: something is wrong.
     """
-    where = seeded_network.CONFIG_NAME if saved.is_network else CONFIG_NAME
+    where = seeded_network.NETWORK_CONFIG_NAME if saved.is_network else CONFIG_NAME
     check_identity(saved.identity, saved.config.generating(), f"in {where}")
     check_identity(saved.record.get("identity"), saved.config.generating(), "in the weights file")
     if saved.record["identity"] != saved.identity:
