@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from .. import seeded_network
 from ..checkpoint import quantization
 from ..checkpoint.identity import checksum, write_record
 from ..checks import check_choice
 from ..files import write_whole
+from ..tuners.description import NETWORK_CONFIG_NAME, describe
 from .saved import Saved
 
 _CARD = "README.md"
@@ -71,20 +71,21 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
     metadata = {"format": "pt"}
     weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_whole(path / saved.weights_path.name, save(weights, metadata=metadata))
+    error = quantization.change(before, after)
+    told = {"coefficient_dtype": dtype, "coefficient_error": error}
     if saved.is_network:
-        described = {**saved.described, "method": {**saved.described["method"], "coefficient_dtype": dtype}}
-        write_whole(path / seeded_network.NETWORK_CONFIG_NAME, json.dumps(described, indent=1) + "\n")
+        described = {**saved.described, "method": {**saved.described["method"], **told}}
+        write_whole(path / NETWORK_CONFIG_NAME, json.dumps(described, indent=1) + "\n")
+        describe(path)
     else:
-        config = dataclasses.replace(saved.config, coefficient_dtype=dtype)
+        config = dataclasses.replace(saved.config, **told)
         config.save_pretrained(str(path), auto_mapping_dict=config.auto_mapping)
-    exact = torch.cat([each.flatten().double() for each in before])
-    change = torch.cat([each.flatten().double() for each in after]) - exact
     return {
         "folder": str(path),
         "coefficient_dtype": dtype,
         "bytes": (path / saved.weights_path.name).stat().st_size,
         "bytes_before": saved.weights_path.stat().st_size,
-        "error": float(change.norm() / exact.norm()) if exact.any() else 0.0,
+        "error": error or 0.0,
     }
 
 

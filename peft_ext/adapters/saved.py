@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from .. import seeded_network
 from ..checkpoint import quantization
+from ..checkpoint.hub import local_folder
 from ..checkpoint.identity import (
     check_checksum,
     check_finite,
@@ -29,21 +29,12 @@ from ..checkpoint.identity import (
 )
 from ..seeded_network import NETWORK_COEFFICIENTS
 from ..tuners.config import CheckpointedConfig, Target
+from ..tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME
 
 _PREFIX = "base_model.model."
 
 
-def local_folder(place: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder itself, or one on this machine with the files of a repository `"user/name"` of the hub.
-
-    Raises:
-        FileNotFoundError: neither a folder nor what could be the id of a repository.
-    """
-    if os.path.isdir(place):
-        return Path(place)
-    if str(place).count("/") != 1 or str(place).startswith((".", "/", "~")) or str(place).endswith("/"):
-        raise FileNotFoundError(f"`folder` must be a folder or the id of a repository on the hub, got {str(place)!r}.")
-    return Path(snapshot_download(str(place), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+_FILES = ("README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, "config.json")
 
 
 @dataclass
@@ -79,7 +70,7 @@ class Saved:
 
     @property
     def weights_path(self) -> Path:
-        return self.folder / (seeded_network.NETWORK_WEIGHTS_NAME if self.is_network else SAFETENSORS_WEIGHTS_NAME)
+        return self.folder / (NETWORK_WEIGHTS_NAME if self.is_network else SAFETENSORS_WEIGHTS_NAME)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -136,14 +127,13 @@ def read(place: str | os.PathLike[str], revision: str | None = None) -> Saved:
         FileNotFoundError: no folder or repository, or one that holds neither.
         ValueError: a file is damaged, or the configuration does not fit its identity.
     """
-    folder = local_folder(place, revision)
+    folder = local_folder(place, _FILES, revision, None)
     if (folder / CONFIG_NAME).is_file():
         return _read_adapter(folder)
-    if (folder / seeded_network.NETWORK_CONFIG_NAME).is_file():
+    if (folder / NETWORK_CONFIG_NAME).is_file():
         return _read_network(folder)
     raise FileNotFoundError(
-        f"{str(place)!r} holds neither an adapter ({CONFIG_NAME}) nor a network from a seed "
-        f"({seeded_network.NETWORK_CONFIG_NAME})."
+        f"{str(place)!r} holds neither an adapter ({CONFIG_NAME}) nor a network from a seed ({NETWORK_CONFIG_NAME})."
     )
 
 
@@ -170,7 +160,7 @@ def _read_adapter(folder: Path) -> Saved:
 
 def _read_network(folder: Path) -> Saved:
     described, config = seeded_network.read_config(folder)
-    tensors = _load(folder / seeded_network.NETWORK_WEIGHTS_NAME)
+    tensors = _load(folder / NETWORK_WEIGHTS_NAME)
     record = read_record(tensors.get("identity"), "identity")
     size = sum(torch.Size(shape).numel() for shape in described["weights"].values())
     targets, vectors = [Target("", size, 1)], [NETWORK_COEFFICIENTS]
@@ -209,7 +199,7 @@ def verify(saved: Saved) -> list[str]:
     Raises:
         ValueError: something is wrong.
     """
-    where = seeded_network.NETWORK_CONFIG_NAME if saved.is_network else CONFIG_NAME
+    where = NETWORK_CONFIG_NAME if saved.is_network else CONFIG_NAME
     check_identity(saved.identity, saved.config.generating(), f"in {where}")
     check_identity(saved.record.get("identity"), saved.config.generating(), "in the weights file")
     if saved.record["identity"] != saved.identity:
