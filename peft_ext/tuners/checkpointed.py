@@ -9,8 +9,9 @@ verified before they are used.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -211,11 +212,8 @@ class Provenance:
                 )
         content = read_record(record, keys.record)
         check_identity(content.get("identity"), self.identity, "in the weights file")
-        dtype = content.get("dtype")
-        if dtype not in quantization.DTYPES:
-            raise ValueError(
-                f"`dtype` in {keys.record!r} must be one of {quantization.DTYPES}, got {str(dtype)[:50]!r}."
-            )
+        dtype = self._check_dtype(content)
+        self._check_renamed(keys, dtype)
         adapted = {key for key in tensors if f".{prefix}" in key}
         if quantization.is_integer(dtype):
             self._check_keys(adapted, {keys.packed})
@@ -243,14 +241,43 @@ class Provenance:
             if unknown:
                 raise ValueError(f"The saved adapter does not fit the model, which has no {unknown[0]!r}.")
         self.config.coefficient_dtype = dtype
+        self._warn_of_base(keys)
+        self._settled()
+        return {**own, **beside, **others}
+
+    def _check_dtype(self, content: Mapping[str, Any]) -> str:
+        """What a record says that the coefficients were saved in."""
+        dtype = content.get("dtype")
+        if dtype not in quantization.DTYPES:
+            raise ValueError(
+                f"`dtype` in the record of the saved adapter must be one of {quantization.DTYPES}, got "
+                f"{str(dtype)[:50]!r}."
+            )
+        return str(dtype)
+
+    def _check_renamed(self, keys: Keys, dtype: str) -> None:
+        """Raises a ValueError if adapted modules have other names than those saved, and nobody has mapped them.
+
+        A tensor that is found under a new name has been mapped. Where one tensor serves all modules, theirs must follow
+        from that of the first.
+        """
+        alone = quantization.is_integer(dtype) or len(self.containers) < len(self.targets)
+        saved = [target.name for target in self.targets]
+        if keys.renamed and alone and not _renamed_alike(saved, keys.adapted):
+            old, new = next((old, new) for old, new in zip(saved, keys.adapted) if old != new)
+            raise ValueError(
+                f"The saved adapter belongs to other modules: {old!r} was adapted, and {new!r} is here. If modules "
+                "were renamed, the names in the weights file must be mapped (`key_mapping`), and one and the same change "
+                "must give the new names of all modules, that of the first among them."
+            )
+
+    def _warn_of_base(self, keys: Keys) -> None:
         if self.config.base_fingerprint and keys.base_fingerprint not in (None, self.config.base_fingerprint):
             warnings.warn(
                 "The base model has other weights than the adapter was trained on: samples of the adapted modules "
                 f"differ ({keys.base_fingerprint}, saved was {self.config.base_fingerprint}).",
                 stacklevel=2,
             )
-        self._settled()
-        return {**own, **beside, **others}
 
     def _check_keys(self, found: set[str], expected: set[str]) -> None:
         missing, unknown = sorted(expected - found), sorted(found - expected)
@@ -311,29 +338,43 @@ class Provenance:
             )
         content = read_record(record, name)
         check_identity(content.get("identity"), self.identity, "in the weights file")
-        dtype, parameters = str(content.get("dtype")), self.parameters()
+        dtype, parameters = self._check_dtype(content), self.parameters()
         assert self._base is not None
+        keys = Keys(self._base.model, self)
+        self._check_renamed(keys, dtype)
         self._base.check_untouched()
-        as_loaded = "float32" if quantization.is_integer(dtype) else dtype
-        if all(str(parameter.dtype) == f"torch.{as_loaded}" for parameter in parameters):  # the model was not cast
-            self._check_others(content, self._base.beside(self.config), Keys(self._base.model, self).renamed)
+        cast = self._is_cast_down(dtype)  # then nothing can be verified to the bit any more
+        if not cast:
+            self._check_others(content, self._base.beside(self.config), keys.renamed)
         with torch.no_grad():
             if quantization.is_integer(dtype):
                 packed = self.owner.buffers_of("packed")[self.adapter_name]
                 check_checksum(content.get("coefficients"), checksum([("packed", packed)]), "the coefficients")
                 for parameter, part in zip(parameters, self._unpack(packed, dtype)):
                     parameter.copy_(part)
-            else:
-                if all(str(parameter.dtype) == f"torch.{dtype}" for parameter in parameters):
-                    found = checksum(_labelled(parameters).items())
+            elif not cast:
+                saved = getattr(torch, dtype)
+                if checksum(_labelled(parameters).items()) != content.get("coefficients"):  # perhaps they were cast up
+                    found = checksum(_labelled([parameter.to(saved) for parameter in parameters]).items())
                     check_checksum(content.get("coefficients"), found, "the coefficients")
-                for container in self.containers:
-                    parameter = container[self.adapter_name]
-                    if parameter.dtype in (torch.float16, torch.bfloat16):
-                        container[self.adapter_name] = nn.Parameter(parameter.float(), parameter.requires_grad)
+                    self._make_float32()
+            if not quantization.is_integer(dtype) and {p.dtype for p in parameters} <= {torch.float16, torch.bfloat16}:
+                self._make_float32()
         for parameter in self.parameters():
             check_finite(parameter)
+        self._warn_of_base(keys)
         self._settled()
+
+    def _is_cast_down(self, dtype: str) -> bool:
+        """Whether the model was cast to half precision, all of it, after coefficients in float32 were loaded."""
+        found = {parameter.dtype for parameter in self.parameters()}
+        wide = quantization.is_integer(dtype) or dtype == "float32"
+        return wide and len(found) == 1 and found <= {torch.float16, torch.bfloat16}
+
+    def _make_float32(self) -> None:
+        for container in self.containers:
+            parameter = container[self.adapter_name]
+            container[self.adapter_name] = nn.Parameter(parameter.float(), parameter.requires_grad)
 
 
 class _Base:
@@ -448,12 +489,12 @@ class Keys:
             if isinstance(module, AuxiliaryTrainingWrapper)
             for saved, key in module.adapter_state_dict_load_map(adapter).items()
         }
-        adapted = [
+        self.adapted = [
             names[id(module)].removeprefix("base_model.model.")
             for module in model.modules()
             if isinstance(module, CheckpointedLayer) and module.provenances.get(adapter) is provenance
         ]
-        self.renamed = adapted != [target.name for target in provenance.targets]
+        self.renamed = self.adapted != [target.name for target in provenance.targets]
         self.base_fingerprint = _base_fingerprint(model, adapter)
 
     def completed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -561,6 +602,28 @@ def _clean(name: str) -> str:
 def _bare(key: str, adapter_name: str) -> str:
     """A name as it is in a file, without PEFT's prefix."""
     return key.removeprefix("base_model.model.").removesuffix(f".{adapter_name}")
+
+
+def _renamed_alike(saved: Sequence[str], found: Sequence[str]) -> bool:
+    """Whether the change of the first name, of some of its parts to others, gives all the new names."""
+    old, new = saved[0].split("."), found[0].split(".")
+    start = len(os.path.commonprefix([old, new]))
+    end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
+    before, after = old[start : len(old) - end], new[start : len(new) - end]
+    if before == after:
+        return False
+
+    def changed(name: str) -> str:
+        parts = name.split(".")
+        if not before:
+            return ".".join([*parts[:start], *after, *parts[start:]])
+        width = len(before)
+        places = [i for i in range(len(parts) - width + 1) if parts[i : i + width] == before]
+        for place in places[:1]:
+            parts[place : place + width] = after
+        return ".".join(parts)
+
+    return [changed(name) for name in saved] == list(found)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
