@@ -16,6 +16,7 @@ import copy
 import json
 import logging
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -526,9 +527,17 @@ def is_ours(error: BaseException) -> bool:
     return False
 
 
+def peak_memory() -> int:
+    """Bytes that this process has had resident at most. (What `resource` says begins at the peak of its parent.)"""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0])
+
+
 def attempt(subject: Subject, files: Files, door: str) -> tuple[str, str]:
     """(outcome, why) of loading some files one way."""
-    start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, peak = time.perf_counter(), peak_memory()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -543,7 +552,7 @@ def attempt(subject: Subject, files: Files, door: str) -> tuple[str, str]:
         if outcome == "crash":
             told += "".join(traceback.format_tb(error.__traceback__)[-2:])
     seconds = time.perf_counter() - start
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
+    grown = peak_memory() - peak
     if seconds > SECONDS or grown > BYTES:
         return "slow", f"{seconds:.1f} s, {grown:,} bytes, {outcome} {told}"
     return outcome, told

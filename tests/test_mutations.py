@@ -48,7 +48,7 @@ def test_a_silent_change_would_be_found() -> None:
 
 def test_an_error_of_ours_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = mutations.make("NOLA", "float32")
-    monkeypatch.setattr("peft_ext.tuners.checkpointed.read_record", lambda *_: None)
+    monkeypatch.setattr("peft_ext.tuners.provenance.read_record", lambda *_: None)
     assert mutations.attempt(subject, subject.files, "from_pretrained")[0] == "crash"
 
 

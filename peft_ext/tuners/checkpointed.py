@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import CheckpointedConfig, Target
-from .provenance import CheckpointedLayer, Keys, Provenance
-from .surroundings import saved_modules
+from .provenance import CheckpointedLayer, Provenance
+from .surroundings import Keys, saved_modules
 
 
 class CheckpointedModel(BaseTuner):

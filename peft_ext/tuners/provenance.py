@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..checkpoint import quantization
@@ -33,7 +32,7 @@ from ..checkpoint.identity import (
     write_record,
 )
 from .config import CheckpointedConfig, Target
-from .surroundings import Base, bare, base_fingerprint, clean, whole
+from .surroundings import Base, Keys, clean, renamed_alike, whole
 
 
 class Provenance:
@@ -43,7 +42,7 @@ class Provenance:
         fields: the generating fields of the configuration that the adapter was made with.
         targets: the adapted modules, in the order of the model.
         containers: what holds the coefficients, in that order; one for all modules if they share one vector.
-        owner: the first adapted layer.
+        layers: the adapted layers.
         pending: the adapter was made from a checkpoint's configuration, and its coefficients are not verified yet.
     """
 
@@ -53,7 +52,7 @@ class Provenance:
         self.fields = copy.deepcopy(config.generating())
         self.targets: list[Target] = []
         self.containers: list[nn.ParameterDict] = []
-        self.owner: CheckpointedLayer | None = None
+        self.layers: list[CheckpointedLayer] = []
         self.pending = config.identity is not None
         self._base: Base | None = None
 
@@ -63,8 +62,7 @@ class Provenance:
         container = layer.container(self.adapter_name)
         if container is not None and not any(container is known for known in self.containers):
             self.containers.append(container)
-        if self.owner is None:
-            self.owner = layer
+        self.layers.append(layer)
 
     @property
     def identity(self) -> Identity:
@@ -79,19 +77,17 @@ class Provenance:
 
         It fills whatever else of the model a file has tensors for as well: what it must not touch is remembered.
         """
-        assert self.owner is not None
         self._base = Base(model, self.adapter_name, getattr(self.config, "bias", "none") != "none")
         size = self._record({}, {}).numel()
-        self.owner.buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
+        self.layers[0].buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
         if quantization.is_integer(self.config.coefficient_dtype):
             packed = quantization.size_of(self._layout().sizes, self.config.coefficient_dtype)
-            self.owner.buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
+            self.layers[0].buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
 
     def _settled(self) -> None:
-        assert self.owner is not None
         self.pending, self._base = False, None
         for name in ("identity", "packed"):
-            buffers = self.owner.buffers_of(name)
+            buffers = self.layers[0].buffers_of(name)
             if self.adapter_name in buffers:
                 del buffers[self.adapter_name]
 
@@ -207,11 +203,8 @@ class Provenance:
                 )
         content = read_record(record, keys.record)
         check_identity(content.get("identity"), self.identity, "in the weights file")
-        dtype = content.get("dtype")
-        if dtype not in quantization.DTYPES:
-            raise ValueError(
-                f"`dtype` in {keys.record!r} must be one of {quantization.DTYPES}, got {str(dtype)[:50]!r}."
-            )
+        dtype = self._check_dtype(content)
+        self._check_renamed(keys, dtype)
         adapted = {key for key in tensors if f".{prefix}" in key}
         if quantization.is_integer(dtype):
             self._check_keys(adapted, {keys.packed})
@@ -239,14 +232,43 @@ class Provenance:
             if unknown:
                 raise ValueError(f"The saved adapter does not fit the model, which has no {unknown[0]!r}.")
         self.config.coefficient_dtype = dtype
+        self._warn_of_base(keys)
+        self._settled()
+        return {**own, **beside, **others}
+
+    def _check_dtype(self, content: Mapping[str, Any]) -> str:
+        """What a record says that the coefficients were saved in."""
+        dtype = content.get("dtype")
+        if dtype not in quantization.DTYPES:
+            raise ValueError(
+                f"`dtype` in the record of the saved adapter must be one of {quantization.DTYPES}, got "
+                f"{str(dtype)[:50]!r}."
+            )
+        return str(dtype)
+
+    def _check_renamed(self, keys: Keys, dtype: str) -> None:
+        """Raises a ValueError if adapted modules have other names than those saved, and nobody has mapped them.
+
+        A tensor that is found under a new name has been mapped. Where one tensor serves all modules, theirs must follow
+        from that of the first.
+        """
+        alone = quantization.is_integer(dtype) or len(self.containers) < len(self.targets)
+        saved = [target.name for target in self.targets]
+        if keys.renamed and alone and not renamed_alike(saved, keys.adapted):
+            old, new = next((old, new) for old, new in zip(saved, keys.adapted) if old != new)
+            raise ValueError(
+                f"The saved adapter belongs to other modules: {old!r} was adapted, and {new!r} is here. If modules "
+                "were renamed, the names in the weights file must be mapped (`key_mapping`), and one and the same "
+                "change must give the new names of all modules, that of the first among them."
+            )
+
+    def _warn_of_base(self, keys: Keys) -> None:
         if self.config.base_fingerprint and keys.base_fingerprint not in (None, self.config.base_fingerprint):
             warnings.warn(
                 "The base model has other weights than the adapter was trained on: samples of the adapted modules "
                 f"differ ({keys.base_fingerprint}, saved was {self.config.base_fingerprint}).",
                 stacklevel=2,
             )
-        self._settled()
-        return {**own, **beside, **others}
 
     def _check_keys(self, found: set[str], expected: set[str]) -> None:
         missing, unknown = sorted(expected - found), sorted(found - expected)
@@ -294,8 +316,7 @@ class Provenance:
         """
         if not self.pending:
             return
-        assert self.owner is not None
-        record = self.owner.buffers_of("identity")[self.adapter_name]
+        record = self.layers[0].buffers_of("identity")[self.adapter_name]
         name = f"{self.config.method()}_identity"
         if record.is_meta:
             return
@@ -307,29 +328,43 @@ class Provenance:
             )
         content = read_record(record, name)
         check_identity(content.get("identity"), self.identity, "in the weights file")
-        dtype, parameters = str(content.get("dtype")), self.parameters()
+        dtype, parameters = self._check_dtype(content), self.parameters()
         assert self._base is not None
+        keys = Keys(self._base.model, self)
+        self._check_renamed(keys, dtype)
         self._base.check_untouched()
-        as_loaded = "float32" if quantization.is_integer(dtype) else dtype
-        if all(str(parameter.dtype) == f"torch.{as_loaded}" for parameter in parameters):  # the model was not cast
-            self._check_others(content, self._base.beside(self.config), Keys(self._base.model, self).renamed)
+        cast = self._is_cast_down(dtype)  # then nothing can be verified to the bit any more
+        if not cast:
+            self._check_others(content, self._base.beside(self.config), keys.renamed)
         with torch.no_grad():
             if quantization.is_integer(dtype):
-                packed = self.owner.buffers_of("packed")[self.adapter_name]
+                packed = self.layers[0].buffers_of("packed")[self.adapter_name]
                 check_checksum(content.get("coefficients"), checksum([("packed", packed)]), "the coefficients")
                 for parameter, part in zip(parameters, self._unpack(packed, dtype)):
                     parameter.copy_(part)
-            else:
-                if all(str(parameter.dtype) == f"torch.{dtype}" for parameter in parameters):
-                    found = checksum(_labelled(parameters).items())
+            elif not cast:
+                saved = getattr(torch, dtype)
+                if checksum(_labelled(parameters).items()) != content.get("coefficients"):  # perhaps they were cast up
+                    found = checksum(_labelled([parameter.to(saved) for parameter in parameters]).items())
                     check_checksum(content.get("coefficients"), found, "the coefficients")
-                for container in self.containers:
-                    parameter = container[self.adapter_name]
-                    if parameter.dtype in (torch.float16, torch.bfloat16):
-                        container[self.adapter_name] = nn.Parameter(parameter.float(), parameter.requires_grad)
+                    self._make_float32()
+            if not quantization.is_integer(dtype) and {p.dtype for p in parameters} <= {torch.float16, torch.bfloat16}:
+                self._make_float32()
         for parameter in self.parameters():
             check_finite(parameter)
+        self._warn_of_base(keys)
         self._settled()
+
+    def _is_cast_down(self, dtype: str) -> bool:
+        """Whether the model was cast to half precision, all of it, after coefficients in float32 were loaded."""
+        found = {parameter.dtype for parameter in self.parameters()}
+        wide = quantization.is_integer(dtype) or dtype == "float32"
+        return wide and len(found) == 1 and found <= {torch.float16, torch.bfloat16}
+
+    def _make_float32(self) -> None:
+        for container in self.containers:
+            parameter = container[self.adapter_name]
+            container[self.adapter_name] = nn.Parameter(parameter.float(), parameter.requires_grad)
 
 
 class CheckpointedLayer(BaseTunerLayer):
@@ -375,47 +410,6 @@ class CheckpointedLayer(BaseTunerLayer):
         if not mode:  # the last that transformers' `load_adapter` does to layers
             self.settle()
         return super().train(mode)  # type: ignore[misc]
-
-
-class Keys:
-    """Names of the tensors of one adapter in a model's state dict, and what else of the model a checkpoint tells."""
-
-    def __init__(self, model: nn.Module, provenance: Provenance) -> None:
-        names = {id(module): clean(name) for name, module in model.named_modules()}
-        adapter, method = provenance.adapter_name, provenance.config.method()
-        self._adapter = adapter
-        owner = names.get(id(provenance.owner), "")
-        self.coefficients = [f"{names.get(id(container), '')}.{adapter}" for container in provenance.containers]
-        self.record = f"{owner}.{method}_identity.{adapter}"
-        self.packed = f"{owner}.{method}_packed.{adapter}"
-        self._biases = getattr(provenance.config, "bias", "none") != "none"
-        self._beside = {
-            f"{clean(name)}.{key}": f"{clean(name)}.{saved}"
-            for name, module in model.named_modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-            for saved, key in module.adapter_state_dict_load_map(adapter).items()
-        }
-        layers = [
-            module
-            for module in model.modules()
-            if isinstance(module, CheckpointedLayer) and module.provenances.get(adapter) is provenance
-        ]
-        adapted = [names[id(layer)].removeprefix("base_model.model.") for layer in layers]
-        self.renamed = adapted != [target.name for target in provenance.targets]
-        self.base_fingerprint = base_fingerprint(layers)
-
-    def completed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A loaded state dict with full names of what has no place in the model: record and packed coefficients."""
-        full = {bare(key, self._adapter): key for key in (self.record, self.packed)}
-        return {full.get(bare(key, self._adapter), key): tensor for key, tensor in tensors.items()}
-
-    def saved(self, key: str) -> str:
-        """The name in the file of what is saved beside the coefficients."""
-        return self._beside.get(key, key)
-
-    def belongs(self, key: str) -> bool:
-        """Whether a tensor of this name is trained and saved whole beside the coefficients."""
-        return key in self._beside or (self._biases and key.rpartition(".")[2] == "bias")
 
 
 def _unnamed(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:

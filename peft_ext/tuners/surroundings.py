@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -30,6 +32,28 @@ def bare(key: str, adapter_name: str) -> str:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that is not a shard of itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def renamed_alike(saved: Sequence[str], found: Sequence[str]) -> bool:
+    """Whether the change of the first name, of some of its parts to others, gives all the new names."""
+    old, new = saved[0].split("."), found[0].split(".")
+    start = len(os.path.commonprefix([old, new]))
+    end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
+    before, after = old[start : len(old) - end], new[start : len(new) - end]
+    if before == after:
+        return False
+
+    def changed(name: str) -> str:
+        parts = name.split(".")
+        if not before:
+            return ".".join([*parts[:start], *after, *parts[start:]])
+        width = len(before)
+        places = [i for i in range(len(parts) - width + 1) if parts[i : i + width] == before]
+        for place in places[:1]:
+            parts[place : place + width] = after
+        return ".".join(parts)
+
+    return [changed(name) for name in saved] == list(found)
 
 
 def saved_modules(model: nn.Module, adapter_name: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -110,3 +134,39 @@ def base_fingerprint(layers: Iterable[BaseTunerLayer]) -> str | None:
         flat = weight.detach().flatten()
         samples.append(flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].float().bfloat16().cpu())
     return digest(torch.cat(samples).view(torch.uint8).numpy().tobytes()) if samples else None
+
+
+class Keys:
+    """Names of the tensors of one adapter in a model's state dict, and what else of the model a checkpoint tells."""
+
+    def __init__(self, model: nn.Module, provenance: Any) -> None:
+        names = {id(module): clean(name) for name, module in model.named_modules()}
+        adapter, method = provenance.adapter_name, provenance.config.method()
+        self._adapter = adapter
+        owner = names.get(id(provenance.layers[0]), "")
+        self.coefficients = [f"{names.get(id(container), '')}.{adapter}" for container in provenance.containers]
+        self.record = f"{owner}.{method}_identity.{adapter}"
+        self.packed = f"{owner}.{method}_packed.{adapter}"
+        self._biases = getattr(provenance.config, "bias", "none") != "none"
+        self._beside = {
+            f"{clean(name)}.{key}": f"{clean(name)}.{saved}"
+            for name, module in model.named_modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+            for saved, key in module.adapter_state_dict_load_map(adapter).items()
+        }
+        self.adapted = [names[id(layer)].removeprefix("base_model.model.") for layer in provenance.layers]
+        self.renamed = self.adapted != [target.name for target in provenance.targets]
+        self.base_fingerprint = base_fingerprint(provenance.layers)
+
+    def completed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A loaded state dict with full names of what has no place in the model: record and packed coefficients."""
+        full = {bare(key, self._adapter): key for key in (self.record, self.packed)}
+        return {full.get(bare(key, self._adapter), key): tensor for key, tensor in tensors.items()}
+
+    def saved(self, key: str) -> str:
+        """The name in the file of what is saved beside the coefficients."""
+        return self._beside.get(key, key)
+
+    def belongs(self, key: str) -> bool:
+        """Whether a tensor of this name is trained and saved whole beside the coefficients."""
+        return key in self._beside or (self._biases and key.rpartition(".")[2] == "bias")

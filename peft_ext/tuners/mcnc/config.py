@@ -148,8 +148,10 @@ class McncConfig(SeededConfig):
                 + (f" and `r={self.r}`" if factors else "")
                 + f", got {self.d}: a longer chunk would be cut off everywhere."
             )
+        self._check_chunks(sum(-(-size // self.chunk_size) for size in sizes), targets)
+
+    def _check_chunks(self, chunks: int, targets: Sequence[Target]) -> None:
         check_memory("`widths`, `k` and `d`", "the frozen network", self._network_size, targets)
-        chunks = sum(-(-size // self.chunk_size) for size in sizes)
         check_memory("`k` and `d`", "the coefficients", chunks * (self.k + 1), targets)
         if self.widths:
             check_memory("`widths` and `d`", "the hidden layers", chunks * max(self.widths), targets)
@@ -181,6 +183,7 @@ class McncConfig(SeededConfig):
             )
         if self.chunk_size > size:
             raise ValueError(f"`d` must be at most the {size} parameters of the network, got {self.chunk_size}.")
+        self._check_chunks(-(-size // self.chunk_size), [Target("", size, 1)])
         return self._manifold(size)
 
     def _manifold(self, size: int, **options: Any) -> SineManifold:

@@ -103,6 +103,8 @@ class PrancConfig(SeededConfig):
             raise ValueError(
                 f"`num_coefficients` must be at most the {size} parameters of the network, got {self.num_coefficients}."
             )
+        if self.basis == "sparse":
+            check_memory("`nnz`", "the tables of what weights read", self.nnz * size, [Target("", size, 1)])
         return self._generator(("network", self.basis), size, 1, keep_basis)
 
     def _generator(
