@@ -267,8 +267,8 @@ class Provenance:
             old, new = next((old, new) for old, new in zip(saved, keys.adapted) if old != new)
             raise ValueError(
                 f"The saved adapter belongs to other modules: {old!r} was adapted, and {new!r} is here. If modules "
-                "were renamed, the names in the weights file must be mapped (`key_mapping`), and one and the same change "
-                "must give the new names of all modules, that of the first among them."
+                "were renamed, the names in the weights file must be mapped (`key_mapping`), and one and the same "
+                "change must give the new names of all modules, that of the first among them."
             )
 
     def _warn_of_base(self, keys: Keys) -> None:

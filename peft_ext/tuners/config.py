@@ -64,6 +64,7 @@ class Target(NamedTuple):
 MULTIPLE = 16
 """A configuration may ask for so many times what the adapted weights are, in numbers and in memory."""
 
+_MOST_ENTRIES = 10_000  # in a field: PEFT looks at them all for every module
 _SMALL = 1 << 26  # bytes that any configuration may ask for
 
 
