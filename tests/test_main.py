@@ -56,6 +56,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command: (exit code, what it prints, what it says on stderr)."""
 
     def command(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what came before
         code = main([str(argument) for argument in arguments])
         told = capsys.readouterr()
         return code, told.out, told.err
@@ -137,8 +138,8 @@ def test_inspect_visual_prompts_and_networks(run: Any, tmp_path: Path) -> None:
 
 def test_json_has_the_documented_names(run: Any, tmp_path: Path) -> None:
     names = (
-        "kind method folder base_model network options generating coefficients vectors coefficient_dtype bytes identity "
-        "modules names beside unexplained drawn drawn_exactly"
+        "kind method folder base_model network options generating coefficients vectors coefficient_dtype bytes "
+        "identity modules names beside unexplained drawn drawn_exactly"
     )
     for folder in (saved(tmp_path / "adapter"), saved_network(tmp_path / "network")):
         assert list(json.loads(run("inspect", folder, "--json")[1])) == names.split()
@@ -155,10 +156,15 @@ def test_json_has_the_documented_names(run: Any, tmp_path: Path) -> None:
 def test_verify(method: str, dtype: str, run: Any, tmp_path: Path) -> None:
     folder = saved(tmp_path, method, coefficient_dtype=dtype)
     code, out, err = run("verify", folder)
-    assert (code, err) == (0, "") and "saved checksum" in out and f"in {dtype} are there" in out
+    assert (
+        (code, err) == (0, "")
+        and "saved checksum" in out
+        and "names and shapes" in out
+        and f"in {dtype} are there" in out
+    )
     damage(folder)
     code, out, err = run("verify", folder)
-    assert (code, out, err.count("\n")) == (1, "", 1) and "hecksum" in err
+    assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("peft-ext: ")
 
 
 def test_verify_a_network(run: Any, tmp_path: Path) -> None:
@@ -283,8 +289,25 @@ def test_packed_coefficients_of_several_shapes_stay_packed(run: Any, tmp_path: P
     again.save_pretrained(str(tmp_path / "three"))
     two, three = (load_file(tmp_path / name / WEIGHTS) for name in ("two", "three"))
     assert all(torch.equal(two[name], three[name]) for name in two)
-    code, _, err = run("quantize", tmp_path / "one", tmp_path / "four", "--dtype", "float32")
-    assert code == 1 and "without the base model" in err and not (tmp_path / "four").exists()
+    assert run("quantize", tmp_path / "one", tmp_path / "four", "--dtype", "float32")[0] == 0  # the hash tells which
+    four = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path / "four"))
+    one = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path / "one"))
+    assert torch.equal(four(X).logits, one(X).logits)
+
+
+def test_shapes_that_do_not_follow_from_names(run: Any, tmp_path: Path) -> None:
+    """Layers of one name and two shapes: which is which is in no file."""
+    base = tiny_models.llama()
+    base.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 64, bias=False)
+    base.model.layers[1].mlp.gate_proj = torch.nn.Linear(32, 64, bias=False)
+    base.model.layers[1].mlp.down_proj = torch.nn.Linear(64, 32, bias=False)
+    config = McncConfig(r=2, k=3, d=13, target_modules=["up_proj"], coefficient_dtype="int4")
+    randomised(get_peft_model(base, config)).save_pretrained(str(tmp_path / "one"))
+    code, out, _ = run("verify", tmp_path / "one")
+    assert code == 0 and "names and shapes" not in out
+    assert run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "int8")[0] == 0
+    code, _, err = run("quantize", tmp_path / "one", tmp_path / "three", "--dtype", "float32")
+    assert code == 1 and "without the base model" in err and not (tmp_path / "three").exists()
 
 
 def test_quantize_does_not_write_over_anything(run: Any, tmp_path: Path) -> None:
