@@ -156,6 +156,10 @@ class CheckpointedConfig(PeftConfig):
             raise
         check_types(self)
         check_choice("coefficient_dtype", self.coefficient_dtype, DTYPES)
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, (list, tuple, set, dict)) and len(value) > _MOST_ENTRIES:
+                raise ValueError(f"`{each.name}` must have at most {_MOST_ENTRIES:,} entries, got {len(value):,}.")
         saved = [
             name for name in ("target_shapes", "target_names", "base_fingerprint") if getattr(self, name) is not None
         ]
