@@ -94,6 +94,8 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
     saved = read(options.folder, options.revision)
+    if saved.is_network and options.base is not None:
+        raise FileNotFoundError("--base: a network from a seed has no base model; leave it out.")
     verified = verify(saved)
     strangers = sorted(unexplained(saved))
     if options.base is not None:

@@ -641,6 +641,14 @@ def test_wrong_dtypes_of_coefficients(dtype: torch.dtype, method: str, tmp_path:
             model.load_adapter(str(tmp_path))
 
 
+def test_long_lists(tmp_path: Path) -> None:
+    """PEFT takes seconds to look for the names of such a list in a model."""
+    saved(tmp_path, "NOLA")
+    edit(tmp_path, modules_to_save=["x"] * 100_000)
+    with refused("`modules_to_save` must have at most 10,000 entries, got 100,000"):
+        PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path))
+
+
 # The base model
 
 

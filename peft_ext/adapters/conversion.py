@@ -48,7 +48,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (overwrite and path.is_dir()):
         raise FileExistsError(f"`out` must be a new or empty folder, or be overwritten, got {str(out)!r}.")
     packs, was_packed = quantization.is_integer(dtype), quantization.is_integer(saved.dtype)
-    if was_packed and not packs and len(set(saved.sizes)) > 1:
+    if was_packed and not packs and not saved.shapes_known and len(set(saved.sizes)) > 1:
         raise ValueError(
             f"Coefficients in {saved.dtype} for modules of several shapes cannot be told apart without the base model: "
             f"load the adapter, set `coefficient_dtype` of its configuration to {dtype!r} and save it."

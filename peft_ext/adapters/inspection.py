@@ -13,7 +13,7 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, _BaseAutoPeftModel
 from ..checkpoint.identity import describe_shapes
 from ..generators import Generator
 from ..generators.linear import RandomBasis
-from ..tuners.config import SeededConfig, Target
+from ..tuners.config import SeededConfig
 from .saved import Saved, unexplained
 
 _UNTOLD = {
@@ -65,7 +65,7 @@ def inspect(saved: Saved) -> dict[str, Any]:
         "beside": sorted(saved.others),
         "unexplained": sorted(unexplained(saved)),
         "drawn": drawn,
-        "drawn_exactly": not getattr(config, "rank_pattern", None),
+        "drawn_exactly": saved.shapes_known or not getattr(config, "rank_pattern", None),
     }
 
 
@@ -85,8 +85,7 @@ def _drawn(saved: Saved) -> list[dict[str, Any]]:
         size = saved.targets[0].fan_out
         start = {"what": "start of the network", "number": 1, "numbers": size, "memory": 4 * size}
         return [start, *_drawn_by([config.network_generator(size)])]
-    targets = [Target(target.name, target.fan_out, target.fan_in) for target in saved.targets]
-    return _drawn_by([generator for target in targets for generator in config.generators(target)])
+    return _drawn_by([generator for target in saved.targets for generator in config.generators(target)])
 
 
 def _drawn_by(generators: list[Generator]) -> list[dict[str, Any]]:

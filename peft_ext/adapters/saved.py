@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from .. import seeded_network
 from ..checkpoint import quantization
 from ..checkpoint.hub import local_folder
 from ..checkpoint.identity import (
+    Identity,
     check_checksum,
     check_finite,
     check_identity,
@@ -32,6 +35,7 @@ from ..tuners.config import CheckpointedConfig, Target
 from ..tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME
 
 _PREFIX = "base_model.model."
+_MOST_GUESSES = 5_000
 
 
 _FILES = ("README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, "config.json")
@@ -46,8 +50,8 @@ class Saved:
         config: its configuration.
         described: what `seed_config.json` of a network says; nothing for an adapter.
         record: what the record in the weights file says.
-        targets: the adapted modules. A checkpoint tells their names and how many have which shape, not which: names
-            and shapes are each in an order of their own. A network is one module.
+        targets: the adapted modules. A network is one module.
+        shapes_known: whether every target has its own shape: a file tells how many have which, and a hash of all.
         vectors: names of the tensors of coefficients, in the order of the model.
         packed: name of the tensor that holds the coefficients in a few bits each.
         record_name: name of the record.
@@ -59,6 +63,7 @@ class Saved:
     described: Mapping[str, Any]
     record: dict[str, Any]
     targets: list[Target]
+    shapes_known: bool
     vectors: list[str]
     packed: str
     record_name: str
@@ -90,7 +95,7 @@ class Saved:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers in every vector of coefficients; their order is not that of the model where shapes differ."""
+        """Numbers in every vector of coefficients; in an order of their own unless `shapes_known`."""
         if self.is_network:
             return [self.config.network_generator(self.targets[0].fan_out).num_coefficients]
         return self.config.vector_sizes(self.targets)
@@ -149,13 +154,13 @@ def _read_adapter(folder: Path) -> Saved:
         raise ValueError(f"{str(folder / CONFIG_NAME)!r} is the configuration of no saved adapter: it has no identity.")
     tensors = _load(folder / SAFETENSORS_WEIGHTS_NAME)
     names = unfold_names(config.target_names)
-    targets = _targets(config, names)
+    targets, known = _targets(config, names)
     layer = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls  # type: ignore[index]
     ends = layer.adapter_layer_names[0]
     record_name, packed = (f"{_PREFIX}{names[0]}.{config.method()}_{kind}" for kind in ("identity", "packed"))
     vectors = [f"{_PREFIX}{name}.{ends}" for name in names[: len(config.vector_sizes(targets))]]
     record = read_record(tensors.get(record_name), record_name)
-    return Saved(folder, config, {}, record, targets, vectors, packed, record_name, tensors)
+    return Saved(folder, config, {}, record, targets, known, vectors, packed, record_name, tensors)
 
 
 def _read_network(folder: Path) -> Saved:
@@ -164,7 +169,7 @@ def _read_network(folder: Path) -> Saved:
     record = read_record(tensors.get("identity"), "identity")
     size = sum(torch.Size(shape).numel() for shape in described["weights"].values())
     targets, vectors = [Target("", size, 1)], [NETWORK_COEFFICIENTS]
-    return Saved(folder, config, described, record, targets, vectors, "packed", "identity", tensors)
+    return Saved(folder, config, described, record, targets, True, vectors, "packed", "identity", tensors)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -176,7 +181,12 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
 
 
-def _targets(config: CheckpointedConfig, names: list[str]) -> list[Target]:
+def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target], bool]:
+    """The adapted modules, and whether their shapes are known.
+
+    The file tells how many modules have a shape, and a hash of names and shapes. Where shapes depend on the last part
+    of a name, as in transformers, the hash tells which.
+    """
     shapes = config.target_shapes or {}
     if not names or sum(shapes.values()) != len(names):
         raise ValueError(
@@ -184,10 +194,29 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> list[Target]:
             f"{sum(shapes.values())}."
         )
     try:
-        every = [parse_shape(shape) for shape, number in shapes.items() for _ in range(number)]
+        sizes = {parse_shape(shape): number for shape, number in shapes.items()}
     except ValueError as error:
         raise ValueError(f"`target_shapes` must have keys like '32 x 16', got {list(shapes)[:5]!r}.") from error
-    return [Target(name, *shape) for name, shape in zip(names, every)]
+    assert config.identity is not None
+    ends = Counter(name.rpartition(".")[2] for name in names)
+    with_biases = bool(getattr(config, "adapt_bias", False))
+    choices = [(*size, bias) for size in sizes for bias in ((0, size[0]) if with_biases else (0,))]
+    if len(choices) ** len(ends) <= _MOST_GUESSES:
+        for guess in itertools.product(choices, repeat=len(ends)):
+            counts: Counter[tuple[int, int]] = Counter()
+            for shape, number in zip(guess, ends.values()):
+                counts[shape[:2]] += number
+            if counts != sizes:
+                continue
+            by_end = dict(zip(ends, guess))
+            targets = [Target(name, *by_end[name.rpartition(".")[2]]) for name in names]
+            found = Identity(config.generating(), [config.described(target) for target in targets]).to_dict()
+            if found["modules"] == config.identity.get("modules"):
+                return targets, True
+    every = [size for size, number in sizes.items() for _ in range(number)]
+    if len(sizes) == 1 and not with_biases:
+        raise ValueError("`target_names` or `target_shapes` was edited: the hash of both in `identity` is another.")
+    return [Target(name, *size) for name, size in zip(names, every)], False
 
 
 def verify(saved: Saved) -> list[str]:
@@ -213,6 +242,8 @@ def verify(saved: Saved) -> list[str]:
     ]
     if getattr(saved.config, "fingerprint", None) is not None:  # verified when the configuration was read
         told.append(f"Seed {saved.config.seed} means the same random numbers here.")
+    if saved.shapes_known and not saved.is_network:
+        told.append(f"The names and shapes of the {len(saved.targets)} adapted modules are those that were saved.")
     _check_coefficients(saved)
     told.append(f"{sum(saved.sizes):,} coefficients in {saved.dtype} are there, finite, and have the saved checksum.")
     strangers = _check_others(saved)

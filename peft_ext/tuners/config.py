@@ -64,6 +64,7 @@ class Target(NamedTuple):
 MULTIPLE = 16
 """A configuration may ask for so many times what the adapted weights are, in numbers and in memory."""
 
+_MOST_ENTRIES = 10_000  # in a field: PEFT looks at them all for every module
 _SMALL = 1 << 26  # bytes that any configuration may ask for
 
 
@@ -169,6 +170,10 @@ class CheckpointedConfig(DescribedConfig):
             raise
         check_types(self)
         check_choice("coefficient_dtype", self.coefficient_dtype, DTYPES)
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, (list, tuple, set, dict)) and len(value) > _MOST_ENTRIES:
+                raise ValueError(f"`{each.name}` must have at most {_MOST_ENTRIES:,} entries, got {len(value):,}.")
         saved = [
             name for name in ("target_shapes", "target_names", "base_fingerprint") if getattr(self, name) is not None
         ]

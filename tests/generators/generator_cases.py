@@ -223,7 +223,8 @@ class GeneratorCases:
         expected = generator.expand(coefficients)
         other = clone(generator)
         assert other == generator and torch.equal(other.expand(coefficients), expected)
-        assert len(other.frozen) == len(generator.frozen)
+        assert len(other.frozen) == len(generator.frozen) == len(generator.frozen_sizes)
+        assert generator.nbytes == 4 * sum(generator.frozen_sizes)
         assert all(a is b for a, b in zip(other.frozen, generator.frozen))
         assert len(pickle.dumps(generator)) == size
 
