@@ -77,8 +77,10 @@ class Provenance:
 
         It fills whatever else of the model a file has tensors for as well: what it must not touch is remembered.
         """
-        self._base = Base(model, self.adapter_name, getattr(self.config, "bias", "none") != "none")
-        size = self._record({}, {}).numel()
+        biases, modules = getattr(self.config, "bias", "none") != "none", getattr(self.config, "modules_to_save", None)
+        self._base = Base(model, self.adapter_name, biases)
+        others = {"any": torch.empty(0)} if biases or modules else {}
+        size = self._record({}, others).numel()
         self.layers[0].buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
         if quantization.is_integer(self.config.coefficient_dtype):
             packed = quantization.size_of(self._layout().sizes, self.config.coefficient_dtype)
