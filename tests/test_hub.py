@@ -101,7 +101,7 @@ def test_the_card_says_how_to_load_that_revision(kind: str, hub: hub_server.Hub,
         assert "<this folder" not in text and "(not recorded)" not in text
         files = hub.repositories[name].files(revision)
         weights = files.get("adapter_model.safetensors") or files["model.safetensors"]
-        assert f" in {len(weights):,} bytes |" in text
+        assert f", {len(weights):,} bytes |" in text
 
 
 def test_the_code_of_a_networks_card(hub: hub_server.Hub, published: Session) -> None:

@@ -13,8 +13,6 @@ import tiny_models
 import torch
 import transformers
 from dense import coefficients_of
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
 from methods import METHODS, ONE_OF_EACH, config_of, lower
 from peft import (
     AutoPeftModel,
@@ -29,8 +27,6 @@ from peft import (
 )
 from torch import nn
 from transformers import AutoModelForCausalLM
-
-import peft_ext
 
 X = tiny_models.tokens()
 
@@ -318,38 +314,6 @@ def test_push_to_hub(model: PeftModel, uploaded: dict[str, bytes]) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(uploaded)
     assert json.loads(uploaded["adapter_config.json"])["fingerprint"]
     assert len(uploaded["adapter_model.safetensors"]) < 8192
-
-
-@pytest.mark.parametrize("remote", [None, "---\nlicense: mit\n---\n\n# Mine\n\nTrained with care.\n"])
-def test_push_to_hub_with_the_model_card(model: PeftModel, remote: str | None) -> None:
-    """Our function uploads the card of the adapter, with the text of a card that is in the repository."""
-    uploaded: dict[str, Any] = {}
-    load_file = ModelCard.load
-
-    def load(name: str, **options: Any) -> ModelCard:
-        if name != "somebody/adapter":
-            return load_file(name, **options)
-        if remote is None:
-            raise EntryNotFoundError("no card")
-        return ModelCard(remote)
-
-    def upload(self: Any, *, repo_id: str, folder_path: str, **options: Any) -> str:
-        uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, **options)
-        return f"https://hub/{repo_id}"
-
-    created = mock.Mock(repo_id="somebody/adapter")
-    with (
-        mock.patch.object(ModelCard, "load", load),
-        mock.patch("huggingface_hub.HfApi.upload_folder", upload),
-        mock.patch("huggingface_hub.HfApi.create_repo", return_value=created) as create,
-    ):
-        address = peft_ext.push_to_hub(model, "adapter", private=True, revision="new")
-    assert address == "https://hub/somebody/adapter" and uploaded.pop("revision") == "new"
-    assert create.call_args.kwargs["private"] is True and uploaded.pop("commit_message")
-    assert set(uploaded) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-    card = ModelCard(uploaded["README.md"].decode())
-    assert "import peft_ext" in card.text and card.data.library_name == "peft"
-    assert remote is None or ("Trained with care." in card.text and card.data.license == "mit")
 
 
 def test_trainable_parameters_and_status(model: PeftModel, method: str) -> None:

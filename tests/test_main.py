@@ -224,6 +224,18 @@ def test_verify_with_a_base_model(task: str | None, run: Any, tmp_path: Path) ->
     assert run("verify", folder, "--base", tmp_path / "nothing")[0] == 2
 
 
+def test_verify_with_a_base_of_another_number_of_classes(run: Any, tmp_path: Path) -> None:
+    """A head that was trained with the adapter replaces that of the base model, whatever classes that one has."""
+    config = NolaConfig(r=2, num_basis=4, target_modules=["q_proj"], modules_to_save=["classifier"])
+    get_peft_model(tiny_models.vit(labels=3), config).save_pretrained(str(tmp_path / "adapter"))
+    tiny_models.vit(labels=7).save_pretrained(tmp_path / "base")
+    code, out, err = run("verify", tmp_path / "adapter", "--base", tmp_path / "base")
+    assert code == 0 and "It fits ViTForImageClassification" in out, err
+    tiny_models.vit(layers=3).save_pretrained(tmp_path / "deeper")
+    code, _, err = run("verify", tmp_path / "adapter", "--base", tmp_path / "deeper")
+    assert code == 1 and "`target_shapes`" in err
+
+
 # quantize
 
 

@@ -16,6 +16,7 @@ from ..generators.linear import RandomBasis
 from ..tuners.config import SeededConfig
 from .saved import Saved, unexplained
 
+_HEADS = {"classifier", "score"}  # of the classifiers of transformers; their last layer has a row for every class
 _UNTOLD = {
     "auto_mapping",
     "base_fingerprint",
@@ -125,10 +126,13 @@ def load_with_base(saved: Saved, base: str) -> list[str]:
     """
     if saved.is_network:
         raise ValueError("`base` must be None for a network from a seed, which has no base model.")
-    model = _model_class(saved).from_pretrained(base)
+    model = _model_class(saved).from_pretrained(base, **_head_options(saved))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        PeftModel.from_pretrained(model, str(saved.folder))
+        try:
+            PeftModel.from_pretrained(model, str(saved.folder))
+        except RuntimeError as error:  # what torch raises for modules that are saved whole, of other shapes
+            raise ValueError(f"{str(error)[:500]}") from error
     told = [
         f"It fits {type(model).__name__} of {base!r}: {describe_shapes(saved.config.target_shapes)} by their names."
     ]
@@ -140,6 +144,13 @@ def load_with_base(saved: Saved, base: str) -> list[str]:
             f"The base model has the weights that it was trained on, fingerprint {saved.config.base_fingerprint}."
         )
     return told + changed
+
+
+def _head_options(saved: Saved) -> dict[str, Any]:
+    """What gives a base model as many classes as the head has that was saved whole, if one was."""
+    modules = set(getattr(saved.config, "modules_to_save", None) or ()) & _HEADS
+    heads = [tensor for name, tensor in saved.others.items() if modules & set(name.split("."))]
+    return {"num_labels": len(heads[-1]), "ignore_mismatched_sizes": True} if heads else {}
 
 
 def _model_class(saved: Saved) -> Any:

@@ -14,7 +14,13 @@ import tiny_models
 import torch
 from dense import PREFIX, close, coefficients_of, dense_gradients, layer_update, run_dense, updates
 from methods import METHODS, adapt, config_of
-from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -53,9 +59,11 @@ def test_one_vector_for_the_whole_adapter(method: str, tmp_path: Path) -> None:
     assert model.get_nb_trainable_parameters()[0] == 13
     model(tiny_models.tokens())
     model.save_pretrained(str(tmp_path))
-    (saved,) = load_file(tmp_path / "adapter_model.safetensors").items()
-    assert saved[0] == name.removesuffix(".default") and torch.equal(saved[1], trainable[name])
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * 13 + 256
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    vector = name.removesuffix(".default")
+    assert saved.keys() == {vector, vector.replace("coefficients", "identity")}
+    assert torch.equal(saved[vector], trainable[name])
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * 13 + 512 + 384
 
 
 def test_starts_at_zero() -> None:
@@ -124,7 +132,11 @@ def test_layers_follow_the_vector(method: str) -> None:
     check()
     model.to(DOUBLE), base.to(DOUBLE)
     check()
-    set_peft_model_state_dict(model, {f"{PREFIX}first.pranc_coefficients": torch.randn(13)})
+    saved, (parameter,) = copy.deepcopy(get_peft_model_state_dict(model)), coefficients_of(model).values()
+    before = parameter.detach().clone()
+    nn.init.normal_(parameter)
+    set_peft_model_state_dict(model, saved)
+    assert torch.equal(*(value.detach() for value in (before, *coefficients_of(model).values())))
     check()
     duplicate = copy.deepcopy(model)
     owner["default"].data.zero_()
