@@ -445,6 +445,17 @@ def test_pickles(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).unlink()
     with refused("adapter_model.bin", "a pickle, which is not read"):
         PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        tiny_models.llama().load_adapter(str(tmp_path))
+
+
+def test_a_pickle_that_transformers_is_told_to_read_is_verified(tmp_path: Path) -> None:
+    saved(tmp_path, "NOLA")
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors[next(name for name in tensors if "coefficients" in name)] += 1
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    with refused("checksum of the coefficients"):
+        tiny_models.llama().load_adapter(str(tmp_path), use_safetensors=False)
 
 
 # Default dtype and device
