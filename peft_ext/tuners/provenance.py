@@ -307,7 +307,8 @@ class Provenance:
             raise ValueError(
                 f"The saved adapter holds {len(strangers)} tensors that are no part of it (first: "
                 f"{min(strangers)!r}) and would overwrite the base model. Take them out of the file. Modules that are "
-                "trained beside an adapter are named in `modules_to_save`."
+                "trained beside an adapter are named in `modules_to_save`; trained biases need the `bias` of the "
+                "configuration that they were trained with."
             )
 
     def settle(self) -> None:
