@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import Dataset
 
 from ...targets import IGNORED, Alignment
@@ -89,9 +90,7 @@ def count_classes(request: Request) -> int:
     """Returns the number of classes, or of tokens: the width of the model's outputs."""
     alignment, device = Alignment.of(request.model), next(request.model.parameters()).device
     batch = request.collator([request.forget[0]])
-    arguments, labels = alignment.split(
-        {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    )
+    arguments, labels = alignment.split(send_to_device(batch, device))
     outputs, _ = alignment.pair(request.model.eval()(**arguments), labels)
     return outputs.shape[-1]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import Trainer
 
 from ...checks import check_share
@@ -26,7 +27,7 @@ def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
     device, alignment = next(iter(parameters.values())).device, Alignment.of(request.model)
     gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for batch in request.loader(request.forget):
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        batch = send_to_device(batch, device)
         outputs = request.model(**batch)
         # The model's loss is a mean over the targets of the batch.
         count = alignment.pair(outputs, batch["labels"])[1].ne(IGNORED).sum()
