@@ -64,6 +64,12 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def declared_type(field: dataclasses.Field[Any]) -> str:
+    """The type of a dataclass's field as text, that of an optional one without the None."""
+    text = str(field.type)
+    return text.removeprefix("Optional[").removesuffix("]") if text.startswith("Optional[") else text
+
+
 def check_types(config: Any) -> None:
     """Raises a ValueError for the first field of a dataclass whose value is not of the type that it is declared with.
 
@@ -72,12 +78,9 @@ def check_types(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         if not _is_of(getattr(config, field.name), hints[field.name]):
-            kind = (
-                str(field.type).removeprefix("Optional[").removesuffix("]")
-                if "Optional" in str(field.type)
-                else (str(field.type))
+            raise ValueError(
+                f"`{field.name}` must be of type {declared_type(field)}, got {getattr(config, field.name)!r}."
             )
-            raise ValueError(f"`{field.name}` must be of type {kind}, got {getattr(config, field.name)!r}.")
 
 
 def _is_of(value: Any, hint: Any) -> bool:

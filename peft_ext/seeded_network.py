@@ -25,7 +25,6 @@ from .checkpoint import quantization
 from .checkpoint.card import About
 from .checkpoint.hub import local_folder, upload
 from .checkpoint.identity import (
-    FORMAT,
     Identity,
     canonical,
     check_checksum,
@@ -34,6 +33,7 @@ from .checkpoint.identity import (
     checksum,
     digest,
     read_record,
+    record_content,
     write_record,
 )
 from .checks import check_choice
@@ -173,18 +173,18 @@ class SeededNetwork(nn.Module):
         coefficients = state.pop(NETWORK_COEFFICIENTS)
         buffers = {name: state[name] for name, _ in self.named_buffers() if name in state}
         if quantization.is_integer(dtype):
-            parts = [coefficients[places] for places in self.config.kinds(len(coefficients))]
-            stored = state["packed"] = quantization.encode(parts, dtype)
-            error = quantization.change(parts, quantization.decode(stored, [len(part) for part in parts], dtype))
+            layout = self.config.layout([len(coefficients)])
+            stored = state["packed"] = layout.pack([coefficients], dtype)
+            after = layout.unpack(stored, dtype)
         else:
             stored = state[NETWORK_COEFFICIENTS] = quantization.cast(coefficients, dtype)
-            error = quantization.change([coefficients], [stored])
+            after = [stored]
         state["identity"] = _record(self.identity, dtype, len(coefficients), stored, buffers)
         save_file(state, path / NETWORK_WEIGHTS_NAME, metadata={"format": "pt"})
         if isinstance(self.network, transformers.PreTrainedModel):
             self.network.config.architectures = [type(self.network).__name__]
             self.network.config.save_pretrained(path)
-        fields = {**self.config.to_dict(), "coefficient_error": error}
+        fields = {**self.config.to_dict(), "coefficient_error": quantization.change([coefficients], after)}
         described = {
             "network": type(self.network).__name__,
             "network_config": _digest_of_network_config(path),
@@ -257,7 +257,7 @@ def load_from_seed(
             not fit or are not finite, or no `network` where one is needed.
         FileNotFoundError: neither a folder nor what could be the id of a repository.
     """
-    path = local_folder(folder, (NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, "config.json"), revision, token)
+    path = local_folder(folder, (NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, transformers.CONFIG_NAME), revision, token)
     described, config = read_config(path)
     state = load_file(path / NETWORK_WEIGHTS_NAME)
     content = read_record(state.pop("identity", None), "identity")
@@ -281,7 +281,8 @@ def load_from_seed(
     coefficients = seeded.coefficients[_ADAPTER]
     check_choice(f"dtype in {NETWORK_WEIGHTS_NAME}", content.get("dtype"), quantization.DTYPES)
     found = "packed" if quantization.is_integer(content["dtype"]) else NETWORK_COEFFICIENTS
-    expected = {key: buffer.shape for key, buffer in seeded.named_buffers() if key in seeded.state_dict()}
+    kept = seeded.state_dict().keys()
+    expected = {key: buffer.shape for key, buffer in seeded.named_buffers() if key in kept}
     shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed" or found != "packed"}
     if found != "packed":
         expected = {NETWORK_COEFFICIENTS: coefficients.shape, **expected}
@@ -298,12 +299,10 @@ def load_from_seed(
     check_checksum(content.get("others"), checksum(buffers.items()), "the buffers")
     with torch.no_grad():
         if found == "packed":
-            kinds = config.kinds(len(coefficients))
-            parts = quantization.decode(state["packed"], [len(places) for places in kinds], content["dtype"])
-            for places, part in zip(kinds, parts):
-                coefficients[places] = part
+            (vector,) = config.layout([len(coefficients)]).unpack(state[found], content["dtype"])
         else:
-            coefficients.copy_(state[found])
+            vector = state[found]
+        coefficients.copy_(vector)
         for key, buffer in seeded.named_buffers():
             if key in buffers:
                 buffer.copy_(buffers[key])
@@ -370,16 +369,7 @@ def _identity(config: SeededConfig, weights: Sequence[_Weight]) -> Identity:
 def _record(
     identity: Identity, dtype: str, count: int, coefficients: torch.Tensor, buffers: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    return write_record(
-        {
-            "format": FORMAT,
-            "identity": identity.to_dict(),
-            "dtype": dtype,
-            "count": count,
-            "coefficients": checksum([("coefficients", coefficients)]),
-            "others": checksum(buffers.items()),
-        }
-    )
+    return write_record(record_content(identity, dtype, count, [("coefficients", coefficients)], buffers.items()))
 
 
 def _verify(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -9,17 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
+import transformers
 from safetensors.torch import save
 
 from ..checkpoint import quantization
+from ..checkpoint.card import CARD_NAME
 from ..checkpoint.identity import checksum, write_record
 from ..checks import check_choice
 from ..files import write_whole
 from ..tuners.description import NETWORK_CONFIG_NAME, describe
 from .saved import Saved
-
-_CARD = "README.md"
 
 
 def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: bool = False) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         )
     before = saved.coefficients()
     if packs:
-        layout = saved.layout() if was_packed else _layout_of(saved, before)
+        layout = saved.layout() if was_packed else saved.config.layout([vector.numel() for vector in before])
         packed = layout.pack(before, dtype)
         after, stored = layout.unpack(packed, dtype), {saved.packed: packed}
     else:
@@ -66,7 +65,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
 
     path.mkdir(parents=True, exist_ok=True)
     for each in saved.folder.iterdir():
-        if each.is_file() and (each.name == _CARD or each.name == "config.json"):
+        if each.is_file() and each.name in (CARD_NAME, transformers.CONFIG_NAME):
             shutil.copyfile(each, path / each.name)
     metadata = {"format": "pt"}
     weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -87,7 +86,3 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         "bytes_before": saved.weights_path.stat().st_size,
         "error": error or 0.0,
     }
-
-
-def _layout_of(saved: Saved, vectors: list[torch.Tensor]) -> quantization.Layout:
-    return quantization.Layout([saved.config.kinds(vector.numel()) for vector in vectors])

@@ -132,7 +132,7 @@ def load_with_base(saved: Saved, base: str) -> list[str]:
         try:
             PeftModel.from_pretrained(model, str(saved.folder))
         except RuntimeError as error:  # what torch raises for modules that are saved whole, of other shapes
-            raise ValueError(f"{str(error)[:500]}") from error
+            raise ValueError(str(error)[:500]) from error
     told = [
         f"It fits {type(model).__name__} of {base!r}: {describe_shapes(saved.config.target_shapes)} by their names."
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from .. import seeded_network
 from ..checkpoint import quantization
+from ..checkpoint.card import CARD_NAME
 from ..checkpoint.hub import local_folder
 from ..checkpoint.identity import (
     Identity,
@@ -26,19 +28,22 @@ from ..checkpoint.identity import (
     check_finite,
     check_identity,
     checksum,
+    numbered,
     parse_shape,
     read_record,
     unfold_names,
+    unnamed,
 )
 from ..seeded_network import NETWORK_COEFFICIENTS
 from ..tuners.config import CheckpointedConfig, Target
 from ..tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME
+from ..tuners.surroundings import PREFIX
 
-_PREFIX = "base_model.model."
 _MOST_GUESSES = 5_000
-
-
-_FILES = ("README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, "config.json")
+_FILES = (
+    *(CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
+    *(NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, transformers.CONFIG_NAME),
+)
 
 
 @dataclass
@@ -114,7 +119,7 @@ class Saved:
 
     def layout(self) -> quantization.Layout:
         """How the vectors are packed. (Vectors of several sizes can be in any order: kinds are joined end to end.)"""
-        return quantization.Layout([self.config.kinds(size) for size in self.sizes])
+        return self.config.layout(self.sizes)
 
     def labelled(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """Coefficients, by name, as their checksum sees them."""
@@ -122,7 +127,7 @@ class Saved:
             return [("coefficients" if self.is_network else "packed", tensors[self.packed])]
         if self.is_network:
             return [("coefficients", tensors[self.vectors[0]])]
-        return [(f"coefficients {index}", tensors[name]) for index, name in enumerate(self.vectors)]
+        return list(numbered([tensors[name] for name in self.vectors]).items())
 
 
 def read(place: str | os.PathLike[str], revision: str | None = None) -> Saved:
@@ -157,8 +162,8 @@ def _read_adapter(folder: Path) -> Saved:
     targets, known = _targets(config, names)
     layer = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls  # type: ignore[index]
     ends = layer.adapter_layer_names[0]
-    record_name, packed = (f"{_PREFIX}{names[0]}.{config.method()}_{kind}" for kind in ("identity", "packed"))
-    vectors = [f"{_PREFIX}{name}.{ends}" for name in names[: len(config.vector_sizes(targets))]]
+    record_name, packed = (f"{PREFIX}{names[0]}.{config.method()}_{kind}" for kind in ("identity", "packed"))
+    vectors = [f"{PREFIX}{name}.{ends}" for name in names[: len(config.vector_sizes(targets))]]
     record = read_record(tensors.get(record_name), record_name)
     return Saved(folder, config, {}, record, targets, known, vectors, packed, record_name, tensors)
 
@@ -290,10 +295,9 @@ def _check_others(saved: Saved) -> list[str]:
         return []
     strangers = unexplained(saved)
     beside = {name: tensor for name, tensor in others.items() if name not in strangers}
-    found = checksum((name.rpartition(".")[2], tensor) for name, tensor in beside.items())
-    check_checksum(saved.record.get("others"), found, "what is saved beside the coefficients")
+    check_checksum(saved.record.get("others"), checksum(unnamed(beside)), "what is saved beside the coefficients")
     if beside:
-        found = checksum((name.removeprefix(_PREFIX), tensor) for name, tensor in beside.items())
+        found = checksum((name.removeprefix(PREFIX), tensor) for name, tensor in beside.items())
         check_checksum(saved.record.get("named"), found, "what is saved beside the coefficients and its names")
     return strangers
 
@@ -311,5 +315,5 @@ def unexplained(saved: Saved) -> list[str]:
     return [
         name
         for name in saved.others
-        if not (biases and name.endswith(".bias")) and not modules & set(name.removeprefix(_PREFIX).split("."))
+        if not (biases and name.endswith(".bias")) and not modules & set(name.removeprefix(PREFIX).split("."))
     ]

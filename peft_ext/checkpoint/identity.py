@@ -197,6 +197,42 @@ def unfold_names(folded: Any) -> list[str]:
 # The record in the weights file
 
 
+def numbered(vectors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vectors of coefficients by the labels of their checksum: their places, which stay when modules are renamed."""
+    return {f"coefficients {index}": vector for index, vector in enumerate(vectors)}
+
+
+def unnamed(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors with labels for a checksum that stay when modules are renamed: the last parts of their names."""
+    return [(name.rpartition(".")[2], tensor) for name, tensor in tensors.items()]
+
+
+def record_content(
+    identity: Identity,
+    dtype: str,
+    count: int,
+    coefficients: Iterable[tuple[str, torch.Tensor]],
+    others: Iterable[tuple[str, torch.Tensor]],
+) -> dict[str, Any]:
+    """What the record of an adapter or a network says.
+
+    Args:
+        identity: all that turns the coefficients into weights.
+        dtype: what they are saved in.
+        count: how many they are.
+        coefficients: as they are saved, each with a label.
+        others: what is saved beside them, each with a label.
+    """
+    return {
+        "format": FORMAT,
+        "identity": identity.to_dict(),
+        "dtype": dtype,
+        "count": count,
+        "coefficients": checksum(coefficients),
+        "others": checksum(others),
+    }
+
+
 def write_record(content: Mapping[str, Any]) -> torch.Tensor:
     """A record as a tensor: canonical JSON in UTF-8, filled up with spaces: uint8 of a multiple of `RECORD_SIZE`."""
     data = canonical(content).encode()

@@ -16,8 +16,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .. import randomness
 from ..checkpoint.identity import check_fingerprint, check_identity, shape_name, unfold_names
-from ..checkpoint.quantization import DTYPES
-from ..checks import check_choice, check_probability, check_types
+from ..checkpoint.quantization import DTYPES, Layout
+from ..checks import check_choice, check_probability, check_types, declared_type
 from ..generators import Generator
 from .description import DescribedConfig
 
@@ -31,9 +31,8 @@ def documented(config: C) -> C:
     own = config.__dict__["__annotations__"]
     for each in sorted(dataclasses.fields(config), key=lambda each: each.name not in own):
         if each.name not in inherited:
-            kind, optional = str(each.type), ""
-            if kind.startswith("Optional["):
-                kind, optional = kind.removeprefix("Optional[").removesuffix("]"), ", *optional*"
+            kind = declared_type(each)
+            optional = "" if kind == each.type else ", *optional*"
             lines.append(f"    {each.name} (`{kind}`{optional}):")
             lines += textwrap.wrap(each.metadata["help"], 108, initial_indent=8 * " ", subsequent_indent=8 * " ")
     lines += [
@@ -202,6 +201,10 @@ class CheckpointedConfig(DescribedConfig):
     def kinds(self, size: int) -> list[torch.Tensor]:
         """Places of the coefficients of each kind among the `size` of a module: kinds share no scale when packed."""
         return [torch.arange(size)]
+
+    def layout(self, sizes: Sequence[int]) -> Layout:
+        """How vectors of so many coefficients are packed."""
+        return Layout([self.kinds(size) for size in sizes])
 
     def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
         """Numbers in every vector of coefficients that is saved for some adapted modules, in their order."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import transformers
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from .. import randomness
@@ -22,8 +23,6 @@ from ..checkpoint.markdown import code, escape, python_string
 NETWORK_CONFIG_NAME = "seed_config.json"
 NETWORK_WEIGHTS_NAME = "model.safetensors"
 
-_ADAPTER_CONFIG_NAME = "adapter_config.json"
-_ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -71,7 +70,7 @@ def describe(folder: str | os.PathLike[str], **about: Any) -> None:
         ValueError: an adapter of another method, or neither.
     """
     folder, told = Path(folder), About(**about)
-    if (folder / _ADAPTER_CONFIG_NAME).is_file():
+    if (folder / CONFIG_NAME).is_file():
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, DescribedConfig):
             raise ValueError(f"`folder` must hold an adapter of peft_ext, got one of {type(config).__name__}.")
@@ -87,7 +86,7 @@ def is_described(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds an adapter, or a network from a seed, that `describe` knows."""
     if (Path(folder) / NETWORK_CONFIG_NAME).is_file():
         return True
-    path = Path(folder) / _ADAPTER_CONFIG_NAME
+    path = Path(folder) / CONFIG_NAME
     return path.is_file() and isinstance(PeftConfig.from_pretrained(str(folder)), DescribedConfig)
 
 
@@ -116,7 +115,7 @@ def _adapter_facts(config: DescribedConfig, folder: Path, auto_mapping: Any, abo
             **({"base model": code(base_model)} if base_model else {}),
             **({"adapted": f"{escape(describe_shapes(shapes))} (out x in)"} if shapes else {}),
             **_seed_rows(config),
-            **_saved(config, folder / _ADAPTER_WEIGHTS_NAME),
+            **_saved(config, folder / SAFETENSORS_WEIGHTS_NAME),
             **config.card_rows(shapes),
         },
         options=_options(config, {each.name for each in dataclasses.fields(PeftConfig)}),
@@ -137,7 +136,9 @@ def _network_facts(described: Mapping[str, Any], folder: Path, about: About) -> 
         raise ValueError(f"`method` in {NETWORK_CONFIG_NAME} must be one of ours, got {type(config).__name__}.")
     name, network = config.method_name, str(described["network"])
     numbers = sum(math.prod(shape) for shape in described["weights"].values())
-    known = (folder / "config.json").is_file() and hasattr(transformers, network)  # load_from_seed makes it then
+    known = (folder / transformers.CONFIG_NAME).is_file() and hasattr(
+        transformers, network
+    )  # load_from_seed makes it then
     made = "" if known else "network = ...  # of the class named above, whatever its weights\n"
     place = about.place() if known else about.place("network")
     bases = filter(dataclasses.is_dataclass, type(config).__mro__[1:])

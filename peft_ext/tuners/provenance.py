@@ -21,18 +21,20 @@ from torch import nn
 
 from ..checkpoint import quantization
 from ..checkpoint.identity import (
-    FORMAT,
     Identity,
     check_checksum,
     check_finite,
     check_identity,
     checksum,
     fold_names,
+    numbered,
     read_record,
+    record_content,
+    unnamed,
     write_record,
 )
 from .config import CheckpointedConfig, Target
-from .surroundings import Base, Keys, clean, renamed_alike, whole
+from .surroundings import PREFIX, Base, Keys, clean, renamed_alike, whole
 
 
 class Provenance:
@@ -94,7 +96,7 @@ class Provenance:
                 del buffers[self.adapter_name]
 
     def _layout(self) -> quantization.Layout:
-        return quantization.Layout([self.config.kinds(parameter.numel()) for parameter in self.parameters()])
+        return self.config.layout([parameter.numel() for parameter in self.parameters()])
 
     def _unpack(self, packed: torch.Tensor, dtype: str) -> list[torch.Tensor]:
         parts = self._layout().unpack(packed, dtype)
@@ -102,21 +104,16 @@ class Provenance:
 
     def _record(self, coefficients: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The record of tensors by label."""
-        content = {
-            "format": FORMAT,
-            "identity": self.identity.to_dict(),
-            "dtype": self.config.coefficient_dtype,
-            "count": sum(parameter.numel() for parameter in self.parameters()),
-            "coefficients": checksum(coefficients.items()),
-            "others": checksum(_unnamed(others)),
-        }
+        count = sum(parameter.numel() for parameter in self.parameters())
+        dtype = self.config.coefficient_dtype
+        content = record_content(self.identity, dtype, count, coefficients.items(), unnamed(others))
         if others:
             content["named"] = checksum(self._named(others))
         return write_record(content)
 
     def _check_others(self, content: Mapping[str, Any], others: Mapping[str, torch.Tensor], renamed: bool) -> None:
         """Raises a ValueError if what is saved beside the coefficients was changed; renamed modules are allowed to."""
-        check_checksum(content.get("others"), checksum(_unnamed(others)), "what is saved beside the coefficients")
+        check_checksum(content.get("others"), checksum(unnamed(others)), "what is saved beside the coefficients")
         if others and not renamed:
             what = "what is saved beside the coefficients and its names"
             check_checksum(content.get("named"), checksum(self._named(others)), what)
@@ -124,7 +121,7 @@ class Provenance:
     def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """Tensors with their names in the base model."""
         names = {BaseTuner._remove_adapter_name_from_key(clean(name), self.adapter_name): name for name in tensors}
-        return [(name.removeprefix("base_model.model."), tensors[full]) for name, full in names.items()]
+        return [(name.removeprefix(PREFIX), tensors[full]) for name, full in names.items()]
 
     # Saving
 
@@ -164,7 +161,7 @@ class Provenance:
         else:
             stored = [quantization.cast(each, dtype) for each in coefficients]
             tensors |= dict(zip(keys.coefficients, stored))
-            labelled = _labelled(stored)
+            labelled = numbered(stored)
         kept = {key: tensor for key, tensor in tensors.items() if key not in (*keys.coefficients, keys.packed)}
         tensors[keys.record] = self._record(labelled, {**kept, **others})
         config._saved = {  # type: ignore[attr-defined]
@@ -220,7 +217,7 @@ class Provenance:
                 check_finite(tensors[key], f" in {key!r}")
             found = [tensors[key] for key in keys.coefficients]
             if not any(tensor.is_meta for tensor in found):
-                check_checksum(content.get("coefficients"), checksum(_labelled(found).items()), "the coefficients")
+                check_checksum(content.get("coefficients"), checksum(numbered(found).items()), "the coefficients")
         own = {key: tensors[key] for key in keys.coefficients}
         others = {key: tensor for key, tensor in tensors.items() if key not in own}
         beside = {key: others.pop(key) for key in list(others) if keys.belongs(key)}
@@ -228,7 +225,7 @@ class Provenance:
         if not any(tensor.is_meta for tensor in beside.values()):
             self._check_others(content, {keys.saved(key): tensor for key, tensor in beside.items()}, keys.renamed)
             # Names are those that were saved, but for PEFT's prefix, or those of renamed modules.
-            start = "base_model.model." if isinstance(model, PeftModel) else ""
+            start = PREFIX if isinstance(model, PeftModel) else ""
             known = beside.keys() & model.state_dict().keys() if keys.renamed else beside.keys()
             unknown = [key for key in sorted(beside) if key not in known or not key.startswith(start)]
             if unknown:
@@ -347,8 +344,8 @@ class Provenance:
                     parameter.copy_(part)
             elif not cast:
                 saved = getattr(torch, dtype)
-                if checksum(_labelled(parameters).items()) != content.get("coefficients"):  # perhaps they were cast up
-                    found = checksum(_labelled([parameter.to(saved) for parameter in parameters]).items())
+                if checksum(numbered(parameters).items()) != content.get("coefficients"):  # perhaps they were cast up
+                    found = checksum(numbered([parameter.to(saved) for parameter in parameters]).items())
                     check_checksum(content.get("coefficients"), found, "the coefficients")
                     self._make_float32()
             if not quantization.is_integer(dtype) and {p.dtype for p in parameters} <= {torch.float16, torch.bfloat16}:
@@ -413,13 +410,3 @@ class CheckpointedLayer(BaseTunerLayer):
         if not mode:  # the last that transformers' `load_adapter` does to layers
             self.settle()
         return super().train(mode)  # type: ignore[misc]
-
-
-def _unnamed(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """Tensors with labels that stay when modules are renamed."""
-    return [(name.rpartition(".")[2], tensor) for name, tensor in tensors.items()]
-
-
-def _labelled(tensors: list[Any]) -> dict[str, torch.Tensor]:
-    """Coefficients by their place, which stays when modules are renamed."""
-    return {f"coefficients {index}": tensor for index, tensor in enumerate(tensors)}

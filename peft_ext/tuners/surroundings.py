@@ -14,6 +14,9 @@ from torch import nn
 
 from ..checkpoint.identity import digest
 
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base model's tensors."""
+
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _SAMPLED = 64  # numbers of every base weight that its fingerprint is made of
 
@@ -26,7 +29,7 @@ def clean(name: str) -> str:
 
 def bare(key: str, adapter_name: str) -> str:
     """A name as it is in a file, without PEFT's prefix."""
-    return key.removeprefix("base_model.model.").removesuffix(f".{adapter_name}")
+    return key.removeprefix(PREFIX).removesuffix(f".{adapter_name}")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +157,7 @@ class Keys:
             if isinstance(module, AuxiliaryTrainingWrapper)
             for saved, key in module.adapter_state_dict_load_map(adapter).items()
         }
-        self.adapted = [names[id(layer)].removeprefix("base_model.model.") for layer in provenance.layers]
+        self.adapted = [names[id(layer)].removeprefix(PREFIX) for layer in provenance.layers]
         self.renamed = self.adapted != [target.name for target in provenance.targets]
         self.base_fingerprint = base_fingerprint(provenance.layers)
 
