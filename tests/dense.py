@@ -183,7 +183,7 @@ def coefficients_of(model: nn.Module, adapter: str = "default") -> dict[str, tor
     found = {}
     for name, parameter in model.named_parameters():
         owner, coefficients, key = re.sub(r"\.((?:nola|pranc|mcnc)_coefficients)\.", r"|\1|", name).partition("|")
-        if coefficients and key.partition("|")[2] == adapter:
+        if coefficients and key.partition("|")[2] == f"{adapter}.values":
             found[owner.removeprefix(PREFIX)] = parameter
     return found
 

@@ -336,7 +336,7 @@ def read_adapter(
         ]
         found = {module.name: joined(config, parts) for module, parts in zip(owners, zip(*kinds))}
     else:
-        what = "tokens" if method == "VISUAL_PROMPT" else "coefficients"
+        what = "tokens.values" if method == "VISUAL_PROMPT" else "coefficients.values"
         names = [key(module.name, what) for module in owners]
         labelled = [(f"coefficients {i}", tensors[name], types[name]) for i, name in enumerate(names)]
         assert record["coefficients"] == checksum(labelled)

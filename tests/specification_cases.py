@@ -132,7 +132,7 @@ def loaded_weights(model: nn.Module) -> dict[str, np.ndarray]:
         return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "visual_prompt_tokens"):
-            found |= {f"{name}.tokens": tokens for tokens in layer.visual_prompt_tokens.values()}
+            found |= {f"{name}.tokens": tokens for tokens in layer.visual_prompt_tokens.parameters()}
         elif hasattr(layer, "get_delta_weight"):
             found[f"{name}.weight"] = layer.get_delta_weight("default")
             bias = layer.update("default")[1]

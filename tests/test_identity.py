@@ -587,7 +587,7 @@ def test_a_large_network_is_not_made(tmp_path: Path) -> None:
 @every_method
 def test_missing_coefficients_through_transformers(method: str, tmp_path: Path) -> None:
     saved(tmp_path, method)
-    key = next(name for name in load_file(tmp_path / WEIGHTS) if name.endswith("_coefficients"))
+    key = next(name for name in load_file(tmp_path / WEIGHTS) if name.endswith("_coefficients.values"))
     edit_tensors(tmp_path, lambda tensors: tensors.pop(key))
     with refused("checksum of the coefficients"):
         tiny_models.llama().load_adapter(str(tmp_path))
@@ -608,7 +608,7 @@ def test_visual_prompts_through_transformers(change: str, tmp_path: Path) -> Non
             parameter.data += 1
     model.save_pretrained(str(tmp_path))
     tiny_models.vit().load_adapter(str(tmp_path))
-    (key,) = (name for name in load_file(tmp_path / WEIGHTS) if name.endswith("tokens"))
+    (key,) = (name for name in load_file(tmp_path / WEIGHTS) if name.endswith("tokens.values"))
     action = (lambda t: t[key][0].fill_(torch.nan)) if change == "nan" else (lambda t: t.pop(key))
     edit_tensors(tmp_path, action)
     with refused("checksum of the coefficients"):
@@ -667,7 +667,7 @@ def test_wrong_types(method: str, field: str, value: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.bool, torch.uint8])
 def test_wrong_dtypes_of_coefficients(dtype: torch.dtype, method: str, tmp_path: Path) -> None:
     expected = saved(tmp_path, method)
-    key = next(name for name in load_file(tmp_path / WEIGHTS) if name.endswith("_coefficients"))
+    key = next(name for name in load_file(tmp_path / WEIGHTS) if name.endswith("_coefficients.values"))
     edit_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
     with pytest.raises(ValueError):
         PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path))

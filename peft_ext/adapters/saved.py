@@ -163,7 +163,7 @@ def _read_adapter(folder: Path) -> Saved:
     layer = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls  # type: ignore[index]
     ends = layer.adapter_layer_names[0]
     record_name, packed = (f"{PREFIX}{names[0]}.{config.method()}_{kind}" for kind in ("identity", "packed"))
-    vectors = [f"{PREFIX}{name}.{ends}" for name in names[: len(config.vector_sizes(targets))]]
+    vectors = [f"{PREFIX}{name}.{ends}.values" for name in names[: len(config.vector_sizes(targets))]]
     record = read_record(tensors.get(record_name), record_name)
     return Saved(folder, config, {}, record, targets, known, vectors, packed, record_name, tensors)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoint.identity import check_finite
 from ..generators import Generator
+from .coefficients import Container
 
 
 class SharedExpansion:
@@ -30,7 +31,7 @@ class SharedExpansion:
     backward pass, the layer gets the same bits as before with a graph of its own: gradients accumulate per layer
     and, under re-entrant checkpointing, in the block that is being recomputed.
 
-    A layer is known by the container of its coefficients, the `ParameterDict` (adapter name -> coefficients) that it
+    A layer is known by the container of its coefficients, the `Coefficients` (adapter name -> parameter) that it
     owns: the object stays the same when parameters are cast, moved or loaded, and holding it does not keep the layer's
     base weights alive.
 
@@ -55,16 +56,16 @@ class SharedExpansion:
         self.adapter_name = adapter_name
         self.span = span
         self.one_vector = one_vector
-        self.containers: list[nn.ParameterDict] = []
+        self.containers: list[Container] = []
         self.settle: Callable[[], None] | None = None  # verifies loaded coefficients before their first use
         self._ready: dict[torch.device, _Expanded] = {}
         self._verified = False
         self._sharded = False
 
-    def add(self, container: nn.ParameterDict) -> None:
+    def add(self, container: Container) -> None:
         self.containers.append(container)
 
-    def __call__(self, container: nn.ParameterDict) -> torch.Tensor:
+    def __call__(self, container: Container) -> torch.Tensor:
         """The generated weights of the layer that owns `container`, in float32 (float64 for float64 coefficients).
 
         Raises:
@@ -116,12 +117,12 @@ class SharedExpansion:
                 "auto_wrap_policy (fsdp_auto_wrap_policy: NO_WRAP)."
             )
 
-    def _fits(self, ready: _Expanded, container: nn.ParameterDict, parameter: torch.Tensor) -> bool:
+    def _fits(self, ready: _Expanded, container: Container, parameter: torch.Tensor) -> bool:
         if ready.parameters.get(container) is not parameter or ready.versions[container] != _version(parameter):
             return False
         return parameter.device.type != "cpu" or torch.equal(parameter[self.span], ready.coefficients[container])
 
-    def _serves(self, ready: _Expanded, container: nn.ParameterDict, needs_graph: bool) -> bool:
+    def _serves(self, ready: _Expanded, container: Container, needs_graph: bool) -> bool:
         if needs_graph:
             return bool(ready.graph) and container not in ready.served
         if container in ready.served and ready.stacked.device.type != "cpu":  # another forward pass begins
@@ -134,7 +135,7 @@ class SharedExpansion:
         return self.generator.expand(parameter[self.span]).view(self.shape)
 
     def _expand_all(self, device: torch.device) -> _Expanded:
-        parameters = {
+        parameters: dict[Container, torch.Tensor] = {
             container: parameter
             for container in self.containers
             if self.adapter_name in container
@@ -167,7 +168,7 @@ class SharedExpansion:
         self._ready[device] = expanded
         return expanded
 
-    def _stack(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> torch.Tensor:
+    def _stack(self, parameters: dict[Container, torch.Tensor]) -> torch.Tensor:
         return torch.stack([parameter[self.span] for parameter in parameters.values()])
 
     def _split(self, weights: torch.Tensor) -> Iterable[torch.Tensor]:
@@ -184,14 +185,14 @@ class SharedExpansion:
 class _Expanded:
     """One product: what it was made from, what it gave, and which layers have taken theirs in this pass."""
 
-    def __init__(self, parameters: dict[nn.ParameterDict, torch.Tensor]) -> None:
+    def __init__(self, parameters: dict[Container, torch.Tensor]) -> None:
         self.parameters = parameters
         self.versions = {container: _version(parameter) for container, parameter in parameters.items()}
         self.stacked = torch.empty(0)
-        self.coefficients: dict[nn.ParameterDict, torch.Tensor] = {}
-        self.values: dict[nn.ParameterDict, torch.Tensor] = {}
-        self.graph: dict[nn.ParameterDict, torch.Tensor] = {}
-        self.served: set[nn.ParameterDict] = set()
+        self.coefficients: dict[Container, torch.Tensor] = {}
+        self.values: dict[Container, torch.Tensor] = {}
+        self.graph: dict[Container, torch.Tensor] = {}
+        self.served: set[Container] = set()
 
 
 class _Recomputed(torch.autograd.Function):

@@ -33,6 +33,7 @@ from ..checkpoint.identity import (
     unnamed,
     write_record,
 )
+from .coefficients import Coefficients
 from .config import CheckpointedConfig, Target
 from .surroundings import PREFIX, Base, Keys, clean, renamed_alike, whole
 
@@ -53,7 +54,7 @@ class Provenance:
         self.config = copy.copy(config)
         self.fields = copy.deepcopy(config.generating())
         self.targets: list[Target] = []
-        self.containers: list[nn.ParameterDict] = []
+        self.containers: list[Coefficients] = []
         self.layers: list[CheckpointedLayer] = []
         self.pending = config.identity is not None
         self._base: Base | None = None
@@ -80,7 +81,8 @@ class Provenance:
         It fills whatever else of the model a file has tensors for as well: what it must not touch is remembered.
         """
         biases, modules = getattr(self.config, "bias", "none") != "none", getattr(self.config, "modules_to_save", None)
-        self._base = Base(model, self.adapter_name, biases)
+        holders = [container.get_submodule(self.adapter_name) for container in self.containers]
+        self._base = Base(model, self.adapter_name, biases, holders)
         others = {"any": torch.empty(0)} if biases or modules else {}
         size = self._record({}, others).numel()
         self.layers[0].buffers_of("identity")[self.adapter_name] = torch.zeros(size, dtype=torch.uint8)
@@ -397,7 +399,7 @@ class CheckpointedLayer(BaseTunerLayer):
         """What a loaded file holds beside coefficients, by adapter: `"identity"` or `"packed"`."""
         return getattr(self, f"{self.method}_{name}")
 
-    def container(self, adapter: str) -> nn.ParameterDict | None:
+    def container(self, adapter: str) -> Coefficients | None:
         """What holds the coefficients of an adapter, by its name; `None` if this layer reads none of it."""
         raise NotImplementedError
 

@@ -78,9 +78,10 @@ class Base:
         model: with the adapter.
         adapter_name: the adapter's.
         with_biases: a file of the adapter holds biases of the model too.
+        holders: the modules that hold the adapter's coefficients.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, with_biases: bool) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str, with_biases: bool, holders: Iterable[nn.Module]) -> None:
         self.model = model
         self.adapter_name = adapter_name
         filled = {
@@ -91,6 +92,7 @@ class Base:
             if name != "original_module"
             for module in child.modules()
         }
+        filled |= {id(holder) for holder in holders}
         self._tensors = [
             (module, name, tensor)
             for module in model.modules()
@@ -147,7 +149,7 @@ class Keys:
         adapter, method = provenance.adapter_name, provenance.config.method()
         self._adapter = adapter
         owner = names.get(id(provenance.layers[0]), "")
-        self.coefficients = [f"{names.get(id(container), '')}.{adapter}" for container in provenance.containers]
+        self.coefficients = [f"{names.get(id(container), '')}.{adapter}.values" for container in provenance.containers]
         self.record = f"{owner}.{method}_identity.{adapter}"
         self.packed = f"{owner}.{method}_packed.{adapter}"
         self._biases = getattr(provenance.config, "bias", "none") != "none"

@@ -20,9 +20,10 @@ from tiny_models import One
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_ext.tuners import layers
-from peft_ext.tuners.layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear
+from peft_ext.tuners import weight_layers
+from peft_ext.tuners.layers import SeededLayer
 from peft_ext.tuners.pranc import PrancVector
+from peft_ext.tuners.weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 
 DOUBLE = torch.float64
 
@@ -320,8 +321,8 @@ def test_one_product_equals_two(
     parameters = [p for p in model.parameters() if p.requires_grad]
     x = (torch.cat([x] * 5) if "unbatched" not in name else x).requires_grad_()
     found = []
-    for fewest, of_base_layer in ((layers._FEWEST_ROWS, 0), (10**6, 1)):
-        monkeypatch.setattr(layers, "_FEWEST_ROWS", fewest)
+    for fewest, of_base_layer in ((weight_layers._FEWEST_ROWS, 0), (10**6, 1)):
+        monkeypatch.setattr(weight_layers, "_FEWEST_ROWS", fewest)
         assert products(lambda: model(x)) == of_base_layer
         output = model(x)
         gradients = torch.autograd.grad(output.square().sum(), [x, *parameters], create_graph=True)
@@ -607,7 +608,7 @@ def test_adapters_in_any_order(order: tuple[str, ...], method: str) -> None:
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trainable
         assert trainable == {
-            n for n, _ in model.named_parameters() if n.endswith(f".{lower(method)}_coefficients.{name}")
+            n for n, _ in model.named_parameters() if n.endswith(f".{lower(method)}_coefficients.{name}.values")
         }
 
 

@@ -53,15 +53,15 @@ def test_one_vector_for_the_whole_adapter(method: str, tmp_path: Path) -> None:
     assert len(layers_of(model)) == 9
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     (name,) = trainable
-    assert name == "base_model.model.model.layers.0.self_attn.q_proj.pranc_coefficients.default"
+    assert name == "base_model.model.model.layers.0.self_attn.q_proj.pranc_coefficients.default.values"
     assert trainable[name].shape == (13,)
     assert [key for key in model.state_dict() if "pranc" in key] == [name]
     assert model.get_nb_trainable_parameters()[0] == 13
     model(tiny_models.tokens())
     model.save_pretrained(str(tmp_path))
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    vector = name.removesuffix(".default")
-    assert saved.keys() == {vector, vector.replace("coefficients", "identity")}
+    vector = name.replace(".default.", ".")
+    assert saved.keys() == {vector, vector.replace("coefficients.values", "identity")}
     assert torch.equal(saved[vector], trainable[name])
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * 13 + 512 + 384
 
@@ -400,5 +400,7 @@ def test_targets_from_a_state_dict_are_refused(snapshot: Callable[[nn.Module], d
     base = tiny_models.Layers()
     before = snapshot(base)
     with pytest.raises(ValueError, match="`state_dict` must be None for PRANC.*does not say which layers read it"):
-        inject_adapter_in_model(config_of("PRANC"), base, state_dict={"first.pranc_coefficients": torch.zeros(13)})
+        inject_adapter_in_model(
+            config_of("PRANC"), base, state_dict={"first.pranc_coefficients.values": torch.zeros(13)}
+        )
     assert before["modules"] == snapshot(base)["modules"]

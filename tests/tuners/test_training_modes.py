@@ -319,7 +319,7 @@ def replaced(model: PeftModel) -> None:
     for name, parameter in list(model.named_parameters()):
         if "_coefficients." in name:
             owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)[key] = nn.Parameter(parameter.detach() * 3)
+            setattr(model.get_submodule(owner), key, nn.Parameter(parameter.detach() * 3))
 
 
 def loaded(model: PeftModel) -> None:
@@ -619,7 +619,7 @@ def test_jacobian_and_vmap(case: Case) -> None:
         lambda leaves: run_dense(base, config, leaves, lambda m: m(input_ids=x).logits[:, -1, :3])
     )({name: p.detach() for name, p in coefficients_of(model).items()})
     for name, expected in dense.items():
-        key = f"base_model.model.{name}.{config.method_name.lower()}_coefficients.default"
+        key = f"base_model.model.{name}.{config.method_name.lower()}_coefficients.default.values"
         for found in (jacobian[key], forward[key]):
             torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max()))
 

@@ -92,7 +92,7 @@ def images(batch: int = 2, height: int = 16, width: int = 16, dtype: torch.dtype
 
 def tokens_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """The prompts in the order of the blocks, by name."""
-    ending = f".visual_prompt_tokens.{adapter}"
+    ending = f".visual_prompt_tokens.{adapter}.values"
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ending)}
 
 
@@ -281,7 +281,7 @@ def test_injected_by_a_state_dict_all_blocks_are_adapted(deep: bool) -> None:
     model = adapt(base, deep=deep)
     prompts = get_peft_model_state_dict(model)
     injected = inject_adapter_in_model(VisualPromptConfig(num_prompts=3, deep=deep), base, state_dict=prompts)
-    tokens = [value for key, value in prompts.items() if key.endswith("tokens")]
+    tokens = [value for key, value in prompts.items() if key.endswith("tokens.values")]
     for found, expected in zip(tokens_of(injected).values(), tokens, strict=True):
         found.data.copy_(expected)
     assert torch.equal(injected(images()).logits, model(images()).logits)

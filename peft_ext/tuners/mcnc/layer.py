@@ -9,7 +9,8 @@ from torch import nn
 from ...generators import Generator
 from ..config import Target
 from ..expansion import SharedExpansion
-from ..layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear, Update
+from ..layers import SeededLayer, Update
+from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import McncConfig
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...generators import Generator
+from ..coefficients import Coefficients
 from ..config import Target
 from ..expansion import SharedExpansion
-from ..layers import SeededConv2d, SeededEmbedding, SeededLayer, SeededLinear, Update
+from ..layers import SeededLayer, Update
+from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import PrancConfig
 
 
@@ -30,9 +32,9 @@ class PrancLayer(SeededLayer):
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         super().__init__(base_layer, fan_in_fan_out, **kwargs)
-        self.pranc_containers: dict[str, nn.ParameterDict] = {}
+        self.pranc_containers: dict[str, Coefficients] = {}
 
-    def container(self, adapter: str) -> nn.ParameterDict | None:
+    def container(self, adapter: str) -> Coefficients | None:
         return self.pranc_containers.get(adapter)
 
     def _get_available_adapters(self) -> set[str]:
@@ -44,7 +46,7 @@ class PrancLayer(SeededLayer):
         self.scaling[adapter_name] = 1.0
         (generator,) = config.generators(target)
         if expansions:
-            container = next(iter(expansions.values())).containers[0]
+            container = cast(Coefficients, next(iter(expansions.values())).containers[0])
         else:
             container = self.make_container(adapter_name, config.initial(target, (generator,)))
         self.pranc_containers[adapter_name] = container

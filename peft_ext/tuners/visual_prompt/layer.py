@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..coefficients import Coefficients
 from ..provenance import CheckpointedLayer
 from .config import VisualPromptConfig
 
@@ -38,7 +39,7 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
         nn.Module.__init__(self)
         self.make_records()
         self.base_layer = base_layer
-        self.visual_prompt_tokens = nn.ParameterDict()
+        self.visual_prompt_tokens = Coefficients()
         self.visual_prompt_dropout = nn.ModuleDict()
         self.visual_prompt_cut: dict[str, int] = {}
 
@@ -58,7 +59,7 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
             device = next(self.base_layer.parameters()).device
             self.visual_prompt_tokens[adapter_name] = nn.Parameter(tokens.to(device))
 
-    def container(self, adapter: str) -> nn.ParameterDict | None:
+    def container(self, adapter: str) -> Coefficients | None:
         return self.visual_prompt_tokens if adapter in self.visual_prompt_tokens else None
 
     def _get_available_adapters(self) -> set[str]:

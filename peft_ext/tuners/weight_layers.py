@@ -1,0 +1,162 @@
+"""Adapted layers of one weight: linear layers, convolutions and embeddings."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from .layers import SeededLayer, Update
+
+_FEWEST_ROWS = 16  # inputs from which on one product with a sum of weights is faster than two products
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call does more than the `forward` of the module's class (accelerate replaces that of an object)."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+class SeededWeightLayer(SeededLayer):
+    """A layer of one weight, in which its output is linear: an update adds to the output, or to the weight before."""
+
+    joined_types: tuple[type[nn.Module], ...] = ()  # base layers of exactly these classes do what `_product` does
+
+    def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        updates = {adapter: self._update_at(adapter, x.device) for adapter in adapters}
+        joined = self._joined(updates, x) if not args and not kwargs else []
+        if joined:
+            base_layer = cast(Any, self.base_layer)
+            weight, bias = base_layer.weight, base_layer.bias
+            for adapter in joined:
+                update, bias_update = updates.pop(adapter)
+                weight = weight + self._delta_weight(adapter, update)
+                bias = bias if bias_update is None else bias + bias_update
+            result = self._product(x, weight, bias)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter, update_and_bias in updates.items():
+            result = result + self._output(adapter, x, *update_and_bias)
+        return result if result.dtype == dtype else result.to(dtype)
+
+    @abstractmethod
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        """What an update adds to the output of the base layer."""
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The output of the base layer with another weight and bias."""
+        raise NotImplementedError
+
+    def _joined(self, updates: dict[str, tuple[Update, torch.Tensor | None]], x: torch.Tensor) -> list[str]:
+        """The adapters whose updates are added to the weight, for one product in place of two or more.
+
+        In training that saves two of the three products of an update of the whole weight. It has to be what the base
+        layer does (no hooks, other classes, quantized or sharded weights), and in single precision at least: rounded
+        to half precision, the sum of a weight and a small update is often the weight. For a few inputs the addition
+        takes longer than the products.
+        """
+        base_layer = self.base_layer
+        if (
+            type(base_layer) not in self.joined_types
+            or x.numel() < _FEWEST_ROWS * self.in_features
+            or _is_hooked(base_layer)
+            or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        ):
+            return []
+        weight = base_layer.weight
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype not in (torch.float32, torch.float64):
+            return []
+        return [
+            adapter
+            for adapter, (update, _) in updates.items()
+            if isinstance(update, torch.Tensor)
+            and update.dtype == weight.dtype
+            and not (self.training and isinstance(self.dropout[adapter], nn.Dropout))
+        ]
+
+    def _update_at(self, adapter: str, device: torch.device) -> tuple[Update, torch.Tensor | None]:
+        """`update` on the device of the input: coefficients that many layers share can be on another one."""
+        update, bias = self.update(adapter)
+        if isinstance(update, tuple) or update.device == device:
+            return update, bias
+        return update.to(device), bias if bias is None else bias.to(device)
+
+    def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout[adapter](x) if self.training else x
+
+
+class SeededLinear(SeededWeightLayer):
+    """`nn.Linear`, transformers' `Conv1D` and the quantized linears that PEFT knows."""
+
+    joined_types = (nn.Linear, Conv1D)
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T if self.fan_in_fan_out else delta
+
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
+        if isinstance(update, tuple):
+            A, B = update
+            return self._scaled(adapter, F.linear(F.linear(x, A), B))
+        return F.linear(x, self._scaled(adapter, update), bias)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, bias)
+
+
+class SeededConv2d(SeededWeightLayer):
+    """`nn.Conv2d` with any stride, padding, dilation and groups: A is a convolution, B mixes its channels."""
+
+    joined_types = (nn.Conv2d,)
+
+    @property
+    def _conv(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.get_base_layer())
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.view(self._conv.weight.shape)
+
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        conv = self._conv
+        x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
+        if isinstance(update, tuple) and conv.groups == 1:
+            A, B = update
+            hidden = conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None)
+            return self._scaled(adapter, F.conv2d(hidden, B[:, :, None, None]))
+        # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
+        return conv._conv_forward(x, self._delta_weight(adapter, update), bias)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._conv._conv_forward(x, weight, bias)
+
+
+class SeededEmbedding(SeededWeightLayer):
+    """`nn.Embedding`: A has a column per token, B maps to the embedding dimension."""
+
+    def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T
+
+    def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        table = cast(nn.Embedding, self.get_base_layer())
+        rows = (update[0] if isinstance(update, tuple) else update).T
+        embedded = F.embedding(x, rows, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
+        result = self._drop_out(adapter, embedded)
+        if isinstance(update, tuple):
+            result = F.linear(result, update[1])
+        result = self._scaled(adapter, result)
+        embed_scale = self._get_embed_scale()  # layers that multiply their embeddings (Gemma)
+        return result if embed_scale is None else result * embed_scale.to(result.dtype)
