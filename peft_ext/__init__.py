@@ -7,6 +7,7 @@ from .adapters.hub import push_to_hub
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.description import describe
+from .tuners.idle import set_expansion_budget
 from .tuners.mcnc import McncConfig, McncModel
 from .tuners.nola import NolaConfig, NolaModel
 from .tuners.pranc import PrancConfig, PrancModel
@@ -26,6 +27,7 @@ __all__ = [
     "describe",
     "load_from_seed",
     "push_to_hub",
+    "set_expansion_budget",
 ]
 
 register(NolaConfig, NolaModel)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import CheckpointedConfig, Target
+from .mixed import MixedBatch, copies_of, mixed_batch
 from .provenance import CheckpointedLayer, Provenance
 from .surroundings import Keys, saved_modules
 
@@ -24,6 +27,16 @@ class CheckpointedModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self._provenance is not None and self._provenance.pending:
             self._provenance.await_tensors(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else mixed_batch(self, names, copies_of(**kwargs)):
+            yield
+
+    def mixed_batch_of(self, names: Sequence[str]) -> MixedBatch:
+        """A batch whose rows have these adapters."""
+        return MixedBatch(names)
 
     def _record(self, config: CheckpointedConfig, adapter_name: str, layer: CheckpointedLayer, target: Target) -> None:
         """Notes that a layer has got an adapter."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoint.identity import check_finite
 from ..generators import Generator
+from . import idle
 from .coefficients import Container
 
 
@@ -72,15 +73,14 @@ class SharedExpansion:
             ValueError: the coefficients hold NaN or infinity when they are expanded for the first time.
             RuntimeError: one vector for many layers, where its gradient would be wrong or it cannot be read.
         """
-        if self.settle is not None:
-            self.settle()
-            self.settle = None
+        self.verify()
         parameter = container[self.adapter_name]
         if self.one_vector:
             self._check_whole(parameter)
-        if torch.compiler.is_compiling() or self._sharded or not _is_plain(parameter):
+        if torch.compiler.is_compiling() or self._sharded or not is_plain(parameter):
             return self._expand_alone(parameter)
 
+        idle.use(self)
         needs_graph = parameter.requires_grad and torch.is_grad_enabled()
         ready = self._ready.get(parameter.device)
         if ready is not None and not self._fits(ready, container, parameter):
@@ -108,6 +108,22 @@ class SharedExpansion:
             self._ready.pop(parameter.device, None)
         ready.served.add(container)
         return ready.graph[container]
+
+    def verify(self) -> None:
+        """Verifies coefficients that were loaded, before their first use."""
+        if self.settle is not None:
+            self.settle()
+            self.settle = None
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that expanded weights take, which are kept for the next pass."""
+        held = [each for ready in self._ready.values() for each in ready.values.values()]
+        return sum(each.numel() * each.element_size() for each in held)
+
+    def release(self) -> None:
+        """Lets go of expanded weights."""
+        self._ready.clear()
 
     def _check_whole(self, parameter: torch.Tensor) -> None:
         if _is_shard(parameter) or parameter.numel() != self.generator.num_coefficients:
@@ -139,7 +155,7 @@ class SharedExpansion:
             container: parameter
             for container in self.containers
             if self.adapter_name in container
-            and _is_plain(parameter := container[self.adapter_name])
+            and is_plain(parameter := container[self.adapter_name])
             and parameter.device == device
             and parameter.numel() >= self.span.stop
         }
@@ -209,7 +225,7 @@ class _Recomputed(torch.autograd.Function):
         return ctx.generator.vjp(ctx.coefficients, grad), None, None
 
 
-def _is_plain(parameter: torch.Tensor) -> bool:
+def is_plain(parameter: torch.Tensor) -> bool:
     """Whether a parameter is what it looks like: a whole tensor of its layer, not a shard, view or wrapper."""
     return (
         type(parameter) is nn.Parameter

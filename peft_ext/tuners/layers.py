@@ -14,9 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..generators import Generator
+from . import idle
 from .coefficients import Coefficients
 from .config import SeededConfig, Target
 from .expansion import SharedExpansion
+from .mixed import MixedBatch, Part
 from .provenance import CheckpointedLayer
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -76,7 +78,8 @@ class SeededLayer(CheckpointedLayer, nn.Module):
     """A layer `W` with the update `scaling * M`, where a method makes M from a seed and coefficients.
 
     A method subclasses this once for its configuration and further attributes, and once more together with each of
-    `SeededLinear`, `SeededConv2d` and `SeededEmbedding`. It provides `update` and `add_adapter`, which fills `scaling`.
+    `SeededLinear`, `SeededConv2d` and `SeededEmbedding`. It provides `assemble`, and `add_adapter`, which fills
+    `scaling`.
     What belongs to adapters is kept by adapter name in attributes that begin with the method's name, as PEFT wants it:
     `<method>_coefficients` (the container of the coefficients), `<method>_dropout` and
     `<method>_expansions`.
@@ -84,6 +87,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
 
     config_class: ClassVar[type[SeededConfig]]  # type: ignore[assignment]
     more_param_names: ClassVar[tuple[str, ...]] = ()  # further dictionaries by adapter name
+    mixed: MixedBatch | None = None  # set for the time of a pass whose rows have adapters of their own
     fan_in: int  # columns of M
     fan_out: int  # rows of M
 
@@ -168,9 +172,18 @@ class SeededLayer(CheckpointedLayer, nn.Module):
             expansions: those of the adapter's other layers, joined or added to.
         """
 
-    @abstractmethod
     def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
         """M, and what is added to the bias, of shape `(fan_out,)`, if anything is; in the dtype of the coefficients."""
+        container = self.container(adapter)
+        assert container is not None
+        return self.assemble(adapter, [expand(container) for expand in self.expansions[adapter]])
+
+    @abstractmethod
+    def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
+        """What `update` returns, from the weights that the expansions of an adapter have made, of their `shape`.
+
+        The weights may all have one more dimension, the first, of adapters; what is returned has it then too.
+        """
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update `scaling * M` in the shape of the base weight and the dtype of the coefficients."""
@@ -200,13 +213,40 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         scaling = self.scaling[adapter]
         return update if scaling == 1 else update * scaling
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        before = self.active_adapters
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for adapter in before:
+            if adapter not in self.active_adapters:
+                for expansion in self.expansions.get(adapter, ()):
+                    idle.keep(expansion)
+
+    def _scaling_of(self, part: Part) -> float | torch.Tensor:
+        """The scaling of every row, of shape `(rows, 1)` if they differ."""
+        scalings = [self.scaling[adapter] for adapter in part.adapters]
+        if len(set(scalings)) == 1:
+            return scalings[0]
+        return torch.tensor(scalings, device=part.weights[0].device)[:, None]
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.mixed is not None:
+            self.mixed.check(x)
+            if self.merged:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            if not self.disable_adapters:
+                return self._mixed(self.mixed, x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [adapter for adapter in self.active_adapters if self.container(adapter) is not None]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(active, x, *args, **kwargs)
+
+    @abstractmethod
+    def _mixed(self, batch: MixedBatch, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output of the layer for rows that have adapters of their own."""
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from .checkpointed import CheckpointedModel
 from .config import Target, shape_counts
 from .expansion import SharedExpansion
 from .layers import SeededLayer, layer_kind, target_of
+from .mixed import MixedBatch, Pool
 
 _KINDS = {
     "linear": "nn.Linear, transformers' Conv1D, quantized linear layers",
@@ -35,6 +37,8 @@ class SeededModel(CheckpointedModel):
 
     tuner_layer_cls: type[SeededLayer]  # type: ignore[assignment]
     layer_classes: ClassVar[dict[str, type[SeededLayer]]]
+    pool: Pool | None = None  # of further adapters, which `adapter_names` may name too
+    _mixed: MixedBatch | None = None
     target_module_mapping: dict[str, Any] = {  # lists of names, or a regular expression
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit"), _VISION_TARGETS),
@@ -54,6 +58,7 @@ class SeededModel(CheckpointedModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        self._mixed = None
         self._expansions: dict[Generator, SharedExpansion] = {}
         self._saved_names: dict[str, str] = {}
         self._targets_from_state_dict = state_dict is not None
@@ -64,6 +69,16 @@ class SeededModel(CheckpointedModel):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._mixed = None
+        super().delete_adapter(adapter_name)
+
+    def mixed_batch_of(self, names: Sequence[str]) -> MixedBatch:
+        """What is known of a batch whose rows have these adapters: all that the last one has expanded, if it fits."""
+        if self._mixed is None or self._mixed.names != list(names) or not self._mixed.still_fits():
+            self._mixed = MixedBatch(names, self.pool)
+        return self._mixed
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Looks at every target before PEFT replaces the first.

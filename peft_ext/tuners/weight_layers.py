@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .layers import SeededLayer, Update
+from .mixed import MixedBatch
 
 _FEWEST_ROWS = 16  # inputs from which on one product with a sum of weights is faster than two products
 
@@ -52,6 +53,27 @@ class SeededWeightLayer(SeededLayer):
         for adapter, update_and_bias in updates.items():
             result = result + self._output(adapter, x, *update_and_bias)
         return result if result.dtype == dtype else result.to(dtype)
+
+    def _mixed(self, batch: MixedBatch, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for part in batch.parts(self):
+            update, bias = self.assemble(part.adapters[0], part.weights)
+            chosen = x if part.rows is None else x[part.rows]
+            output = self._output_by_row(part.adapters[0], chosen, update, bias)
+            scaling = self._scaling_of(part)
+            if isinstance(scaling, torch.Tensor):
+                output = output * scaling.view(-1, *(1 for _ in output.shape[1:])).to(output)
+            elif scaling != 1:
+                output = output * scaling
+            result = result + output if part.rows is None else result.index_add(0, part.rows, output.to(result.dtype))
+        return result if result.dtype == dtype else result.to(dtype)
+
+    @abstractmethod
+    def _output_by_row(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        """What updates add to the output of the base layer, unscaled, one for every row of `x`."""
 
     @abstractmethod
     def _output(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
@@ -117,6 +139,15 @@ class SeededLinear(SeededWeightLayer):
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight.T if self.fan_in_fan_out else weight, bias)
 
+    def _output_by_row(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        x = self._cast_input_dtype(x, self._dtype(adapter))
+        flat = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # (rows, positions, fan_in)
+        for factor in update if isinstance(update, tuple) else (update,):
+            flat = torch.bmm(flat, factor.mT)
+        if bias is not None:
+            flat = flat + bias[:, None]
+        return flat.view(*x.shape[:-1], -1)
+
 
 class SeededConv2d(SeededWeightLayer):
     """`nn.Conv2d` with any stride, padding, dilation and groups: A is a convolution, B mixes its channels."""
@@ -143,6 +174,27 @@ class SeededConv2d(SeededWeightLayer):
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self._conv._conv_forward(x, weight, bias)
 
+    def _output_by_row(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        conv = self._conv
+        x = self._cast_input_dtype(x, self._dtype(adapter))
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        factors = isinstance(update, tuple) and conv.groups == 1
+        first = update[0] if factors else (update[1] @ update[0] if isinstance(update, tuple) else update)
+        # A convolution of all rows, side by side in the channels, with a group or more for each.
+        hidden = F.conv2d(
+            x.flatten(0, 1)[None],
+            first.reshape(-1, *conv.weight.shape[1:]),
+            None,
+            conv.stride,
+            conv.padding if conv.padding_mode == "zeros" else 0,
+            conv.dilation,
+            len(x) * conv.groups,
+        ).unflatten(1, (len(x), -1))[0]
+        if not factors:
+            return hidden if bias is None else hidden + bias[:, :, None, None]
+        return torch.bmm(update[1], hidden.flatten(2)).view(len(x), -1, *hidden.shape[2:])
+
 
 class SeededEmbedding(SeededWeightLayer):
     """`nn.Embedding`: A has a column per token, B maps to the embedding dimension."""
@@ -159,4 +211,14 @@ class SeededEmbedding(SeededWeightLayer):
             result = F.linear(result, update[1])
         result = self._scaled(adapter, result)
         embed_scale = self._get_embed_scale()  # layers that multiply their embeddings (Gemma)
+        return result if embed_scale is None else result * embed_scale.to(result.dtype)
+
+    def _output_by_row(self, adapter: str, x: torch.Tensor, update: Update, bias: torch.Tensor | None) -> torch.Tensor:
+        A = update[0] if isinstance(update, tuple) else update  # (rows, r or dimension, tokens)
+        index = x.flatten(1)[:, None].expand(-1, A.shape[1], -1)
+        result = A.gather(2, index).mT  # (rows, positions, r or dimension)
+        if isinstance(update, tuple):
+            result = torch.bmm(result, update[1].mT)
+        result = result.view(*x.shape, -1)
+        embed_scale = self._get_embed_scale()
         return result if embed_scale is None else result * embed_scale.to(result.dtype)

@@ -621,3 +621,25 @@ def test_training_steps_of_dinov2(shared: Path, deep: bool, tmp_path: Path) -> N
     loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     with torch.no_grad():
         assert torch.equal(loaded(x).logits, model.eval()(x).logits)
+
+
+@every_architecture
+def test_rows_with_prompts_of_their_own(name: str) -> None:
+    """Shallow and deep adapters, of several lengths, and none: each row as if it were alone."""
+    base = ARCHITECTURES[name].make()
+    model = adapt(base, deep=False)
+    model.add_adapter("deep", VisualPromptConfig(num_prompts=2, deep=True, seed=1))
+    model.add_adapter("longer", VisualPromptConfig(num_prompts=5, seed=2))
+    model.eval()
+    names = ["longer", "__base__", "default", "deep", "longer"]
+    x = images(len(names))
+    with torch.no_grad():
+        found = model(x, adapter_names=names).logits
+        for row, adapter in enumerate(names):
+            model.set_adapter("default" if adapter == "__base__" else adapter)
+            expected = (base if adapter == "__base__" else model)(x[row : row + 1]).logits[0]
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="non-existing adapter.*: unknown"):
+        model(x, adapter_names=["unknown"] * len(names))
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
+        model(x, adapter_names=["deep"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...generators import Generator
@@ -45,14 +46,14 @@ class McncLayer(SeededLayer):
         expansion.add(container)
         return (expansion,)
 
-    def update(self, adapter: str) -> tuple[Update, None]:
-        (expansion,) = self.expansions[adapter]
-        flat = expansion(self.coefficients).to(self._dtype(adapter))
+    def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, None]:
+        (flat,) = weights
+        flat, several = flat.to(self._dtype(adapter)), flat.shape[:-1]
         r = self.r[adapter]
         if not r:
-            return flat.view(self.fan_out, self.fan_in), None
-        A, B = flat.split((r * self.fan_in, self.fan_out * r))
-        return (A.view(r, self.fan_in), B.view(self.fan_out, r)), None
+            return flat.view(*several, self.fan_out, self.fan_in), None
+        A, B = flat.split((r * self.fan_in, self.fan_out * r), dim=-1)
+        return (A.reshape(*several, r, self.fan_in), B.reshape(*several, self.fan_out, r)), None
 
 
 class McncLinear(McncLayer, SeededLinear):

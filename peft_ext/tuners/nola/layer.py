@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ...generators import Generator
@@ -43,9 +44,8 @@ class NolaLayer(SeededLayer):
             expansion.add(container)
         return joined
 
-    def update(self, adapter: str) -> tuple[Update, None]:
-        expand_A, expand_B = self.expansions[adapter]
-        A, B = expand_A(self.coefficients), expand_B(self.coefficients)
+    def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, None]:
+        A, B = weights
         dtype = self._dtype(adapter)
         return ((A, B) if A.dtype == dtype else (A.to(dtype), B.to(dtype))), None
 

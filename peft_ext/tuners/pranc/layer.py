@@ -13,6 +13,7 @@ from ..coefficients import Coefficients
 from ..config import Target
 from ..expansion import SharedExpansion
 from ..layers import SeededLayer, Update
+from ..mixed import MixedBatch
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import PrancConfig
 
@@ -57,17 +58,11 @@ class PrancLayer(SeededLayer):
         expansions[generator] = expansion
         return (expansion,)
 
-    def _flat_update(self, adapter: str) -> torch.Tensor:
-        container = self.pranc_containers[adapter]
-        (expansion,) = self.expansions[adapter]
-        return expansion(container).to(container[adapter].dtype)
-
-    def update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
-        weights = self.fan_out * self.fan_in
-        flat, bias = self._flat_update(adapter), None
-        if len(flat) > weights:
-            flat, bias = flat[:weights], flat[weights:]
-        return flat.view(self.fan_out, self.fan_in), bias
+    def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
+        (flat,) = weights
+        flat, size = flat.to(self._dtype(adapter)), self.fan_out * self.fan_in
+        bias = flat[..., size:] if flat.shape[-1] > size else None
+        return flat[..., :size].reshape(*flat.shape[:-1], self.fan_out, self.fan_in), bias
 
 
 class PrancLinear(PrancLayer, SeededLinear):
@@ -92,10 +87,26 @@ class PrancVector(PrancLayer):
                 updated[name] = (updated[name] + update.to(updated[name].device)).to(updated[name].dtype)
         return torch.func.functional_call(self.base_layer, updated, (x, *args), kwargs)
 
+    def _mixed(self, batch: MixedBatch, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        parameters = dict(self.base_layer.named_parameters())
+        flat = torch.cat([parameter.flatten() for parameter in parameters.values()])
+        by_row = flat.expand(len(x), -1)
+        for part in batch.parts(self):
+            rows = torch.arange(len(x), device=flat.device) if part.rows is None else part.rows
+            update = part.weights[0] * self._scaling_of(part)
+            by_row = by_row.index_add(0, rows.to(flat.device), update.to(flat))
+
+        def row(flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            values = flat.split([parameter.numel() for parameter in parameters.values()])
+            shaped = {name: value.view_as(parameters[name]) for name, value in zip(parameters, values)}
+            return torch.func.functional_call(self.base_layer, shaped, (x[None], *args), kwargs)[0]
+
+        return torch.vmap(row)(by_row, x)
+
     def _parts(self, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The update cut into those of the module's parameters."""
         parameters = dict(self.get_base_layer().named_parameters())
-        flat = self._scaled(adapter, self._flat_update(adapter))
+        flat = self._scaled(adapter, cast(torch.Tensor, self.update(adapter)[0]).flatten())
         parts = flat.split([parameter.numel() for parameter in parameters.values()])
         return zip(parameters, parts)
 

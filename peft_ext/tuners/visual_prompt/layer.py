@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..coefficients import Coefficients
+from ..mixed import MixedBatch
 from ..provenance import CheckpointedLayer
 from .config import VisualPromptConfig
 
@@ -31,9 +32,11 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
     other_param_names = (
         "visual_prompt_dropout",
         "visual_prompt_cut",
+        "visual_prompt_incoming",
         *(f"visual_prompt_{name}" for name in CheckpointedLayer.record_names),
     )
     config_class = VisualPromptConfig
+    mixed: MixedBatch | None = None
 
     def __init__(self, base_layer: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -42,18 +45,23 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
         self.visual_prompt_tokens = Coefficients()
         self.visual_prompt_dropout = nn.ModuleDict()
         self.visual_prompt_cut: dict[str, int] = {}
+        self.visual_prompt_incoming: dict[str, int] = {}
 
-    def update_layer(self, adapter_name: str, tokens: torch.Tensor | None, cut: int, dropout: float) -> None:
+    def update_layer(
+        self, adapter_name: str, tokens: torch.Tensor | None, incoming: int, cut: int, dropout: float
+    ) -> None:
         """Adds an adapter to this block.
 
         Args:
             tokens: its prompts for this block, of shape `(num_prompts, hidden)`; `None` if the block gets none.
+            incoming: how many prompts of the adapter come from the block before.
             cut: how many prompts of the adapter end with this block.
             dropout: dropout probability on the tokens.
         """
         # Every block knows every adapter, with or without tokens: when the active one is deleted, PEFT lets each
         # layer choose the next among those that it knows.
         self.visual_prompt_cut[adapter_name] = cut
+        self.visual_prompt_incoming[adapter_name] = incoming
         if tokens is not None:
             self.visual_prompt_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
             device = next(self.base_layer.parameters()).device
@@ -66,20 +74,49 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
         return set(self.visual_prompt_cut)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.mixed is not None:
+            self.mixed.check(hidden_states)
+            if not self.disable_adapters:
+                return self._mixed(self.mixed, hidden_states, *args, **kwargs)
         active = [adapter for adapter in self.active_adapters if adapter in self.visual_prompt_cut]
         if self.disable_adapters or not active:
             return self.base_layer(hidden_states, *args, **kwargs)
-        if any(mask is not None for mask in (*args, kwargs.get("attention_mask"))):
-            raise ValueError(
-                "`attention_mask` must be None with visual prompts, which it has no entries for. Use images of one "
-                "size; with attn_implementation='flex_attention', which always makes a mask, use 'sdpa' instead."
-            )
+        _refuse_mask(*args, kwargs.get("attention_mask"))
         # Prompts that go on to the next block come before those that end here.
         active.sort(key=lambda adapter: self.visual_prompt_cut[adapter] > 0)
         prompts = [self._prompts(adapter, hidden_states) for adapter in active if adapter in self.visual_prompt_tokens]
         output = self.base_layer(torch.cat([hidden_states, *prompts], dim=1), *args, **kwargs)
         cut = sum(self.visual_prompt_cut[adapter] for adapter in active)
         return output[:, :-cut] if cut else output
+
+    def _mixed(self, batch: MixedBatch, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output for rows that have adapters of their own.
+
+        The block is called once for all rows of one length. From block to block all rows are as long as the longest:
+        zeros, which no block sees, follow the tokens of the others.
+        """
+        _refuse_mask(*args, kwargs.get("attention_mask"))
+        names = list(dict.fromkeys(batch.names))
+        incoming = {name: self.visual_prompt_incoming.get(name, 0) for name in names}
+        image = hidden_states.shape[1] - max(incoming.values())
+        inputs: dict[int, list[torch.Tensor]] = {}  # by length
+        places: dict[int, list[tuple[list[int], int]]] = {}  # rows, and how many tokens end here
+        for name in names:
+            rows = [row for row, each in enumerate(batch.names) if each == name]
+            own = hidden_states[rows, : image + incoming[name]]
+            if name in self.visual_prompt_tokens:
+                own = torch.cat([own, self._prompts(name, own)], dim=1)
+            inputs.setdefault(own.shape[1], []).append(own)
+            places.setdefault(own.shape[1], []).append((rows, self.visual_prompt_cut.get(name, 0)))
+        outputs: list[tuple[list[int], torch.Tensor]] = []
+        for length, parts in inputs.items():
+            output = self.base_layer(torch.cat(parts), *args, **kwargs).split([len(part) for part in parts])
+            for (rows, cut), each in zip(places[length], output):
+                outputs.append((rows, each[:, : length - cut]))
+        longest = max(each.shape[1] for _, each in outputs)
+        padded = [nn.functional.pad(each, (0, 0, 0, longest - each.shape[1])) for _, each in outputs]
+        order = torch.tensor([row for rows, _ in outputs for row in rows], device=hidden_states.device)
+        return torch.cat(padded)[order.argsort()]
 
     def _prompts(self, adapter: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shape `(batch, num_prompts, hidden)`, in the dtype and on the device of the hidden states."""
@@ -97,3 +134,11 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
 
     def __repr__(self) -> str:
         return f"visual_prompt.{super().__repr__()}"
+
+
+def _refuse_mask(*masks: Any) -> None:
+    if any(mask is not None for mask in masks):
+        raise ValueError(
+            "`attention_mask` must be None with visual prompts, which it has no entries for. Use images of one size; "
+            "with attn_implementation='flex_attention', which always makes a mask, use 'sdpa' instead."
+        )

@@ -85,6 +85,7 @@ class VisualPromptModel(CheckpointedModel):
         layer.update_layer(
             adapter_name,
             _initial_tokens(peft_config, self.model.config, index) if peft_config.deep or index == 0 else None,
+            incoming=peft_config.num_prompts if index > 0 and not peft_config.deep else 0,
             cut=peft_config.num_prompts if ends else 0,
             dropout=peft_config.prompt_dropout,
         )
