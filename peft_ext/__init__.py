@@ -4,6 +4,7 @@ Importing this package registers the methods with PEFT.
 """
 
 from .adapters.hub import push_to_hub
+from .adapters.pool import AdapterPool
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.description import describe
@@ -15,6 +16,7 @@ from .tuners.visual_prompt import VisualPromptConfig, VisualPromptModel
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterPool",
     "McncConfig",
     "McncModel",
     "NolaConfig",

@@ -54,8 +54,14 @@ class CheckpointedModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         provenance = _provenance(model, adapter_name)
+        pool = getattr(getattr(model, "base_model", None), "pool", None)
+        if provenance is None and pool is not None and adapter_name in pool:
+            with pool.holding(adapter_name):
+                own = {key: value for key, value in model.state_dict().items() if f".{adapter_name}." in key}
+                sealed = cls._get_adapter_state_dict(model, config, adapter_name, own, unwanted_adapter_names)
+                return {key: tensor.clone() for key, tensor in sealed.items()}
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if provenance is None:
             return found
         others = saved_modules(model, adapter_name, state_dict)
@@ -67,6 +73,11 @@ class CheckpointedModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         provenance = _provenance(model, adapter_name)
+        pool = getattr(getattr(model, "base_model", None), "pool", None)
+        if pool is not None and adapter_name in pool:
+            raise ValueError(
+                f"{adapter_name!r} is in the model's pool: delete it first, or load the file under another name."
+            )
         if provenance is None:
             return state_dict
         fresh = provenance.pending

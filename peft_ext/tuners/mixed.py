@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ BASE = "__base__"
 
 
 class Pool(Protocol):
-    """Adapters of which the layers hold one at a time."""
+    """Adapters of which the layers hold one at a time; see `peft_ext.AdapterPool`."""
 
     @property
     def held(self) -> str:
@@ -34,6 +34,15 @@ class Pool(Protocol):
 
     def coefficients(self, name: str, container: Container) -> torch.Tensor:
         """The coefficients that an adapter has in the layer of a container."""
+
+    def hold(self, name: str) -> None:
+        """Puts an adapter into the layers, in place of the one that they hold."""
+
+    def holding(self, name: str) -> AbstractContextManager[None]:
+        """Puts an adapter into the layers for a while."""
+
+    def drop(self, name: str) -> bool:
+        """Removes an adapter. Returns whether the layers hold it still, since there is no other to put in its place."""
 
 
 @dataclass

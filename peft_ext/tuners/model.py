@@ -70,9 +70,58 @@ class SeededModel(CheckpointedModel):
             state_dict=state_dict,
         )
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = self._within_reach(adapter_name)
+        pooled = self.pool is not None and any(name in self.pool for name in names)
+        if not pooled:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+        elif self.active_adapters != names:  # otherwise the layers hold it in the place of the one that was active
+            super().set_adapter(adapter_name, inference_mode=True)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self._within_reach(adapter_names)
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._within_reach(adapter_names or [])
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        self._within_reach(adapter_names or [])
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
     def delete_adapter(self, adapter_name: str) -> None:
         self._mixed = None
-        super().delete_adapter(adapter_name)
+        if self.pool is None or adapter_name not in self.pool or self.pool.drop(adapter_name):
+            super().delete_adapter(adapter_name)
+        else:
+            del self.peft_config[adapter_name]
+
+    def _within_reach(self, adapter_names: str | Sequence[str]) -> list[str]:
+        """The names in a list, once the layers hold the adapters.
+
+        Raises:
+            ValueError: there is no such adapter, or several are in the pool.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {unknown[0]} not found.")
+        pooled = [name for name in names if self.pool is not None and name in self.pool]
+        if len(pooled) > 1:
+            raise ValueError(
+                f"One adapter of the pool can be in the layers at a time, got {pooled[0]!r} and {pooled[1]!r}. Give "
+                "the rows of a batch adapters of their own with `adapter_names`, or load one with `model.load_adapter`."
+            )
+        if pooled and self.pool is not None:
+            self.pool.hold(pooled[0])
+        return names
 
     def mixed_batch_of(self, names: Sequence[str]) -> MixedBatch:
         """What is known of a batch whose rows have these adapters: all that the last one has expanded, if it fits."""

@@ -1,0 +1,246 @@
+"""Thousands of adapters on one model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..checkpoint.identity import check_identity
+from ..tuners.coefficients import Container
+from ..tuners.expansion import SharedExpansion
+from ..tuners.layers import SeededLayer
+from ..tuners.model import SeededModel
+from ..tuners.provenance import Provenance
+from ..tuners.surroundings import Keys
+from .saved import read, verify
+
+
+class AdapterPool:
+    """Adapters that are equal to one of a model but for their coefficients.
+
+    PEFT puts every adapter into every layer, which takes time and memory that grow with the number of adapters. Here an
+    adapter is its coefficients, a row of one tensor, and one adapter at a time is in the layers. All have names of the
+    model's, as if each had been loaded by itself: `model.set_adapter(name)`, `adapter_names=[...]` in `forward` and
+    `generate`, `model.delete_adapter(name)`, merging, `model.save_pretrained(..., selected_adapters=[name])`.
+
+    An adapter of the pool is frozen. If its parameters are changed while it is active, it keeps the change.
+
+    Args:
+        model: with at least one adapter of NOLA, PRANC or MCNC.
+        like: the adapter that all are equal to; the active one by default.
+
+    Raises:
+        ValueError: the model has a pool already; or the adapter trains biases or modules beside its coefficients, which
+            every adapter of the pool would have to have its own of.
+        TypeError: the model has no adapter of these methods.
+    """
+
+    def __init__(self, model: PeftModel, like: str | None = None) -> None:
+        tuner = getattr(model, "base_model", None)
+        if not isinstance(model, PeftModel) or not isinstance(tuner, SeededModel):
+            raise TypeError(
+                f"`model` must be a PeftModel with an adapter of NOLA, PRANC or MCNC, got {type(model).__name__} "
+                f"around {type(tuner).__name__}."
+            )
+        if tuner.pool is not None:
+            raise ValueError("`model` must have no other pool, got one that has one. Load more adapters into that.")
+        like = model.active_adapter if like is None else like
+        if like not in model.peft_config:
+            raise ValueError(f"`like` must be an adapter of the model, got {like!r}.")
+        config: Any = copy.copy(model.peft_config[like])
+        if config.bias != "none" or config.modules_to_save:
+            raise ValueError(
+                f"Adapters in a pool must be coefficients alone, got {like!r}, which trains "
+                + ("biases" if config.bias != "none" else f"{config.modules_to_save}")
+                + " too. Load such adapters one by one with `model.load_adapter`."
+            )
+        config.identity = config.target_names = config.target_shapes = config.base_fingerprint = None
+        config.inference_mode = True
+        self.model, self._tuner, self._config = model, tuner, config
+        found = [layer for layer in tuner.modules() if isinstance(layer, SeededLayer) and like in layer.provenances]
+        self._like: Provenance = found[0].provenances[like]
+        self._like.settle()
+        self._rows: dict[str, torch.Tensor] = {}
+        self._held: str | None = None
+        self._slots: dict[Container, slice] = {}
+        tuner.pool = self
+
+    # What is in it
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all coefficients."""
+        return sum(row.numel() * row.element_size() for row in self._rows.values())
+
+    def load(self, places: Mapping[str, str | os.PathLike[str]]) -> None:
+        """Loads saved adapters, from folders or repositories of the hub, by the names that they shall have.
+
+        Every one is verified as `PeftModel.from_pretrained` does it. If one is refused, none is loaded.
+
+        Raises:
+            ValueError: a name is taken; or an adapter is damaged, of another kind than the pool's, or holds more than
+                coefficients. The message begins with its name.
+        """
+        taken = [name for name in places if name in self.model.peft_config]
+        if taken:
+            raise ValueError(f"`places` must have names that the model has no adapter of, got {taken[0]!r}.")
+        sizes = [parameter.numel() for parameter in self._like.parameters()]
+        block = torch.empty(len(places), sum(sizes))
+        other_base = []
+        fingerprint = Keys(self._tuner.model, self._like).base_fingerprint
+        for row, (name, place) in zip(block, places.items()):
+            try:
+                trained_on = self._read(place, row)
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"{name!r}: {error}") from error
+            if trained_on and fingerprint and trained_on != fingerprint:
+                other_base.append(name)
+        if other_base:
+            warnings.warn(
+                "The base model has other weights than those that some adapters were trained on: "
+                f"{', '.join(map(repr, other_base[:5]))}{' and others' if len(other_base) > 5 else ''}.",
+                stacklevel=2,
+            )
+        self._rows.update(zip(places, block))
+        self.model.peft_config.update(dict.fromkeys(places, self._config))
+        if self._held is None and places:
+            self._put_into_layers(next(iter(places)))
+
+    def _read(self, place: str | os.PathLike[str], row: torch.Tensor) -> str | None:
+        saved = read(place)
+        if saved.is_network:
+            raise ValueError("an adapter is needed, got a whole network from a seed.")
+        check_identity(saved.identity, self._like.identity, "in adapter_config.json")
+        saved.targets, saved.shapes_known = list(self._like.targets), True
+        verify(saved)
+        if saved.others:
+            raise ValueError(
+                f"an adapter in a pool must be coefficients alone, got {min(saved.others)!r} beside them. Load it with "
+                "`model.load_adapter`."
+            )
+        coefficients = saved.coefficients()
+        if any(vector.dtype != torch.float32 for vector in coefficients):
+            raise ValueError("coefficients in a pool must be in single precision or less, got float64.")
+        torch.cat([vector.flatten() for vector in coefficients], out=row)
+        return saved.config.base_fingerprint
+
+    # What tuners ask
+
+    @property
+    def held(self) -> str:
+        """The adapter of the pool that the layers hold, under its name."""
+        assert self._held is not None
+        return self._held
+
+    def coefficients(self, name: str, container: Container) -> torch.Tensor:
+        """The coefficients that an adapter has in the layer of a container."""
+        if name == self._held:
+            return container[name].detach()
+        return self._rows[name][self._slots[container]]
+
+    def hold(self, name: str) -> None:
+        """Puts an adapter into the layers, in place of the one that they hold."""
+        if name == self._held:
+            return
+        before = self.held
+        if any(before in layer.merged_adapters for layer in self._layers):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self._tuner.unmerge_adapter()
+        self._write_back()
+        for layer in self._layers:
+            for each in (*layer.adapter_layer_names, *layer.other_param_names):
+                names = getattr(layer, each)
+                if isinstance(names, nn.ModuleDict):
+                    names = names._modules
+                elif isinstance(names, nn.Module):  # a BufferDict
+                    names = names._buffers
+                if before in names:
+                    names[name] = names.pop(before)
+            active = layer.active_adapters
+            if before in active:
+                layer._active_adapter = [name if each == before else each for each in active]
+        for expansion in self._expansions:
+            expansion.adapter_name = name
+        self._provenance.adapter_name = name
+        if self._tuner.active_adapter == before:
+            self._tuner.active_adapter = name
+        self._held, self._tuner._mixed = name, None
+        with torch.no_grad():
+            torch._foreach_copy_(list[torch.Tensor](self._provenance.parameters()), self._views(name))
+
+    def drop(self, name: str) -> bool:
+        """Removes an adapter. Returns whether the layers hold it still, since there is no other to put in its place."""
+        others = [each for each in self._rows if each != name]
+        if name == self._held and others:
+            if name in self._tuner.active_adapters:
+                warnings.warn(
+                    f"Adapter {name} was active which is now deleted. Setting active adapter to {others[0]}.",
+                    stacklevel=3,
+                )
+            self.hold(others[0])
+        del self._rows[name]
+        self._tuner._mixed = None
+        last = name == self._held
+        if last:
+            self._held = None
+        return last
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Puts an adapter into the layers for a while."""
+        before = self.held
+        self.hold(name)
+        try:
+            yield
+        finally:
+            self.hold(before)
+
+    # Its place in the layers
+
+    def _put_into_layers(self, name: str) -> None:
+        active = self._tuner.active_adapters
+        self._tuner.inject_adapter(self._tuner.model, name)
+        self._layers = [
+            each for each in self._tuner.modules() if isinstance(each, SeededLayer) and name in each.provenances
+        ]
+        self._provenance: Provenance = self._layers[0].provenances[name]
+        expansions = {id(each): each for layer in self._layers for each in layer.expansions[name]}
+        self._expansions: list[SharedExpansion] = list(expansions.values())
+        ends = torch.tensor([parameter.numel() for parameter in self._provenance.parameters()]).cumsum(0).tolist()
+        self._slots = {
+            container: slice(start, end) for container, start, end in zip(self._provenance.containers, [0, *ends], ends)
+        }
+        self._held, self._tuner._mixed = name, None
+        with torch.no_grad():
+            torch._foreach_copy_(list[torch.Tensor](self._provenance.parameters()), self._views(name))
+        if self._tuner.active_adapters != active:
+            self._tuner.set_adapter(active)
+
+    def _views(self, name: str) -> list[torch.Tensor]:
+        parameters = self._provenance.parameters()
+        parts = self._rows[name].split([parameter.numel() for parameter in parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, parameters)]
+
+    def _write_back(self) -> None:
+        """Keeps what has become of the coefficients in the layers; a cast to half precision is no change."""
+        row = self._rows[self.held]
+        now = torch.cat([parameter.detach().flatten() for parameter in self._provenance.parameters()])
+        if not torch.equal(now, row.to(now)):
+            row.copy_(now)
