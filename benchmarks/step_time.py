@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,10 +22,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import HfArgumentParser
 
 import peft_ext
 from peft_ext.tuners.layers import SeededLayer
+
+from .models import ModelArguments, load_model, machine, paired
 
 BASELINE = "LoRA r=8"
 
@@ -58,14 +58,7 @@ def methods(targets: list[str]) -> dict[str, Callable[[], peft.PeftConfig]]:
 
 
 @dataclass
-class Arguments:
-    model_name_or_path: str = field(
-        default="", metadata={"help": "A causal language model; by default a random Llama shaped like SmolLM2-135M."}
-    )
-    gguf_file: str = field(default="", metadata={"help": "The GGUF file of the model, if it has one."})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Modules to adapt, the query projection first."}
-    )
+class Arguments(ModelArguments):
     method: list[str] = field(
         default_factory=list, metadata={"help": "Parts of the names of the methods to time; all by default."}
     )
@@ -76,19 +69,6 @@ class Arguments:
     new_tokens: int = field(default=64, metadata={"help": "Tokens to generate."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})
     output: str = field(default="", metadata={"help": "JSON file for the figures."})
-
-
-def load_model(arguments: Arguments) -> torch.nn.Module:
-    if not arguments.model_name_or_path:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        return LlamaForCausalLM(config)
-    return AutoModelForCausalLM.from_pretrained(
-        arguments.model_name_or_path, gguf_file=arguments.gguf_file or None, dtype=torch.float32
-    )
 
 
 class Runner:
@@ -118,6 +98,12 @@ class Runner:
     def _synchronize(self) -> None:
         if self.arguments.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+    def step_seconds(self) -> float:
+        return self.timed(self.train)
+
+    def generation_seconds(self) -> float:
+        return self.timed(self.generate)
 
     def train(self) -> None:
         self.model.train()
@@ -154,19 +140,6 @@ class Runner:
             return os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
 
 
-def paired(baseline: Runner, candidate: Runner, name: str, pairs: int) -> tuple[float, float]:
-    """(median seconds of the candidate, median ratio to the baseline), after a warm-up pair."""
-    work = [getattr(runner, name) for runner in (baseline, candidate)]
-    seconds, ratios = [], []
-    for pair in range(pairs + 1):
-        order = (0, 1) if pair % 2 else (1, 0)
-        times = {which: (baseline, candidate)[which].timed(work[which]) for which in order}
-        if pair:
-            seconds.append(times[1])
-            ratios.append(times[1] / times[0])
-    return statistics.median(seconds), statistics.median(ratios)
-
-
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     console = Console(width=150)
@@ -176,8 +149,10 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for name in track(chosen, "Timing", console=Console(stderr=True)):
         candidate = Runner(arguments, known[name]())
-        step, step_ratio = paired(baseline, candidate, "train", arguments.pairs)
-        generation, generation_ratio = paired(baseline, candidate, "generate", arguments.generation_pairs)
+        step, step_ratio = paired(baseline.step_seconds, candidate.step_seconds, arguments.pairs)
+        generation, generation_ratio = paired(
+            baseline.generation_seconds, candidate.generation_seconds, arguments.generation_pairs
+        )
         rows[name] = {
             "trainable": candidate.trainable,
             "saved_bytes": candidate.saved_bytes(),
@@ -202,12 +177,12 @@ def main() -> None:
         )  # fmt: skip
     console.print(table)
     if arguments.output:
-        machine = {
-            "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "device": arguments.device, "torch": torch.__version__, "peft": peft.__version__,
-        }  # fmt: skip
         with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "arguments": vars(arguments), "methods": rows}, file, indent=2)
+            json.dump(
+                {"machine": {**machine(), "device": arguments.device}, "arguments": vars(arguments), "methods": rows},
+                file,
+                indent=2,
+            )
 
 
 if __name__ == "__main__":
