@@ -163,27 +163,22 @@ class AdapterPool:
         if any(before in layer.merged_adapters for layer in self._layers):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self._tuner.unmerge_adapter()
-        self._write_back()
-        for layer in self._layers:
-            for each in (*layer.adapter_layer_names, *layer.other_param_names):
-                names = getattr(layer, each)
-                if isinstance(names, nn.ModuleDict):
-                    names = names._modules
-                elif isinstance(names, nn.Module):  # a BufferDict
-                    names = names._buffers
-                if before in names:
-                    names[name] = names.pop(before)
+        parameters = self._provenance.parameters()
+        self._write_back(parameters)
+        for layer, modules, dictionaries in self._places:
+            attributes = layer.__dict__  # read anew: a dictionary can have been replaced
+            for names in (*modules, *(attributes[each] for each in dictionaries)):
+                names[name] = names.pop(before)
             active = layer.active_adapters
             if before in active:
                 layer._active_adapter = [name if each == before else each for each in active]
         for expansion in self._expansions:
             expansion.adapter_name = name
         self._provenance.adapter_name = name
-        if self._tuner.active_adapter == before:
+        if self._tuner.active_adapter in (before, [before]):
             self._tuner.active_adapter = name
         self._held, self._tuner._mixed = name, None
-        with torch.no_grad():
-            torch._foreach_copy_(list[torch.Tensor](self._provenance.parameters()), self._views(name))
+        self._fill(parameters)
 
     def drop(self, name: str) -> bool:
         """Removes an adapter. Returns whether the layers hold it still, since there is no other to put in its place."""
@@ -220,6 +215,7 @@ class AdapterPool:
         self._layers = [
             each for each in self._tuner.modules() if isinstance(each, SeededLayer) and name in each.provenances
         ]
+        self._places = [(layer, *_names_in(layer, name)) for layer in self._layers]
         self._provenance: Provenance = self._layers[0].provenances[name]
         expansions = {id(each): each for layer in self._layers for each in layer.expansions[name]}
         self._expansions: list[SharedExpansion] = list(expansions.values())
@@ -228,19 +224,32 @@ class AdapterPool:
             container: slice(start, end) for container, start, end in zip(self._provenance.containers, [0, *ends], ends)
         }
         self._held, self._tuner._mixed = name, None
-        with torch.no_grad():
-            torch._foreach_copy_(list[torch.Tensor](self._provenance.parameters()), self._views(name))
+        self._fill(self._provenance.parameters())
         if self._tuner.active_adapters != active:
             self._tuner.set_adapter(active)
 
-    def _views(self, name: str) -> list[torch.Tensor]:
-        parameters = self._provenance.parameters()
-        parts = self._rows[name].split([parameter.numel() for parameter in parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, parameters)]
+    def _fill(self, parameters: list[nn.Parameter]) -> None:
+        parts = self._rows[self.held].split([parameter.numel() for parameter in parameters])
+        with torch.no_grad():
+            torch._foreach_copy_(list[torch.Tensor](parameters), parts)
 
-    def _write_back(self) -> None:
+    def _write_back(self, parameters: list[nn.Parameter]) -> None:
         """Keeps what has become of the coefficients in the layers; a cast to half precision is no change."""
         row = self._rows[self.held]
-        now = torch.cat([parameter.detach().flatten() for parameter in self._provenance.parameters()])
+        now = torch.cat([parameter.detach().flatten() for parameter in parameters])
         if not torch.equal(now, row.to(now)):
             row.copy_(now)
+
+
+def _names_in(layer: SeededLayer, adapter: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Where a layer keeps an adapter by its name: in dictionaries of submodules, and in attributes of these names."""
+    modules, dictionaries = [], []
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+        names = getattr(layer, attribute)
+        if adapter not in names:
+            continue
+        if isinstance(names, nn.Module):
+            modules.append(names._modules if isinstance(names, nn.ModuleDict) else names._buffers)
+        else:
+            dictionaries.append(attribute)
+    return modules, dictionaries

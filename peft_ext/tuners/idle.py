@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..checks import check_not_negative
 
-_DEFAULT = 1 << 30  # bytes
+_DEFAULT = 1 << 28  # bytes
 
 
 class Releasable(Protocol):
@@ -36,7 +36,7 @@ def set_expansion_budget(nbytes: int) -> int:
 
     Adapters that are switched off keep the weights that were expanded from their coefficients, so that switching back
     costs nothing; the least recently used go first. A batch with several adapters (`adapter_names`) keeps at most as
-    much between its passes. The default is 1 GiB. 0 keeps nothing.
+    much between its passes. The default is 256 MiB. 0 keeps nothing.
 
     Returns:
         The budget before.
