@@ -272,3 +272,15 @@ def test_weights_of_idle_adapters_go_when_the_budget_is_spent(method: str) -> No
     with pytest.raises(ValueError, match="`nbytes` must"):
         set_expansion_budget(-1)
     assert idle.budget() == before
+
+
+def test_a_copy_of_the_model_has_a_pool_of_its_own(tmp_path: Path) -> None:
+    places = saved(tmp_path, "NOLA", ["ann", "bob"])
+    model, pool = pooled("NOLA", places)
+    other = copy.deepcopy(model)
+    other.set_adapter("bob")
+    model.set_adapter("ann")
+    for each, name in ((other, "bob"), (model, "ann")):
+        torch.testing.assert_close(logits(each), right(places, name), rtol=1e-5, atol=1e-6)
+    other.delete_adapter("ann")
+    assert list(pool) == ["ann", "bob"] and list(other.base_model.pool) == ["bob"]

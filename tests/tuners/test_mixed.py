@@ -264,3 +264,24 @@ def test_what_is_kept_stays_within_the_budget() -> None:
         assert 0 <= sum(held.values()) <= one_layer + 100
     finally:
         set_expansion_budget(before)
+
+
+@every_method
+@pytest.mark.parametrize("how", ["bfloat16 base", "bfloat16", "autocast"])
+def test_half_precision(how: str, method: str) -> None:
+    """Rows differ from rows alone by no more than rounding to bfloat16 does."""
+    model = adapted(tiny_models.llama(), method)
+    x = tiny_models.tokens(len(NAMES))
+    with torch.no_grad():
+        exact = one_by_one(model, NAMES, input_ids=x)
+    if how == "bfloat16":
+        model.bfloat16()
+    elif how == "bfloat16 base":
+        for name, parameter in model.named_parameters():
+            if "_coefficients" not in name:
+                parameter.data = parameter.data.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        alone = one_by_one(model, NAMES, input_ids=x).float()
+        found = model(input_ids=x, adapter_names=NAMES).logits.float()
+    rounding = (alone - exact).abs().max()
+    assert (found - exact).abs().max() <= 2 * rounding and (found - alone).abs().max() <= 2 * rounding
