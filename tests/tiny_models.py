@@ -105,3 +105,34 @@ class Mixed(nn.Module):
         self.token = nn.Parameter(torch.randn(1, 4))
         self.first = Conv1D(6, 4)
         self.second = nn.Linear(6, 3)
+
+
+def mixture(kind: str, experts: int = 4, layers: int = 2, **options: Any) -> transformers.PreTrainedModel:
+    """A language model whose layers are mixtures of experts: `"mixtral"`, `"qwen3_moe"` or `"gpt_oss"`."""
+    torch.manual_seed(0)
+    names = {"mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        **({"moe_intermediate_size": 24, "num_experts": experts} if kind == "qwen3_moe" else {}),
+        **({} if kind == "qwen3_moe" else {"num_local_experts": experts}),
+        **({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}} if kind == "gpt_oss" else {}),
+    }
+    model_class = getattr(transformers, names[kind])
+    model = model_class(model_class.config_class(**{**settings, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()

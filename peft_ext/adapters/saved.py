@@ -205,12 +205,16 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target]
     assert config.identity is not None
     ends = Counter(name.rpartition(".")[2] for name in names)
     with_biases = bool(getattr(config, "adapt_bias", False))
-    choices = [(*size, bias) for size in sizes for bias in ((0, size[0]) if with_biases else (0,))]
+    choices = [
+        (out, columns, bias, experts)
+        for out, columns, experts in sizes
+        for bias in ((0, out) if with_biases and experts == 1 else (0,))
+    ]
     if len(choices) ** len(ends) <= _MOST_GUESSES:
         for guess in itertools.product(choices, repeat=len(ends)):
-            counts: Counter[tuple[int, int]] = Counter()
+            counts: Counter[tuple[int, int, int]] = Counter()
             for shape, number in zip(guess, ends.values()):
-                counts[shape[:2]] += number
+                counts[(*shape[:2], shape[3])] += number
             if counts != sizes:
                 continue
             by_end = dict(zip(ends, guess))
@@ -221,7 +225,7 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target]
     every = [size for size, number in sizes.items() for _ in range(number)]
     if len(sizes) == 1 and not with_biases:
         raise ValueError("`target_names` or `target_shapes` was edited: the hash of both in `identity` is another.")
-    return [Target(name, *size) for name, size in zip(names, every)], False
+    return [Target(name, out, columns, 0, experts) for name, (out, columns, experts) in zip(names, every)], False
 
 
 def verify(saved: Saved) -> list[str]:

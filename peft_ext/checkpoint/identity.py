@@ -331,15 +331,15 @@ def check_target_shapes(saved: Mapping[str, int] | None, found: Mapping[str, int
         )
 
 
-def shape_name(fan_out: int, fan_in: int) -> str:
-    """The name of a layer's shape in a checkpoint: `"out x in"`."""
-    return f"{fan_out} x {fan_in}"
+def shape_name(fan_out: int, fan_in: int, experts: int = 1) -> str:
+    """The name of a layer's shape in a checkpoint: `"out x in"`, or `"out x in x experts"` of a stack."""
+    return f"{fan_out} x {fan_in}" + (f" x {experts}" if experts > 1 else "")
 
 
-def parse_shape(name: str) -> tuple[int, int]:
-    """(fan_out, fan_in) of what `shape_name` made."""
-    fan_out, fan_in = map(int, name.split(" x "))
-    return fan_out, fan_in
+def parse_shape(name: str) -> tuple[int, int, int]:
+    """(fan_out, fan_in, experts) of what `shape_name` made."""
+    fan_out, fan_in, experts = (*map(int, name.split(" x ")), 1)[:3]
+    return fan_out, fan_in, experts
 
 
 def describe_shapes(shapes: Mapping[str, int]) -> str:

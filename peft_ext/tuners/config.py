@@ -45,19 +45,26 @@ def documented(config: C) -> C:
 
 
 class Target(NamedTuple):
-    """A module that an adapter adapts, as its coefficients see it.
+    """A module or a parameter that an adapter adapts, as its coefficients see it.
 
     Attributes:
-        name: of the module in the base model; empty for a whole network.
-        fan_out: rows of its weight as a matrix.
+        name: of the module or the parameter in the base model; empty for a whole network.
+        fan_out: rows of its weight as a matrix; of one of them if there are several.
         fan_in: columns.
         biases: numbers in its bias.
+        experts: how many matrices the weight is a stack of.
     """
 
     name: str
     fan_out: int
     fan_in: int
     biases: int = 0
+    experts: int = 1
+
+    @property
+    def size(self) -> int:
+        """Numbers in the weight."""
+        return self.experts * self.fan_out * self.fan_in
 
 
 MULTIPLE = 16
@@ -75,7 +82,7 @@ def check_memory(fields: str, what: str, numbers: int, targets: Sequence[Target]
         what: they are.
         numbers: how many.
     """
-    most = max(_SMALL, 4 * MULTIPLE * sum(target.fan_out * target.fan_in for target in targets))
+    most = max(_SMALL, 4 * MULTIPLE * sum(target.size for target in targets))
     if 4 * numbers > most:
         raise ValueError(
             f"{fields} must be in proportion to the adapted modules: {what} would take {4 * numbers:,} bytes, at most "
@@ -92,8 +99,8 @@ def check_multiple(field: str, value: int, size: int, what: str) -> None:
 
 
 def shape_counts(targets: Sequence[Target]) -> dict[str, int]:
-    """`{"out x in": number of modules}`."""
-    return dict(Counter(shape_name(target.fan_out, target.fan_in) for target in targets))
+    """`{"out x in": number of modules}`; the shape of a stack of experts is `"out x in x experts"`."""
+    return dict(Counter(shape_name(target.fan_out, target.fan_in, target.experts) for target in targets))
 
 
 def _refuse_pickle(folder: Path, what_to_do: str) -> None:
@@ -196,7 +203,7 @@ class CheckpointedConfig(DescribedConfig):
 
     def described(self, target: Target) -> list[Any]:
         """What the identity says of an adapted module."""
-        return [target.name, target.fan_out, target.fan_in]
+        return [target.name, target.fan_out, target.fan_in, *([target.experts] if target.experts > 1 else [])]
 
     def kinds(self, size: int) -> list[torch.Tensor]:
         """Places of the coefficients of each kind among the `size` of a module: kinds share no scale when packed."""
@@ -271,13 +278,27 @@ class SeededConfig(CheckpointedConfig):
             )
         },
     )
+    target_parameters: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": (
+                "Names of parameters to adapt that are no layer's weight, such as 'mlp.experts.gate_up_proj': the "
+                "experts of a mixture, stacked in three dimensions, or a router's matrix. They are adapted beside "
+                "`target_modules`, whose defaults target_modules=[] leaves out. 'all-linear' and the name of the "
+                "module that holds experts ('experts') adapt them too. Dropout cannot be applied to them."
+            )
+        },
+    )
     exclude_modules: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Names of modules, or a regular expression, to leave out."}
     )
     fan_in_fan_out: bool = field(
         default=False,
         metadata={
-            "help": "The weight of a layer of unknown type is stored as (in, out). Known types are recognised.",
+            "help": (
+                "The weight of a layer of unknown type is stored as (in, out), or (experts, in, out). Known types are "
+                "recognised."
+            ),
             "generates": True,
         },
     )
@@ -323,6 +344,8 @@ class SeededConfig(CheckpointedConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_parameters, (set, tuple)):
+            self.target_parameters = sorted(self.target_parameters)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` selects among named modules: it must be None when `target_modules` is a "

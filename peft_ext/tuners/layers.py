@@ -22,7 +22,10 @@ from .mixed import MixedBatch, Part
 from .provenance import CheckpointedLayer
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-"""Of a weight: a matrix of shape `(fan_out, fan_in)`, or its factors A `(r, fan_in)` and B `(fan_out, r)`."""
+"""Of a weight: a matrix of shape `(fan_out, fan_in)`, or its factors A `(r, fan_in)` and B `(fan_out, r)`.
+
+Those of experts have one more dimension, the first.
+"""
 
 
 def layer_kind(base_layer: nn.Module) -> str | None:
@@ -90,6 +93,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
     mixed: MixedBatch | None = None  # set for the time of a pass whose rows have adapters of their own
     fan_in: int  # columns of M
     fan_out: int  # rows of M
+    experts = 1  # matrices that M is a stack of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,8 +112,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.in_features, self.out_features = _features(self.get_base_layer())
-        self.fan_out, self.fan_in = fans(self.get_base_layer())
+        self._measure()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -118,6 +121,20 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D) or (
             fan_in_fan_out and not isinstance(self.get_base_layer(), nn.Linear)
         )
+
+    def _measure(self) -> None:
+        """Notes the sizes of the base layer."""
+        self.in_features, self.out_features = _features(self.get_base_layer())
+        self.fan_out, self.fan_in = fans(self.get_base_layer())
+
+    def target(self, name: str) -> Target:
+        """The base layer as coefficients see it, under the name that their streams are drawn by."""
+        return target_of(name, self.get_base_layer())
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The dimensions of M before rows and columns: none, or the number of experts."""
+        return (self.experts,) if self.experts > 1 else ()
 
     @property
     def coefficients(self) -> Coefficients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import _get_submodules
 from torch import nn
 
 from ..checkpoint.identity import Identity, check_identity, check_target_shapes, unfold_names
@@ -17,13 +20,16 @@ from ..generators import Generator
 from .checkpointed import CheckpointedModel
 from .config import Target, shape_counts
 from .expansion import SharedExpansion
+from .expert_layers import SeededExperts, parameter_target
 from .layers import SeededLayer, layer_kind, target_of
 from .mixed import MixedBatch, Pool
+from .target_parameters import Place, parameter_hint, resolve
 
 _KINDS = {
     "linear": "nn.Linear, transformers' Conv1D, quantized linear layers",
     "conv2d": "nn.Conv2d",
     "embedding": "nn.Embedding",
+    "parameter": "by `target_parameters`, matrices and stacks of experts",
     "vector": "modules that hold vectors only (norms)",
 }
 _VISION_TARGETS = ["query", "value", "q_proj", "v_proj"]  # names in transformers 4 and 5
@@ -62,6 +68,7 @@ class SeededModel(CheckpointedModel):
         self._expansions: dict[Generator, SharedExpansion] = {}
         self._saved_names: dict[str, str] = {}
         self._targets_from_state_dict = state_dict is not None
+        self._places: list[Place] = []
         super().inject_adapter(
             model,
             adapter_name,
@@ -69,6 +76,12 @@ class SeededModel(CheckpointedModel):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        known = model_config["model_type"] in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            peft_config.target_modules = set()
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = self._within_reach(adapter_name)
@@ -139,6 +152,8 @@ class SeededModel(CheckpointedModel):
         """
         if self._targets_from_state_dict or peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
+        self._places = resolve(peft_config, model)
+        parameters = {place.module_name for place in self._places}
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
         targets: dict[str, nn.Module] = {}
         adaptable: set[str] = set()
@@ -153,15 +168,17 @@ class SeededModel(CheckpointedModel):
             if kind in self.layer_classes:
                 adaptable.add(name.rpartition(".")[-1])
             if self._check_target_module_exists(peft_config, name):
+                if name in parameters:  # a name of the module that holds experts stands for them
+                    continue
                 if kind not in self.layer_classes:
                     kinds = ", ".join(_KINDS[kind] for kind in self.layer_classes)
                     raise ValueError(
                         f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which "
                         f"{peft_config.method_name} cannot adapt. It adapts {kinds} (but not the output projection "
-                        "inside nn.MultiheadAttention, which is never called)."
+                        "inside nn.MultiheadAttention, which is never called)." + parameter_hint(name, base_layer)
                     )
                 targets[name] = base_layer
-        if not targets and not peft_config.exclude_modules and not peft_config.modules_to_save:
+        if not targets and not self._places and not peft_config.exclude_modules and not peft_config.modules_to_save:
             raise NoMatchingPeftModuleError(
                 f"`target_modules` matches no module of {type(model).__name__}: got {peft_config.target_modules!r}"
                 + (
@@ -172,6 +189,7 @@ class SeededModel(CheckpointedModel):
                 + f". Names that can be adapted here: {', '.join(sorted(adaptable)) or 'none'}."
             )
         found = [target_of(name.removeprefix("_orig_mod."), base_layer) for name, base_layer in targets.items()]
+        found += [parameter_target(place.name, place.base_layer, peft_config.fan_in_fan_out) for place in self._places]
         check_target_shapes(peft_config.target_shapes, shape_counts(found))
         saved = [target._replace(name=name) for target, name in zip(found, self._saved_order(peft_config, found))]
         if peft_config.identity is not None:
@@ -211,27 +229,51 @@ class SeededModel(CheckpointedModel):
         parameter_name: str | None = None,
     ) -> None:
         module_name = current_key.removeprefix("_orig_mod.")
+        if parameter_name is None and any(place.module_name == current_key for place in self._places):
+            return  # its parameters follow, one by one
         saved_name = self._saved_names.get(module_name, module_name)
-        if isinstance(target, self.tuner_layer_cls):
-            described = target_of(saved_name, target.get_base_layer())
+        existing = target
+        if parameter_name is not None and isinstance(target, SeededExperts):
+            existing = target.adapting(parameter_name) or target
+        if isinstance(existing, self.tuner_layer_cls) and existing.parameter_name == (parameter_name or "weight"):
+            target = existing
+            described = target.target(saved_name)
             target.update_layer(adapter_name, peft_config, described, self._expansions)
             self._record(peft_config, adapter_name, target, described)
             return
+        options = get_quantization_kwargs(self)
         kind = layer_kind(base_layer_of(target))
+        if parameter_name is not None:
+            kind, options["parameter_name"] = "parameter", parameter_name
         if kind not in self.layer_classes:
             raise ValueError(
                 f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {peft_config.method_name}."
             )
-        described = target_of(saved_name, base_layer_of(target))
-        layer = self.layer_classes[kind](
-            target, fan_in_fan_out=peft_config.fan_in_fan_out, **get_quantization_kwargs(self)
-        )
+        layer = self.layer_classes[kind](target, fan_in_fan_out=peft_config.fan_in_fan_out, **options)
+        described = layer.target(saved_name)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, peft_config, described, self._expansions)
         self._record(peft_config, adapter_name, layer, described)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable before it is activated
         self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        for place in self._places:
+            parent, target, target_name = _get_submodules(model, place.module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config, adapter_name, target, target_name, parent, place.name, place.parameter_name
+                )
+        return [place.name for place in self._places]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, SeededExperts) and not isinstance(new_module, SeededLayer):
+            setattr(parent, child_name, new_module)  # PEFT would look for a weight
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
 
 def base_layer_of(module: nn.Module) -> nn.Module:

@@ -378,6 +378,7 @@ class CheckpointedLayer(BaseTunerLayer):
 
     config_class: ClassVar[type[CheckpointedConfig]]
     record_names: ClassVar[tuple[str, ...]] = ("provenances", "identity", "packed")
+    parameter_name = "weight"  # what the base weights' fingerprint is taken of
 
     @property
     def method(self) -> str:
@@ -398,6 +399,14 @@ class CheckpointedLayer(BaseTunerLayer):
     def buffers_of(self, name: str) -> BufferDict:
         """What a loaded file holds beside coefficients, by adapter: `"identity"` or `"packed"`."""
         return getattr(self, f"{self.method}_{name}")
+
+    def adapted_name(self, module_name: str) -> str:
+        """What this layer adapts, as identities name it.
+
+        Args:
+            module_name: where the layer is in the model.
+        """
+        return module_name
 
     def container(self, adapter: str) -> Coefficients | None:
         """What holds the coefficients of an adapter, by its name; `None` if this layer reads none of it."""

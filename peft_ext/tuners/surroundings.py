@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -123,14 +123,14 @@ class Base:
 
 
 @torch.no_grad()
-def base_fingerprint(layers: Iterable[BaseTunerLayer]) -> str | None:
+def base_fingerprint(layers: Iterable[Any]) -> str | None:
     """A hash of a few numbers of every adapted base weight, rounded to bfloat16, or None if it cannot be told.
 
     So it is the same for a model in float32 and in bfloat16. Quantized, sharded and merged weights have none.
     """
     samples = []
     for module in layers:
-        weight = getattr(module.get_base_layer(), "weight", None)
+        weight = getattr(module.get_base_layer(), module.parameter_name, None)
         if weight is None:
             continue
         plain = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
@@ -159,7 +159,7 @@ class Keys:
             if isinstance(module, AuxiliaryTrainingWrapper)
             for saved, key in module.adapter_state_dict_load_map(adapter).items()
         }
-        self.adapted = [names[id(layer)].removeprefix(PREFIX) for layer in provenance.layers]
+        self.adapted = [layer.adapted_name(names[id(layer)].removeprefix(PREFIX)) for layer in provenance.layers]
         self.renamed = self.adapted != [target.name for target in provenance.targets]
         self.base_fingerprint = base_fingerprint(provenance.layers)
 

@@ -130,12 +130,15 @@ class McncConfig(SeededConfig):
         """`d`, or its default."""
         return 5000 if self.d is None else self.d
 
-    def layer_size(self, fan_out: int, fan_in: int) -> int:
+    def layer_size(self, fan_out: int, fan_in: int, experts: int = 1) -> int:
         """The numbers that chunks make for a layer with a weight of that shape."""
-        return self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in
+        return experts * (self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in)
+
+    def _size(self, target: Target) -> int:
+        return self.layer_size(target.fan_out, target.fan_in, target.experts)
 
     def check_sizes(self, targets: Sequence[Target]) -> None:
-        sizes = [self.layer_size(target.fan_out, target.fan_in) for target in targets]
+        sizes = [self._size(target) for target in targets]
         factors = self.apply_to == "factors"
         if factors:
             widest = max(max(target.fan_out, target.fan_in) for target in targets)
@@ -163,14 +166,17 @@ class McncConfig(SeededConfig):
         return sum(fan_in * fan_out for fan_in, fan_out in zip(sizes, sizes[1:]))
 
     def generators(self, target: Target) -> tuple[SineManifold]:
-        """What fills the factors of a module, A `(r, fan_in)` and then B `(fan_out, r)`, or its update."""
+        """What fills the factors of a module, A `(r, fan_in)` and then B `(fan_out, r)`, or its update.
+
+        Those of experts are filled one after the other: all A, then all B.
+        """
         if self.apply_to == "weight":
-            return (self._manifold(self.layer_size(*target[1:3]), scale=1 / math.sqrt(target.fan_in)),)
+            return (self._manifold(self._size(target), scale=1 / math.sqrt(target.fan_in)),)
         return (
             self._manifold(
-                self.layer_size(*target[1:3]),
+                self._size(target),
                 offset_stream=("mcnc", "A", self.r, target.fan_in, "offset"),
-                offset_size=self.r * target.fan_in,
+                offset_size=target.experts * self.r * target.fan_in,
                 offset_scale=1 / math.sqrt(target.fan_in),
             ),
         )

@@ -10,6 +10,7 @@ from torch import nn
 from ...generators import Generator
 from ..config import Target
 from ..expansion import SharedExpansion
+from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import McncConfig
@@ -51,8 +52,9 @@ class McncLayer(SeededLayer):
         flat, several = flat.to(self._dtype(adapter)), flat.shape[:-1]
         r = self.r[adapter]
         if not r:
-            return flat.view(*several, self.fan_out, self.fan_in), None
-        A, B = flat.split((r * self.fan_in, self.fan_out * r), dim=-1)
+            return flat.view(*several, *self.stack, self.fan_out, self.fan_in), None
+        A, B = flat.split((self.experts * r * self.fan_in, self.experts * self.fan_out * r), dim=-1)
+        several = (*several, *self.stack)  # type: ignore[assignment]
         return (A.reshape(*several, r, self.fan_in), B.reshape(*several, self.fan_out, r)), None
 
 
@@ -66,3 +68,7 @@ class McncConv2d(McncLayer, SeededConv2d):
 
 class McncEmbedding(McncLayer, SeededEmbedding):
     """An adapted embedding."""
+
+
+class McncExperts(McncLayer, SeededExperts):
+    """An adapted parameter: the experts of a mixture, or a matrix."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..model import SeededModel
-from .layer import McncConv2d, McncEmbedding, McncLayer, McncLinear
+from .layer import McncConv2d, McncEmbedding, McncExperts, McncLayer, McncLinear
 
 
 class McncModel(SeededModel):
@@ -15,4 +15,9 @@ class McncModel(SeededModel):
     """
 
     tuner_layer_cls = McncLayer
-    layer_classes: ClassVar = {"linear": McncLinear, "conv2d": McncConv2d, "embedding": McncEmbedding}
+    layer_classes: ClassVar = {
+        "linear": McncLinear,
+        "conv2d": McncConv2d,
+        "embedding": McncEmbedding,
+        "parameter": McncExperts,
+    }

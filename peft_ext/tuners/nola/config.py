@@ -11,7 +11,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
-from ...generators import RandomBasis
+from ...generators import Generator, RandomBasis, SignedCopies
 from ..config import SeededConfig, Target, check_memory, check_multiple, documented
 
 N = TypeVar("N", int, float)
@@ -115,30 +115,34 @@ class NolaConfig(SeededConfig):
             field = "r" if r == self.r else "rank_pattern"
             check_multiple(field, r, max(target.fan_out, target.fan_in), f"columns or rows of {target.name!r}")
             bases |= {("A", num_A * r * target.fan_in), ("B", num_B * r * target.fan_out)}
-            factors += r * (target.fan_in + target.fan_out)
+            factors += target.experts * r * (target.fan_in + target.fan_out)
         check_multiple("num_basis", max(num_A, num_B), largest, "numbers in the largest factor")
         check_memory("`r` and `rank_pattern`", "the factors", factors, targets)
         check_memory("`num_basis`", "the coefficients", (num_A + num_B) * len(targets), targets)
         if self.share_basis:
             check_memory("`num_basis` and `r`", "the random matrices", sum(size for _, size in bases), targets)
 
-    def generators(self, target: Target) -> tuple[RandomBasis, RandomBasis]:
+    def generators(self, target: Target) -> tuple[Generator, Generator]:
         """What makes the factors A `(r, fan_in)` and B `(fan_out, r)` of a module.
 
         The entries of A are uniform on [-1, 1) / sqrt(num_basis), beside an offset uniform on
         [-1, 1) / sqrt(fan_in), LoRA's usual initialisation; those of B are uniform on [-1, 1) / sqrt(num_basis).
+
+        Experts have factors `(experts, r, fan_in)` and `(experts, fan_out, r)` from equally many coefficients: each
+        reads them with signs of its own, and its A has an offset of its own; see `SignedCopies`.
         """
         r, (num_A, num_B) = self.rank(target.name), self.num_basis_per_factor
         # Layers that share their basis draw it by shape; otherwise by the module's name as well, never by position.
         own: tuple[str, ...] = () if self.share_basis else (target.name,)
         options: dict[str, Any] = {"streamed": not self.share_basis, "version": self.generator_version}
+        experts, offset_scale = target.experts, 1 / math.sqrt(target.fan_in)
         basis_A = RandomBasis(
             self.seed,
             ("nola", "A", r, target.fan_in, *own),
             num_A,
             r * target.fan_in,
             scale=1 / math.sqrt(num_A),
-            offset_scale=1 / math.sqrt(target.fan_in),
+            offset_scale=offset_scale if experts == 1 else 0.0,
             **options,
         )
         basis_B = RandomBasis(
@@ -149,6 +153,8 @@ class NolaConfig(SeededConfig):
             scale=1 / math.sqrt(num_B),
             **options,
         )
+        if experts > 1:
+            return SignedCopies(basis_A, experts, offset_scale), SignedCopies(basis_B, experts)
         return basis_A, basis_B
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from ...generators import Generator
 from ..config import Target
 from ..expansion import SharedExpansion
+from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import NolaConfig
@@ -36,9 +37,9 @@ class NolaLayer(SeededLayer):
         self.scaling[adapter_name] = alpha / r
         basis_A, basis_B = config.generators(target)
         container = self.make_container(adapter_name, config.initial(target, (basis_A, basis_B)))
-        num_A, num_B = basis_A.num_basis, basis_B.num_basis
-        own_A = SharedExpansion(basis_A, (r, self.fan_in), adapter_name, slice(0, num_A))
-        own_B = SharedExpansion(basis_B, (self.fan_out, r), adapter_name, slice(num_A, num_A + num_B))
+        num_A, num_B = basis_A.num_coefficients, basis_B.num_coefficients
+        own_A = SharedExpansion(basis_A, (*self.stack, r, self.fan_in), adapter_name, slice(0, num_A))
+        own_B = SharedExpansion(basis_B, (*self.stack, self.fan_out, r), adapter_name, slice(num_A, num_A + num_B))
         joined = expansions.setdefault(basis_A, own_A), expansions.setdefault(basis_B, own_B)
         for expansion in joined:
             expansion.add(container)
@@ -60,3 +61,7 @@ class NolaConv2d(NolaLayer, SeededConv2d):
 
 class NolaEmbedding(NolaLayer, SeededEmbedding):
     """An adapted embedding."""
+
+
+class NolaExperts(NolaLayer, SeededExperts):
+    """An adapted parameter: the experts of a mixture, or a matrix."""

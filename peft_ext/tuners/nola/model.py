@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..model import SeededModel
-from .layer import NolaConv2d, NolaEmbedding, NolaLayer, NolaLinear
+from .layer import NolaConv2d, NolaEmbedding, NolaExperts, NolaLayer, NolaLinear
 
 
 class NolaModel(SeededModel):
@@ -15,4 +15,9 @@ class NolaModel(SeededModel):
     """
 
     tuner_layer_cls = NolaLayer
-    layer_classes: ClassVar = {"linear": NolaLinear, "conv2d": NolaConv2d, "embedding": NolaEmbedding}
+    layer_classes: ClassVar = {
+        "linear": NolaLinear,
+        "conv2d": NolaConv2d,
+        "embedding": NolaEmbedding,
+        "parameter": NolaExperts,
+    }

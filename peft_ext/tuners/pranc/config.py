@@ -77,13 +77,14 @@ class PrancConfig(SeededConfig):
             )
 
     def described(self, target: Target) -> list[Any]:
-        return [*super().described(target), target.biases] if self.adapt_bias else super().described(target)
+        described = super().described(target)
+        return [*described[:3], target.biases, *described[3:]] if self.adapt_bias else described
 
     def vector_sizes(self, targets: Sequence[Target]) -> list[int]:
         return [self.num_coefficients]
 
     def check_sizes(self, targets: Sequence[Target]) -> None:
-        weights = sum(target.fan_out * target.fan_in for target in targets)
+        weights = sum(target.size for target in targets)
         if self.num_coefficients > weights:
             raise ValueError(
                 f"`num_coefficients` must be at most the number of weights that they update, {weights} in the "
@@ -94,7 +95,7 @@ class PrancConfig(SeededConfig):
 
     def generators(self, target: Target) -> tuple[LinearGenerator]:
         """What makes the update of a module's weights, and of its biases behind them with `adapt_bias`."""
-        size = target.fan_out * target.fan_in + (target.biases if self.adapt_bias else 0)
+        size = target.size + (target.biases if self.adapt_bias else 0)
         stream = ("pranc", self.basis, target.name, target.fan_out, target.fan_in)
         return (self._generator(stream, size, target.fan_in),)
 

@@ -12,6 +12,7 @@ from ...generators import Generator
 from ..coefficients import Coefficients
 from ..config import Target
 from ..expansion import SharedExpansion
+from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
 from ..mixed import MixedBatch
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
@@ -60,9 +61,9 @@ class PrancLayer(SeededLayer):
 
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
         (flat,) = weights
-        flat, size = flat.to(self._dtype(adapter)), self.fan_out * self.fan_in
+        flat, size = flat.to(self._dtype(adapter)), self.experts * self.fan_out * self.fan_in
         bias = flat[..., size:] if flat.shape[-1] > size else None
-        return flat[..., :size].reshape(*flat.shape[:-1], self.fan_out, self.fan_in), bias
+        return flat[..., :size].reshape(*flat.shape[:-1], *self.stack, self.fan_out, self.fan_in), bias
 
 
 class PrancLinear(PrancLayer, SeededLinear):
@@ -75,6 +76,10 @@ class PrancConv2d(PrancLayer, SeededConv2d):
 
 class PrancEmbedding(PrancLayer, SeededEmbedding):
     """An adapted embedding."""
+
+
+class PrancExperts(PrancLayer, SeededExperts):
+    """An adapted parameter: the experts of a mixture, or a matrix."""
 
 
 class PrancVector(PrancLayer):

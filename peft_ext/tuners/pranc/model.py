@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ..model import SeededModel
-from .layer import PrancConv2d, PrancEmbedding, PrancLayer, PrancLinear, PrancVector
+from .layer import PrancConv2d, PrancEmbedding, PrancExperts, PrancLayer, PrancLinear, PrancVector
 
 
 class PrancModel(SeededModel):
@@ -19,6 +19,7 @@ class PrancModel(SeededModel):
         "linear": PrancLinear,
         "conv2d": PrancConv2d,
         "embedding": PrancEmbedding,
+        "parameter": PrancExperts,
         "vector": PrancVector,
     }
 
