@@ -233,12 +233,27 @@ def manifold(config: Mapping[str, Any], coefficients: np.ndarray, size: int, sca
 
 
 class Module(NamedTuple):
-    """An adapted module: its name when it was saved, rows and columns of its weight as a matrix, biases."""
+    """An adapted module or parameter: its name when it was saved, rows and columns of its weight as a matrix, biases.
+
+    A stack of experts has several matrices.
+    """
 
     name: str
     fan_out: int
     fan_in: int
     biases: int = 0
+    experts: int = 1
+
+
+def owners(modules: Sequence[Module], parameters: Sequence[str]) -> list[str]:
+    """The names in the file that the tensors of every module or parameter begin with."""
+    found: list[str] = []
+    for i, module in enumerate(modules):
+        inside = any(("." + module.name).endswith("." + name) for name in parameters)
+        parent = module.name.rpartition(".")[0]
+        later = [each for each in modules[i + 1 :] if each.name.rpartition(".")[0] == parent]
+        found.append(parent + ".base_layer" * len(later) if inside else module.name)
+    return found
 
 
 def matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -259,8 +274,8 @@ def lengths(config: Mapping[str, Any], module: Module) -> list[int]:
 
 def _generated(config: Mapping[str, Any], module: Module) -> int:
     if config["apply_to"] == "factors":
-        return config["r"] * (module.fan_out + module.fan_in)
-    return module.fan_out * module.fan_in
+        return module.experts * config["r"] * (module.fan_out + module.fan_in)
+    return module.experts * module.fan_out * module.fan_in
 
 
 def joined(config: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -272,33 +287,46 @@ def joined(config: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray
 
 def update(config: Mapping[str, Any], module: Module, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a module's weight, as a matrix, and its bias get."""
-    seed, method, (name, fan_out, fan_in, biases) = config["seed"], config["peft_type"], module
+    seed, method, (name, fan_out, fan_in, biases, experts) = config["seed"], config["peft_type"], module
     none = np.zeros(0, np.float32)
+    stack = [experts] if experts > 1 else []
     if method == "PRANC":
-        size = fan_out * fan_in + (biases if config["adapt_bias"] else 0)
+        weights = experts * fan_out * fan_in
+        size = weights + (biases if config["adapt_bias"] else 0)
         stream = ["pranc", config["basis"], name, fan_out, fan_in]
         if config["basis"] == "dense":
             flat = dense(seed, stream, coefficients, size, math.sqrt(3 / (len(coefficients) * fan_in)))
         else:
             flat = sparse(seed, stream, coefficients, size, 1 / math.sqrt(fan_in), config["nnz"])
-        return flat[: fan_out * fan_in].reshape(fan_out, fan_in), flat[fan_out * fan_in :]
+        return flat[:weights].reshape(*stack, fan_out, fan_in), flat[weights:]
     if method == "MCNC" and config["apply_to"] == "weight":
-        return manifold(config, coefficients, fan_out * fan_in, 1 / math.sqrt(fan_in)).reshape(fan_out, fan_in), none
+        flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in))
+        return flat.reshape(*stack, fan_out, fan_in), none
     if method == "MCNC":
         r, alpha = config["r"], config["alpha"]
-        flat = manifold(config, coefficients, r * (fan_in + fan_out), 1.0)
-        A, B = flat[: r * fan_in], flat[r * fan_in :]
-        A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], r * fan_in, 1 / math.sqrt(fan_in))
+        flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0)
+        A, B = flat[: experts * r * fan_in], flat[experts * r * fan_in :]
+        A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], experts * r * fan_in, 1 / math.sqrt(fan_in))
     else:
         r = matching(config["rank_pattern"], name, config["r"])
         alpha = matching(config["alpha_pattern"], name, config["alpha"])
         own = [] if config["share_basis"] else [name]
         num_A, num_B = lengths(config, module)
         stream_A, stream_B = ["nola", "A", r, fan_in, *own], ["nola", "B", fan_out, r, *own]
-        A = dense(seed, stream_A, coefficients[:num_A], r * fan_in, 1 / math.sqrt(num_A))
-        A = A + offset(seed, [*stream_A, "offset"], r * fan_in, 1 / math.sqrt(fan_in))
-        B = dense(seed, stream_B, coefficients[num_A:], fan_out * r, 1 / math.sqrt(num_B))
-    return alpha / r * (B.reshape(fan_out, r) @ A.reshape(r, fan_in)), none
+        own_A = signed(seed, stream_A, coefficients[:num_A], experts)
+        own_B = signed(seed, stream_B, coefficients[num_A:], experts)
+        A = np.concatenate([dense(seed, stream_A, each, r * fan_in, 1 / math.sqrt(num_A)) for each in own_A])
+        A = A + offset(seed, [*stream_A, "offset"], experts * r * fan_in, 1 / math.sqrt(fan_in))
+        B = np.concatenate([dense(seed, stream_B, each, fan_out * r, 1 / math.sqrt(num_B)) for each in own_B])
+    return alpha / r * (B.reshape(*stack, fan_out, r) @ A.reshape(*stack, r, fan_in)), none
+
+
+def signed(seed: int, stream: Sequence[Any], coefficients: np.ndarray, experts: int) -> np.ndarray:
+    """The coefficients as every expert reads them."""
+    if experts == 1:
+        return coefficients[None]
+    signs = uniform(seed, [*stream, "sign"], experts * len(coefficients)).reshape(experts, -1)
+    return np.where(signs < 0, -coefficients, coefficients)
 
 
 def read_adapter(
@@ -316,31 +344,33 @@ def read_adapter(
     tensors, types = read_safetensors(data)
     assert [module.name for module in modules] == unfold(config["target_names"])
 
-    def key(name: str, what: str) -> str:
-        return f"base_model.model.{name}.{prefix}_{what}"
+    def key(module: Module, what: str) -> str:
+        return f"base_model.model.{names[module]}.{prefix}_{what}"
 
-    record = json.loads(tensors.pop(key(modules[0].name, "identity")).tobytes())
-    rows = [list(module) if config.get("adapt_bias") else list(module[:3]) for module in modules]
+    record = json.loads(tensors.pop(key(modules[0], "identity")).tobytes())
+    biased = bool(config.get("adapt_bias"))
+    rows = [[*each[: 4 if biased else 3], *([each.experts] if each.experts > 1 else [])] for each in modules]
+    names = dict(zip(modules, owners(modules, config.get("target_parameters") or [])))
     assert record["format"] == 1
     assert record["identity"] == config["identity"] == identity(config, rows)
 
-    owners = modules[:1] if method == "PRANC" else modules
+    own = modules[:1] if method == "PRANC" else modules
     found = {}
     if record["dtype"] in ("int8", "int4"):
-        packed = tensors.pop(key(modules[0].name, "packed"))
+        packed = tensors.pop(key(modules[0], "packed"))
         assert record["coefficients"] == checksum([("packed", packed, "uint8")])
-        counts = np.array([lengths(config, module) for module in owners])  # (modules, kinds)
+        counts = np.array([lengths(config, module) for module in own])  # (modules, kinds)
         kinds = [
             np.split(numbers, np.cumsum(counts[:-1, kind]))
             for kind, numbers in enumerate(unpack(packed, counts.sum(axis=0).tolist(), record["dtype"]))
         ]
-        found = {module.name: joined(config, parts) for module, parts in zip(owners, zip(*kinds))}
+        found = {module.name: joined(config, parts) for module, parts in zip(own, zip(*kinds))}
     else:
         what = "tokens.values" if method == "VISUAL_PROMPT" else "coefficients.values"
-        names = [key(module.name, what) for module in owners]
-        labelled = [(f"coefficients {i}", tensors[name], types[name]) for i, name in enumerate(names)]
+        keys = [key(module, what) for module in own]
+        labelled = [(f"coefficients {i}", tensors[name], types[name]) for i, name in enumerate(keys)]
         assert record["coefficients"] == checksum(labelled)
-        found = {module.name: as_float32(tensors.pop(n), types[n]).reshape(-1) for module, n in zip(owners, names)}
+        found = {module.name: as_float32(tensors.pop(n), types[n]).reshape(-1) for module, n in zip(own, keys)}
     labelled = [(name.rpartition(".")[2], tensor, types[name]) for name, tensor in tensors.items()]
     assert record["others"] == checksum(labelled)
     return {module.name: found.get(module.name, found[modules[0].name]) for module in modules}, tensors
@@ -348,7 +378,7 @@ def read_adapter(
 
 def base_weight(matrix: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
     """A matrix of fan_out rows as what is added to a base weight of a kind and shape."""
-    return (matrix.T if kind in ("Conv1D", "Embedding") else matrix).reshape(shape)
+    return (matrix.swapaxes(-1, -2) if kind in ("Conv1D", "Embedding", "transposed") else matrix).reshape(shape)
 
 
 # Networks from a seed

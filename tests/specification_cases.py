@@ -20,6 +20,7 @@ from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, VisualP
 DTYPES = ["float32", "bfloat16", "float16", "int8", "int4"]
 LAYERS = ["embedding", "first", "second", "wide", "conv1d", "conv2d"]
 ALL = [*LAYERS, "norm"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj", "router.weight"]
 NETWORK = {"apply_to": "weight", "k": 2, "d": 30, "widths": (8,), "seed": 3}
 
 # name: (model of tiny_models, configuration class, fields)
@@ -42,6 +43,16 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         },
     ),
     "nola-llama": ("llama", NolaConfig, {"r": 2, "num_basis": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "nola-experts": (
+        "experts",
+        NolaConfig,
+        {"r": 2, "num_basis": (5, 7), "alpha": 3.0, "target_modules": ["o_proj"], "target_parameters": EXPERTS},
+    ),
+    "nola-experts-own": (
+        "experts",
+        NolaConfig,
+        {"r": 2, "num_basis": 6, "share_basis": False, "target_modules": [], "target_parameters": EXPERTS[:2]},
+    ),
     "pranc": ("Layers", PrancConfig, {"num_coefficients": 13, "target_modules": ALL}),
     "pranc-two": (
         "Layers",
@@ -49,6 +60,11 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {"num_coefficients": 13, "nnz": 2, "adapt_bias": True, "seed": 5, "target_modules": ALL},
     ),
     "pranc-many": ("Layers", PrancConfig, {"num_coefficients": 150, "nnz": 3, "target_modules": ALL}),
+    "pranc-experts": (
+        "experts",
+        PrancConfig,
+        {"num_coefficients": 13, "adapt_bias": True, "target_modules": ["o_proj"], "target_parameters": EXPERTS},
+    ),
     "pranc-dense": (
         "Layers",
         PrancConfig,
@@ -77,6 +93,11 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
             "frequency": 2.5,
             "target_modules": LAYERS,
         },
+    ),
+    "mcnc-experts": (
+        "experts",
+        McncConfig,
+        {"r": 2, "k": 3, "d": 100, "widths": (5,), "target_modules": [], "target_parameters": EXPERTS[:2]},
     ),
     "mcnc-linear": (
         "gpt2",
@@ -134,7 +155,7 @@ def loaded_weights(model: nn.Module) -> dict[str, np.ndarray]:
         if hasattr(layer, "visual_prompt_tokens"):
             found |= {f"{name}.tokens": tokens for tokens in layer.visual_prompt_tokens.parameters()}
         elif hasattr(layer, "get_delta_weight"):
-            found[f"{name}.weight"] = layer.get_delta_weight("default")
+            found[layer.adapted_name(name).removesuffix(".weight") + ".weight"] = layer.get_delta_weight("default")
             bias = layer.update("default")[1]
             if bias is not None:
                 found[f"{name}.bias"] = bias
@@ -168,6 +189,12 @@ def _modules(base: Any, fields: dict[str, Any]) -> Iterator[tuple[Module, str, l
             else:
                 fans = (shape[1], shape[0]) if kind != "linear" else (shape[0], layer.weight[0].numel())
                 yield Module(name, *fans, 0 if bias is None else len(bias)), kind, shape
+    for name, parameter in base.named_parameters():
+        if name.endswith(tuple(fields.get("target_parameters", ()))):
+            experts, (fan_out, fan_in) = (*parameter.shape[:-2], 1)[0], parameter.shape[-2:]
+            transposed = experts > 1  # so gpt-oss stores its experts
+            fans = (fan_in, fan_out) if transposed else (fan_out, fan_in)
+            yield Module(name, *fans, 0, experts), "transposed" if transposed else "linear", list(parameter.shape)
 
 
 def _parameters(network: nn.Module) -> Iterator[Parameter]:
@@ -196,7 +223,7 @@ def rebuilt_weights(case: str, folder: Path) -> dict[str, np.ndarray]:
             found[f"{module.name}.tokens"] = own.reshape(shape)
             continue
         matrix, bias = update(config, module, own)
-        found[f"{module.name}.weight"] = base_weight(matrix, kind, shape)
+        found[module.name.removesuffix(".weight") + ".weight"] = base_weight(matrix, kind, shape)
         if len(bias):
             found[f"{module.name}.bias"] = bias
     return found

@@ -136,3 +136,8 @@ def mixture(kind: str, experts: int = 4, layers: int = 2, **options: Any) -> tra
             if parameter.dim() > 1 and not parameter.any():
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def experts() -> transformers.PreTrainedModel:
+    """A mixture that stores its experts transposed."""
+    return mixture("gpt_oss", experts=3, hidden_size=16, intermediate_size=12)

@@ -38,6 +38,7 @@ from ..seeded_network import NETWORK_COEFFICIENTS
 from ..tuners.config import CheckpointedConfig, Target
 from ..tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME
 from ..tuners.surroundings import PREFIX
+from ..tuners.target_parameters import owners_of
 
 _MOST_GUESSES = 5_000
 _FILES = (
@@ -162,8 +163,9 @@ def _read_adapter(folder: Path) -> Saved:
     targets, known = _targets(config, names)
     layer = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls  # type: ignore[index]
     ends = layer.adapter_layer_names[0]
-    record_name, packed = (f"{PREFIX}{names[0]}.{config.method()}_{kind}" for kind in ("identity", "packed"))
-    vectors = [f"{PREFIX}{name}.{ends}.values" for name in names[: len(config.vector_sizes(targets))]]
+    owners = owners_of(names, getattr(config, "target_parameters", None) or [])
+    record_name, packed = (f"{PREFIX}{owners[0]}.{config.method()}_{kind}" for kind in ("identity", "packed"))
+    vectors = [f"{PREFIX}{name}.{ends}.values" for name in owners[: len(config.vector_sizes(targets))]]
     record = read_record(tensors.get(record_name), record_name)
     return Saved(folder, config, {}, record, targets, known, vectors, packed, record_name, tensors)
 

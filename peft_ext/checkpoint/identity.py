@@ -344,7 +344,8 @@ def parse_shape(name: str) -> tuple[int, int, int]:
 
 def describe_shapes(shapes: Mapping[str, int]) -> str:
     """`{"out x in": number of layers}` as words."""
-    return ", ".join(f"{number} layers of {shape}" for shape, number in sorted(shapes.items())) or "no layers"
+    words = {shape: f"{shape} experts" if shape.count(" x ") == 2 else shape for shape in shapes}
+    return ", ".join(f"{number} layers of {words[shape]}" for shape, number in sorted(shapes.items())) or "no layers"
 
 
 def check_finite(coefficients: torch.Tensor, where: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import _get_submodules
+from peft.utils.other import _get_submodules, get_pattern_key
 from torch import nn
 
 from ..checkpoint.identity import Identity, check_identity, check_target_shapes, unfold_names
@@ -69,13 +70,27 @@ class SeededModel(CheckpointedModel):
         self._saved_names: dict[str, str] = {}
         self._targets_from_state_dict = state_dict is not None
         self._places: list[Place] = []
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
+        with warnings.catch_warnings():
+            # PEFT matches patterns with the names of modules alone.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        names = [*self.targeted_module_names, *self.targeted_parameter_names]
+        for field in ("rank_pattern", "alpha_pattern"):
+            keys = getattr(self.peft_config[adapter_name], field, {})
+            unmatched = sorted(key for key in keys if not any(get_pattern_key([key], name) == key for name in names))
+            if unmatched:
+                warnings.warn(
+                    f"The following {field} keys did not match any targeted module or parameter and were ignored: "
+                    f"{unmatched}.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         known = model_config["model_type"] in self.target_module_mapping

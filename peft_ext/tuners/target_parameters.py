@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +129,23 @@ def resolve(peft_config: Any, model: nn.Module) -> list[Place]:
         peft_config.target_parameters = [*given, *names]
     _warn_of_others(peft_config, model, adaptable, chosen, everything)
     return chosen
+
+
+def owners_of(names: Sequence[str], target_parameters: Sequence[str]) -> list[str]:
+    """Which layer of a saved adapter has the coefficients of each adapted module or parameter.
+
+    Args:
+        names: of the adapted modules and parameters, in the order of the checkpoint.
+        target_parameters: of its configuration.
+    """
+    is_parameter = [any(f".{name}".endswith(f".{each}") for each in target_parameters) for name in names]
+    modules = [name.rpartition(".")[0] if inside else name for name, inside in zip(names, is_parameter)]
+    depth: Counter[str] = Counter()
+    owners = []
+    for module, inside in zip(reversed(modules), reversed(is_parameter)):
+        owners.append(module + ".base_layer" * depth[module])
+        depth[module] += inside
+    return owners[::-1]
 
 
 def parameter_hint(module_name: str, module: nn.Module) -> str:
