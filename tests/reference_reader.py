@@ -344,13 +344,14 @@ def read_adapter(
     tensors, types = read_safetensors(data)
     assert [module.name for module in modules] == unfold(config["target_names"])
 
+    names = dict(zip(modules, owners(modules, config.get("target_parameters") or [])))
+
     def key(module: Module, what: str) -> str:
         return f"base_model.model.{names[module]}.{prefix}_{what}"
 
     record = json.loads(tensors.pop(key(modules[0], "identity")).tobytes())
     biased = bool(config.get("adapt_bias"))
     rows = [[*each[: 4 if biased else 3], *([each.experts] if each.experts > 1 else [])] for each in modules]
-    names = dict(zip(modules, owners(modules, config.get("target_parameters") or [])))
     assert record["format"] == 1
     assert record["identity"] == config["identity"] == identity(config, rows)
 

@@ -18,6 +18,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from peft_ext import NolaConfig, PrancConfig
+from peft_ext.adapters.saved import read, verify
 from peft_ext.randomness import uniform
 from peft_ext.tuners.expert_layers import SeededExperts
 
@@ -184,6 +185,17 @@ def test_saved_small(method: str, dtype: str, tmp_path: Path) -> None:
         expected = old.get_delta_weight("default")
         error = (new.get_delta_weight("default") - expected).norm() / expected.norm()
         assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_adapter_is_verified_without_a_model(method: str, tmp_path: Path) -> None:
+    options = {"target_modules": ["o_proj"], "target_parameters": [*EXPERTS, "router.weight"]}
+    model, _ = adapt(tiny_models.mixture("gpt_oss"), method, **options)
+    model.save_pretrained(str(tmp_path))
+    saved = read(tmp_path)
+    assert saved.shapes_known and len(saved.targets) == 8 and len(verify(saved)) > 3
+    assert "48 x 32 x 4" in saved.config.target_shapes
+    assert "2 layers of 48 x 32 x 4 experts" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
