@@ -71,13 +71,10 @@ class SignedCopies(LinearGenerator):
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         signs = self._signs.like(x)
-        lead = x.shape[:-1]
-        rows = (lead.numel() * self.copies, self.basis.size if adjoint else self.num_coefficients)
         if adjoint:
-            read = self.basis._product(x.reshape(rows), adjoint=True)
-            return (read.view(*lead, self.copies, self.num_coefficients) * signs).sum(-2)
-        made = self.basis._product((x[..., None, :] * signs).reshape(rows), adjoint=False)
-        return made.view(*lead, self.size)
+            parts = x.reshape(*x.shape[:-1], self.copies, self.basis.size)
+            return (self.basis._product(parts, adjoint=True) * signs).sum(-2)
+        return self.basis._product(x[..., None, :] * signs, adjoint=False).flatten(-2)
 
     def __repr__(self) -> str:
         return f"SignedCopies({self.copies} of {self.basis!r})"

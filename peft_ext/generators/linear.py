@@ -107,9 +107,9 @@ class RandomBasis(LinearGenerator):
         for rows, columns, block in self._blocks():
             block = block.to(x)
             if adjoint:
-                result[..., rows] += x[..., columns] @ block.mT
+                _part(result, rows).add_(_part(x, columns) @ block.mT)
             else:
-                result[..., columns] += x[..., rows] @ block
+                _part(result, columns).add_(_part(x, rows) @ block)
         return result
 
     def _blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
@@ -130,6 +130,11 @@ class RandomBasis(LinearGenerator):
     def __repr__(self) -> str:
         stream = ", ".join(map(str, self.stream))
         return f"RandomBasis({stream}: {self.num_basis} x {self.size}, seed={self.seed})"
+
+
+def _part(x: torch.Tensor, span: slice) -> torch.Tensor:
+    """A view of the last dimension; batched gradients know no indexing that takes all of it."""
+    return x.narrow(-1, span.start, min(span.stop, x.shape[-1]) - span.start)
 
 
 @dataclass(frozen=True, repr=False)
