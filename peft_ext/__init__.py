@@ -4,6 +4,7 @@ Importing this package registers the methods with PEFT.
 """
 
 from .adapters.hub import push_to_hub
+from .adapters.lora import to_lora
 from .adapters.pool import AdapterPool
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
@@ -29,6 +30,7 @@ __all__ = [
     "describe",
     "load_from_seed",
     "push_to_hub",
+    "to_lora",
     "set_expansion_budget",
 ]
 

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..checkpoint.markdown import code, escape, python_string
 from ..checks import check_positive_integer, check_probability
 from ..files import check_writable, write_whole
 from ..tuners.config import SeededConfig
+from ..tuners.description import AUTO_CLASSES
 from ..tuners.layers import SeededLayer, layer_kind
 from ..tuners.surroundings import PREFIX, clean, saved_modules, whole
 from .low_rank import LowRank
@@ -369,9 +369,7 @@ def _others_excluded(names: list[str]) -> str:
     return rf"(?!(?:{'|'.join(map(re.escape, names))})$).*"
 
 
-def _notes(
-    config: SeededConfig, lora: LoraConfig, parts: list[_Part], others: Mapping[str, torch.Tensor]
-) -> list[str]:
+def _notes(config: SeededConfig, lora: LoraConfig, parts: list[_Part], others: Mapping[str, torch.Tensor]) -> list[str]:
     """Sentences on what the file holds, lacks and asks of its readers."""
     notes = []
     if config.dropout:
@@ -412,7 +410,8 @@ def _card_facts(lora: LoraConfig, found: Mapping[str, Any]) -> CardFacts:
         "saved": f"{found['bytes']:,} bytes, float32",
         **({"notes": " ".join(map(escape, found["notes"]))} if found["notes"] else {}),
     }
-    model = f"AutoModel.from_pretrained({python_string(base)})" if base else "...  # the base model"
+    auto_class = AUTO_CLASSES.get(str(lora.task_type or ""), "AutoModel")
+    model = f"{auto_class}.from_pretrained({python_string(base)})" if base else "...  # the base model"
     return CardFacts(
         title="LoRA adapter",
         method="LoRA",
@@ -422,7 +421,7 @@ def _card_facts(lora: LoraConfig, found: Mapping[str, Any]) -> CardFacts:
         options=[(code("r"), code(lora.r), code(8)), (code("lora_alpha"), code(lora.lora_alpha), code(8))],
         install="pip install peft",
         hint="`peft_ext` is not needed.",
-        example=f"from peft import PeftModel\nfrom transformers import AutoModel\n\nmodel = {model}\n"
+        example=f"from peft import PeftModel\nfrom transformers import {auto_class}\n\nmodel = {model}\n"
         'model = PeftModel.from_pretrained(model, "<this folder or repository>")',
         base_model=base,
     )
