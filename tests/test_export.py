@@ -123,3 +123,312 @@ def test_same_logits_and_text_without_the_package(base: str, tmp_path: Path) -> 
     for folder, (logits, text) in expected.items():
         torch.testing.assert_close(found[f"{folder} logits"], logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(found[f"{folder} text"], text)
+
+
+# Layers of every kind, against the adapted model and the update itself
+
+
+class Padded(nn.Module):
+    """Embeddings and convolutions that a test of plain layers leaves out."""
+
+    def __init__(self, **conv: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, 8, padding_idx=2)
+        self.grouped = nn.Conv2d(4, 8, 3, **{"padding": 1, "stride": 2, "groups": 2, **conv})
+        self.depthwise = nn.Conv2d(8, 8, (3, 1), groups=8)
+        self.pointwise = nn.Conv2d(8, 6, 1, bias=False)
+
+    def forward(self, tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return self.pointwise(self.depthwise(self.grouped(image))).flatten(1) @ torch.ones(216, 8) + self.table(tokens)
+
+
+PLACES = ["embedding", "first", "second", "wide", "conv1d", "conv2d"]
+
+
+def through(name: str) -> torch.Tensor:
+    """An input for one of the layers of `tiny_models.Layers`."""
+    torch.manual_seed(5)
+    return {"embedding": torch.arange(11), "conv1d": torch.randn(3, 24), "conv2d": torch.randn(2, 3, 5, 5)}.get(
+        name, torch.randn(3, 8)
+    )
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_every_kind_of_layer(method: str, tmp_path: Path) -> None:
+    places = PLACES[1:] if method.endswith("biases") else PLACES
+    model = adapted(tiny_models.Layers(), config_of(method, target_modules=places))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    found = [to_lora(model, tmp_path / "one", **EXACT[method])]
+    found.append(to_lora(tmp_path / "adapter", tmp_path / "two", base=tiny_models.Layers(), **EXACT[method]))
+    assert found[0]["error"] == found[1]["error"] == 0 and found[0]["r"] == found[1]["r"]
+    for folder in ("one", "two"):
+        lora = loaded(tiny_models.Layers(), tmp_path / folder)
+        assert adapted_names(lora) == set(places)
+        for name in places:
+            expected = outputs(model, through(name), (name,))
+            assert not torch.allclose(outputs(tiny_models.Layers(), through(name), (name,)), expected, atol=1e-2)
+            torch.testing.assert_close(outputs(lora, through(name), (name,)), expected, rtol=1e-4, atol=1e-5)
+        if not method.endswith("biases"):  # one of the layers has none
+            merged = lora.merge_and_unload()
+            for name in places:
+                expected = outputs(model, through(name), (name,))
+                torch.testing.assert_close(outputs(merged, through(name), (name,)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [{}, {"rank": 3}, {"error": 0.3}])
+@pytest.mark.parametrize("method", ["NOLA", "MCNC", "PRANC", "MCNC, weight"])
+def test_grouped_convolutions_and_padded_embeddings(method: str, size: dict[str, Any], tmp_path: Path) -> None:
+    exact = method in ("NOLA", "MCNC")
+    if exact and size:
+        pytest.skip("factors are exact")
+    model = adapted(Padded(), config_of(method, target_modules=["table", "grouped", "depthwise", "pointwise"]))
+    found = to_lora(model, tmp_path / "lora", **(size or EXACT[method]))
+    lora = loaded(Padded(), tmp_path / "lora")
+    assert adapted_names(lora) == {"table", "grouped", "depthwise", "pointwise"}
+    layers = dict(lora.get_base_model().named_modules())
+    for name, layer in model.get_base_model().named_modules():
+        if not hasattr(layer, "get_delta_weight"):
+            continue
+        expected = layer.get_delta_weight("default")
+        delta = response(layers[name], expected.shape)
+        error = float((delta - expected).norm() / expected.norm())
+        assert error == pytest.approx(found["modules"][name]["error"], abs=2e-6)
+        assert error < 0.3 or "error" not in size
+        rank = found["modules"][name]["rank"]
+        if "rank" in size:
+            assert rank == {"grouped": 4, "depthwise": 8}.get(name, 3)
+    tokens, image = torch.tensor([1, 2]), torch.randn(2, 4, 15, 11)
+    if not size:
+        torch.testing.assert_close(outputs(lora, tokens, image), outputs(model, tokens, image), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def response(layer: Any, shape: torch.Size) -> torch.Tensor:
+    """What PEFT's LoRA adds to a weight, read off its outputs: it cannot tell of grouped convolutions."""
+    if layer.base_layer.weight.dim() == 2:
+        return layer.get_delta_weight("default")
+    out, inputs, *kernel = shape
+    conv, groups = layer.base_layer, layer.base_layer.groups
+    image = torch.eye(groups * inputs * kernel[0] * kernel[1]).view(-1, groups * inputs, *kernel)
+    padding = conv.padding
+    for part in (conv, layer.lora_A["default"]):
+        part.padding = (0, 0)
+    added = (layer(image) - conv(image))[:, :, 0, 0].T.view(groups, out // groups, groups, inputs, *kernel)
+    for part in (conv, layer.lora_A["default"]):
+        part.padding = padding
+    other = [added[i, :, j] for i in range(groups) for j in range(groups) if i != j]
+    assert all(part.abs().max() < 1e-6 for part in other)  # a group reads its own channels
+    return torch.cat([added[i, :, i] for i in range(groups)])
+
+
+def test_scaled_embeddings(tmp_path: Path) -> None:
+    from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3TextConfig
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        text = Gemma3TextConfig(
+            **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0},
+        )
+        return Gemma3ForCausalLM(text).eval()
+
+    assert Gemma3Config
+    model = adapted(make(), config_of("NOLA", target_modules=["embed_tokens", "q_proj"]))
+    to_lora(model, tmp_path / "lora")
+    lora = loaded(make(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, X), outputs(model, X), rtol=1e-4, atol=1e-4)
+
+
+# Ranks and errors
+
+
+def test_ranks_and_alphas_by_module(tmp_path: Path) -> None:
+    """Neither vLLM nor llama.cpp reads patterns: the file has one rank and one scaling."""
+    config = NolaConfig(
+        **{"r": 2, "num_basis": 5, "alpha": 3.0, "init_weights": False, "target_modules": ["q_proj", "v_proj"]},
+        **{"rank_pattern": {"layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"v_proj": 7.0}},
+    )
+    model = adapted(tiny_models.llama(), config)
+    found = to_lora(model, tmp_path / "lora")
+    assert found["r"] == 5 and found["lora_alpha"] == 5
+    assert sorted(row["rank"] for row in found["modules"].values()) == [2, 2, 2, 5]
+    lora = loaded(tiny_models.llama(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, X), outputs(model, X), rtol=1e-4, atol=1e-4)
+    assert lora.peft_config["default"].rank_pattern == lora.peft_config["default"].alpha_pattern == {}
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(4.0, 4), (0.5, 0.5), (0.0, 2)])
+def test_alpha_is_that_of_the_adapter(alpha: float, expected: float, tmp_path: Path) -> None:
+    """An alpha of 0 means none to llama.cpp, and with it a scaling of 1."""
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"], alpha=alpha))
+    assert to_lora(model, tmp_path / "lora")["lora_alpha"] == expected
+    lora = loaded(tiny_models.llama(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, X), outputs(model, X), rtol=1e-4, atol=1e-4)
+
+
+def test_factors_are_the_adapters(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"]))
+    to_lora(model, tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / WEIGHTS)
+    name = "model.layers.1.self_attn.q_proj"
+    (A, B), _ = model.get_base_model().get_submodule(name).update("default")
+    assert torch.equal(tensors[f"{PREFIX}{name}.lora_A.weight"], A)
+    assert torch.equal(tensors[f"{PREFIX}{name}.lora_B.weight"], B)
+
+
+@pytest.mark.parametrize("method", ["PRANC", "MCNC, weight"])
+def test_a_wanted_error_gives_the_smallest_rank(method: str, tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of(method, target_modules=["q_proj", "v_proj"]))
+    found = to_lora(model, tmp_path / "lora", error=0.2)
+    ranks = set()
+    lost = all = 0.0
+    for name, layer in model.get_base_model().named_modules():
+        if not hasattr(layer, "get_delta_weight"):
+            continue
+        delta = layer.get_delta_weight("default").detach().double()
+        values = torch.linalg.svdvals(delta).square()
+        errors = [float((values[rank:].sum() / values.sum()).sqrt()) for rank in range(len(values) + 1)]
+        needed = next(rank for rank, error in enumerate(errors) if error <= 0.2)
+        assert found["modules"][name]["rank"] == needed
+        assert found["modules"][name]["error"] == pytest.approx(errors[min(found["r"], len(values))], abs=1e-6)
+        ranks.add(needed)
+        lost, all = lost + float(values[found["r"] :].sum()), all + float(values.sum())
+    assert found["r"] == max(ranks) < 32
+    assert found["error"] == pytest.approx((lost / all) ** 0.5, rel=1e-4) and 0 < found["worst_error"] <= 0.2
+    lora = loaded(tiny_models.llama(), tmp_path / "lora")
+    assert (outputs(lora, X) - outputs(model, X)).norm() < 0.5 * outputs(model, X).norm()
+
+
+def test_a_rank_is_cut_to_what_there_is(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("PRANC", target_modules=["q_proj", "v_proj"]))
+    assert to_lora(model, tmp_path / "some", rank=3)["r"] == 3
+    found = to_lora(model, tmp_path / "all", rank=1000)
+    assert found["r"] == 32 and found["error"] < 1e-6
+    assert found["modules"]["model.layers.0.self_attn.v_proj"]["rank"] == 16
+
+
+def test_an_adapter_that_was_not_trained(tmp_path: Path) -> None:
+    config = config_of("PRANC", target_modules=["q_proj"], init_weights=True)
+    found = to_lora(get_peft_model(tiny_models.llama(), config), tmp_path / "lora", error=0.1)
+    assert found["r"] == 1 and found["error"] == found["worst_error"] == 0
+    lora = loaded(tiny_models.llama(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, X), outputs(tiny_models.llama(), X))
+
+
+# What is adapted, and what else is in the file
+
+
+class Nested(nn.Module):
+    """Names of modules are ends of others' names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 8)
+        self.block = nn.ModuleDict({"layer": nn.Linear(8, 8), "block": nn.ModuleDict({"layer": nn.Linear(8, 8)})})
+        self.one = nn.ModuleDict({"block": nn.ModuleDict({"layer": nn.Linear(8, 8)}), "two": nn.Linear(8, 8)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.modules():
+            x = torch.tanh(module(x)) if type(module).__name__ == "Linear" or isinstance(module, LoraLayer) else x
+        return x
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        r"layer",
+        r"block\.layer",
+        r"block\.layer|one\.block\.layer",
+        r"layer|block\.block\.layer",
+        r"block\.block\.layer|one\.two",
+    ],
+)
+def test_nothing_else_is_adapted(targets: str, tmp_path: Path) -> None:
+    model = adapted(Nested(), config_of("NOLA", target_modules=targets))
+    found = to_lora(model, tmp_path / "one")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    to_lora(tmp_path / "adapter", tmp_path / "two", base=Nested())
+    expected = set(found["modules"])
+    assert expected == {name for name, layer in model.get_base_model().named_modules() if hasattr(layer, "scaling")}
+    for folder in ("one", "two"):
+        lora = loaded(Nested(), tmp_path / folder)
+        assert adapted_names(lora) == expected
+        for name in expected:
+            layer, other = (each.get_base_model().get_submodule(name) for each in (lora, model))
+            torch.testing.assert_close(layer.get_delta_weight("default"), other.get_delta_weight("default"))
+
+
+def test_some_layers_alone(tmp_path: Path) -> None:
+    options = {"layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["v_proj"]}
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj", "v_proj", "o_proj"], **options))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    to_lora(tmp_path / "adapter", tmp_path / "lora")
+    lora = loaded(tiny_models.llama(), tmp_path / "lora")
+    assert adapted_names(lora) == {f"model.layers.1.self_attn.{name}_proj" for name in "qo"}
+    torch.testing.assert_close(outputs(lora, X), outputs(model, X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["all", "nola_only"])
+def test_trained_biases_and_modules(bias: str, tmp_path: Path) -> None:
+    config = config_of("NOLA", target_modules=["q_proj", "fc1"], bias=bias, modules_to_save=["classifier"])
+    model = adapted(tiny_models.vit(), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    images = torch.randn(2, 3, 16, 16)
+    found = to_lora(model, tmp_path / "one")
+    to_lora(tmp_path / "adapter", tmp_path / "two", base=tiny_models.vit())
+    assert any("classifier" in note for note in found["notes"]) and any("bias=" in note for note in found["notes"])
+    assert any("vLLM and llama.cpp do not take it" in note for note in found["notes"])
+    for folder in ("one", "two"):
+        lora = loaded(tiny_models.vit(), tmp_path / folder)
+        torch.testing.assert_close(outputs(lora, images), outputs(model, images), rtol=1e-4, atol=1e-4)
+        assert lora.peft_config["default"].bias == bias.replace("nola", "lora")
+
+
+def test_dropout_is_noted(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"], nola_dropout=0.1))
+    assert any("Dropout (0.1) is not exported" in note for note in to_lora(model, tmp_path / "lora")["notes"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_packed_coefficients(dtype: str, tmp_path: Path) -> None:
+    model = adapted(tiny_models.gpt2(), config_of("NOLA", target_modules=["c_attn", "c_fc", "c_proj"]))
+    model.peft_config["default"].coefficient_dtype = dtype
+    model.save_pretrained(str(tmp_path / "adapter"))
+    to_lora(tmp_path / "adapter", tmp_path / "lora", base=tiny_models.gpt2())
+    expected = PeftModel.from_pretrained(tiny_models.gpt2(), str(tmp_path / "adapter")).eval()
+    lora = loaded(tiny_models.gpt2(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, X), outputs(expected, X), rtol=1e-4, atol=1e-4)
+
+
+def test_one_of_several_adapters_in_a_model_of_transformers(tmp_path: Path) -> None:
+    model = tiny_models.llama()
+    for name, seed in (("one", 1), ("two", 2)):
+        model.add_adapter(config_of("NOLA", target_modules=["q_proj"], seed=seed), adapter_name=name)
+    for adapter in ("one", "two"):
+        to_lora(model, tmp_path / adapter, adapter_name=adapter)
+        model.set_adapter(adapter)
+        lora = loaded(tiny_models.llama(), tmp_path / adapter)
+        torch.testing.assert_close(outputs(lora, X), outputs(model.eval(), X), rtol=1e-4, atol=1e-4)
+        again = tiny_models.llama()
+        again.load_adapter(str(tmp_path / adapter))
+        torch.testing.assert_close(outputs(again.eval(), X), outputs(model, X), rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_is_read_and_not_changed(tmp_path: Path) -> None:
+    base = tiny_models.llama()
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["embed_tokens", "q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "base" / "model.safetensors").unlink()  # the configuration is enough
+    to_lora(tmp_path / "adapter", tmp_path / "one", base=str(tmp_path / "base"))
+    to_lora(tmp_path / "adapter", tmp_path / "two", base=base)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not any(hasattr(module, "base_layer") for module in base.modules())
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
+    assert (tmp_path / "one" / "adapter_config.json").read_text() == (
+        tmp_path / "two" / "adapter_config.json"
+    ).read_text()
+    lora = loaded(base, tmp_path / "one")
+    torch.testing.assert_close(outputs(lora, X), outputs(model, X), rtol=1e-4, atol=1e-4)

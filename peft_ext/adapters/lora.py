@@ -87,6 +87,7 @@ def to_lora(
         config = _config(model_or_folder, adapter_name)
         _check_size(config, rank, error)
         parts, others = _parts(model_or_folder, adapter_name), _others(model_or_folder, adapter_name, config)
+        everything: list[str] | None = [name for name, _ in _base_model(model_or_folder).named_modules()]
     else:
         if adapter_name != "default":
             raise ValueError(f"`adapter_name` must be 'default' for a saved adapter, got {adapter_name!r}.")
@@ -94,13 +95,14 @@ def to_lora(
         source, config = saved.folder, _seeded(None if saved.is_network else saved.config)
         _check_size(config, rank, error)
         verify(saved)
-        parts = _parts(on_stand_in(saved, base), ADAPTER)
+        model, everything = on_stand_in(saved, base)
+        parts = _parts(model, ADAPTER)
         strangers = unexplained(saved)
         others = {name: tensor for name, tensor in saved.others.items() if name not in strangers}
     folder = check_writable(out, overwrite, source)
     plan = _Plan.of(parts, rank, error)
     tensors = plan.tensors(parts)
-    lora = _lora_config(config, parts, plan)
+    lora = _lora_config(config, parts, plan, everything)
     folder.mkdir(parents=True, exist_ok=True)
     data = save({**tensors, **others}, metadata={"format": "pt"})
     write_whole(folder / SAFETENSORS_WEIGHTS_NAME, data)
@@ -150,6 +152,10 @@ def _config(model: nn.Module, adapter_name: str) -> SeededConfig:
     return _seeded(configs[adapter_name])
 
 
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def _seeded(config: Any) -> SeededConfig:
     if not isinstance(config, SeededConfig):
         what = "a network from a seed" if config is None else f"an adapter of {type(config).__name__}"
@@ -186,8 +192,7 @@ def _parts(model: nn.Module, adapter: str) -> list[_Part]:
         ValueError: LoRA cannot represent one of them.
     """
     parts = []
-    root = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, layer in root.named_modules():
+    for name, layer in _base_model(model).named_modules():
         if isinstance(layer, SeededLayer) and layer.container(adapter) is not None:
             parts.append(_part(clean(name), layer, adapter))
     if any(part.bias is not None for part in parts):
@@ -336,14 +341,15 @@ def _convolved(conv: nn.Conv2d, A: torch.Tensor, B: torch.Tensor) -> tuple[torch
     return wide.flatten(0, 1), B.flatten(0, 1)[:, :, None, None]
 
 
-def _lora_config(config: SeededConfig, parts: list[_Part], plan: _Plan) -> LoraConfig:
+def _lora_config(config: SeededConfig, parts: list[_Part], plan: _Plan, everything: list[str] | None) -> LoraConfig:
+    names = [part.name for part in parts]
     other = {name: rank for name, rank in plan.ranks.items() if rank != plan.r}
     keys = {name: f"^{re.escape(name)}" for name in other}  # PEFT would also match the ends of longer names
     return LoraConfig(
         r=plan.r,
         lora_alpha=plan.alpha(plan.r),  # type: ignore[arg-type]
-        target_modules=[part.name for part in parts],
-        exclude_modules=_others_excluded([part.name for part in parts]),
+        target_modules=names,
+        exclude_modules=_excluded(config, names, everything),
         rank_pattern={keys[name]: rank for name, rank in other.items()},
         alpha_pattern={keys[name]: plan.alpha(rank) for name, rank in other.items()},  # type: ignore[misc]
         fan_in_fan_out=all(isinstance(part.base, Conv1D) for part in parts),
@@ -357,11 +363,25 @@ def _lora_config(config: SeededConfig, parts: list[_Part], plan: _Plan) -> LoraC
     )
 
 
-def _others_excluded(names: list[str]) -> str:
-    """A regular expression of the modules that only end in the name of an adapted one, none of which is adapted.
+def _excluded(config: SeededConfig, names: list[str], everything: list[str] | None) -> str | None:
+    """A regular expression of modules that are not adapted although their names end in that of an adapted one.
 
-    A name in `target_modules` stands for all that end in it.
+    A name in `target_modules` stands for all that end in it. PEFT warns if nothing is excluded, so `None` where there
+    are no such modules.
+
+    Args:
+        everything: the names of all modules of the base model, if they are known.
     """
+    if everything is None:
+        # Where names alone chose the modules, the same names have chosen whatever ends in an adapted module's.
+        chosen = isinstance(config.target_modules, str) or config.layers_to_transform is not None
+        if not chosen and not config.exclude_modules:
+            return None
+    else:
+        known = set(names)
+        ends = tuple(f".{name}" for name in names)
+        if not any(clean(name).endswith(ends) and clean(name) not in known for name in everything):
+            return None
     starts = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))
     short = rf".+\.(?:{starts})(?:\..*)?"
     if not any(re.fullmatch(short, name) for name in names):

@@ -28,7 +28,7 @@ _LINEAR = set(
 )
 
 
-def on_stand_in(saved: Saved, base: nn.Module | str | None) -> nn.Module:
+def on_stand_in(saved: Saved, base: nn.Module | str | None) -> tuple[nn.Module, list[str] | None]:
     """A model of the adapted modules alone, with the adapter `"default"` of a checkpoint that was verified.
 
     Args:
@@ -37,16 +37,20 @@ def on_stand_in(saved: Saved, base: nn.Module | str | None) -> nn.Module:
             configuration is read. Without it the names must tell that the modules are linear layers, and the
             checkpoint their shapes.
 
+    Returns:
+        The model, and the names of all modules of the base model if it was given.
+
     Raises:
         ValueError: a base model is needed, or does not fit.
         OSError: there is no such base model.
     """
-    names = [target.name for target in saved.targets]
+    names, everything = [target.name for target in saved.targets], None
     if base is None:
         _check_names(saved)
         modules = {target.name: _linear(target) for target in saved.targets}
     else:
         found = dict((base if isinstance(base, nn.Module) else _empty_model(saved, base)).named_modules())
+        everything = list(found)
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(f"`base` must be the model that was adapted, got one without {missing[0]!r}.")
@@ -66,7 +70,7 @@ def on_stand_in(saved: Saved, base: nn.Module | str | None) -> nn.Module:
     with torch.no_grad():
         for parameter, vector in zip(layer.provenances[ADAPTER].parameters(), vectors, strict=True):
             parameter.copy_(vector.view(parameter.shape))
-    return model
+    return model, everything
 
 
 def _check_names(saved: Saved) -> None:
