@@ -12,8 +12,8 @@ A folder can also be the id of a repository on the hub, `user/name`. `--json` pr
 - quantize: what `peft_ext.adapters.conversion.quantize` returns;
 - export: what `peft_ext.to_lora` returns.
 
-Exit codes: 0 fine; 1 the checkpoint fails verification; 2 wrong arguments, or a file or repository is missing. What is
-wrong is one line on stderr.
+Exit codes: 0 fine; 1 the checkpoint fails verification, or cannot be exported as asked; 2 wrong arguments, or a file or
+repository is missing. What is wrong is one line on stderr.
 """
 
 from __future__ import annotations

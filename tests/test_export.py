@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from methods import METHODS, config_of
+from huggingface_hub import ModelCard
+from methods import config_of
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-import peft_ext
-from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, to_lora
+from peft_ext import NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, to_lora
 from peft_ext.adapters.low_rank import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
@@ -87,7 +87,8 @@ for folder in folders:
     model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         found[f"{folder} logits"] = model(tokens).logits
-    found[f"{folder} text"] = model.generate(input_ids=tokens[:, :4], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    found[f"{folder} text"] = model.generate(input_ids=tokens[:, :4], **settings)
 save_file(found, out)
 """
 
@@ -176,12 +177,11 @@ def test_every_kind_of_layer(method: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(outputs(merged, through(name), (name,)), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [{}, {"rank": 3}, {"error": 0.3}])
-@pytest.mark.parametrize("method", ["NOLA", "MCNC", "PRANC", "MCNC, weight"])
+DENSE = [(method, size) for method in ("PRANC", "MCNC, weight") for size in ({}, {"rank": 3}, {"error": 0.3})]
+
+
+@pytest.mark.parametrize(("method", "size"), [("NOLA", {}), ("MCNC", {}), *DENSE])
 def test_grouped_convolutions_and_padded_embeddings(method: str, size: dict[str, Any], tmp_path: Path) -> None:
-    exact = method in ("NOLA", "MCNC")
-    if exact and size:
-        pytest.skip("factors are exact")
     model = adapted(Padded(), config_of(method, target_modules=["table", "grouped", "depthwise", "pointwise"]))
     found = to_lora(model, tmp_path / "lora", **(size or EXACT[method]))
     lora = loaded(Padded(), tmp_path / "lora")
@@ -432,3 +432,308 @@ def test_the_base_is_read_and_not_changed(tmp_path: Path) -> None:
     ).read_text()
     lora = loaded(base, tmp_path / "one")
     torch.testing.assert_close(outputs(lora, X), outputs(model, X), rtol=1e-4, atol=1e-4)
+
+
+# What is refused
+
+
+def refused(match: str, *arguments: Any, **options: Any) -> None:
+    with pytest.raises(ValueError, match=match):
+        to_lora(*arguments, **options)
+
+
+def test_sizes_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
+    exact = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"]))
+    dense = adapted(tiny_models.llama(), config_of("MCNC, weight", target_modules=["q_proj"]))
+    refused("`rank` and `error` must be None for NOLA on factors", exact, tmp_path / "out", rank=4)
+    refused("`rank` and `error` must be None for NOLA on factors", exact, tmp_path / "out", error=0.1)
+    refused("`rank` or `error` must be given for MCNC, .* error=0 exports them exactly", dense, tmp_path / "out")
+    refused("`rank` or `error` must be given", dense, tmp_path / "out", rank=3, error=0.1)
+    refused("`rank` must be a positive integer, got 0", dense, tmp_path / "out", rank=0)
+    refused("`error` must be a number from 0 to below 1, got 1.0", dense, tmp_path / "out", error=1.0)
+    refused("`base` and `revision` must be None for a model", exact, tmp_path / "out", base=tiny_models.llama())
+    refused("`adapter_name` must be an adapter of the model, got 'x'", exact, tmp_path / "out", adapter_name="x")
+    refused("got 'default' and a model without adapters", tiny_models.llama(), tmp_path / "out")
+    exact.save_pretrained(str(tmp_path / "adapter"))
+    refused("`adapter_name` must be 'default' for a", tmp_path / "adapter", tmp_path / "out", adapter_name="x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_methods_are_refused(tmp_path: Path) -> None:
+    lora = get_peft_model(tiny_models.llama(), LoraConfig(target_modules=["q_proj"]))
+    refused("must hold an adapter of NOLA, PRANC or MCNC, got an adapter of LoraConfig", lora, tmp_path / "out")
+    prompts = get_peft_model(tiny_models.vit(), VisualPromptConfig(num_prompts=2))
+    prompts.save_pretrained(str(tmp_path / "prompts"))
+    for place in (prompts, tmp_path / "prompts"):
+        refused("got an adapter of VisualPromptConfig", place, tmp_path / "out")
+    SeededNetwork(tiny_models.vit(), PrancConfig(num_coefficients=20)).save_pretrained(tmp_path / "network")
+    refused("got a network from a seed", tmp_path / "network", tmp_path / "out")
+
+
+def test_norms_are_refused_by_name(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("PRANC", target_modules=["q_proj", "norm"]))
+    refused("'model.norm' holds vectors only .*merge_and_unload", model, tmp_path / "out", rank=2)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    refused("`base` must be given: whether 'model.norm' is a", tmp_path / "adapter", tmp_path / "out", rank=2)
+    refused("'model.norm' holds", tmp_path / "adapter", tmp_path / "out", rank=2, base=tiny_models.llama())
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (nn.Conv2d(4, 4, 3, dilation=2), r"'layer' has `dilation=\(2, 2\)`"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "'layer' has `padding_mode='reflect'`"),
+        (nn.Embedding(11, 8, max_norm=1.0), "'layer' has `max_norm`"),
+    ],
+)
+def test_layers_that_lora_does_not_have_are_refused_by_name(layer: nn.Module, match: str, tmp_path: Path) -> None:
+    model = adapted(tiny_models.One(layer), config_of("NOLA", target_modules=["layer"]))
+    refused(f"{match}.* LoRA", model, tmp_path / "out")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    refused(f"{match}.* LoRA", tmp_path / "adapter", tmp_path / "out", base=tiny_models.One(layer))
+
+
+@pytest.mark.parametrize("conv", [{"kernel_size": 1, "dilation": 2}, {"kernel_size": 3, "padding_mode": "circular"}])
+def test_layers_whose_options_do_nothing_are_not_refused(conv: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, **conv)
+    model = adapted(tiny_models.One(copy.deepcopy(layer)), config_of("NOLA", target_modules=["layer"]))
+    to_lora(model, tmp_path / "lora")
+    image = torch.randn(2, 4, 5, 5)
+    found = outputs(loaded(tiny_models.One(layer), tmp_path / "lora"), image)
+    torch.testing.assert_close(found, outputs(model, image), rtol=1e-4, atol=1e-5)
+
+
+def test_biases_beside_embeddings_are_refused_by_name(tmp_path: Path) -> None:
+    config = config_of("PRANC, two a weight, biases", target_modules=["embedding", "first"])
+    refused(
+        "'embedding' is an embedding, which cannot .*`lora_bias`",
+        adapted(tiny_models.Layers(), config),
+        tmp_path / "out",
+        error=0,
+    )
+
+
+def test_a_base_model_that_is_needed_or_does_not_fit(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["embed_tokens", "q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    refused("`base` must be given: whether 'model.embed_tokens' is", tmp_path / "adapter", tmp_path / "out")
+    options: dict[str, Any] = {"base": tiny_models.gpt2()}
+    refused("`base` must be the model that was adapted, got one", tmp_path / "adapter", tmp_path / "out", **options)
+    options = {"base": tiny_models.llama(hidden_size=64)}
+    refused("belongs to other modules", tmp_path / "adapter", tmp_path / "out", **options)
+    with pytest.raises(OSError):
+        to_lora(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "nowhere"))
+
+
+def test_shapes_that_the_checkpoint_does_not_tell(tmp_path: Path) -> None:
+    """The layers of the two halves of a model have other shapes."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict(
+        {
+            half: nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(8, size)}) for _ in range(2))
+            for half, size in (("a", 4), ("b", 6))
+        }
+    )
+    model = adapted(base, config_of("NOLA", target_modules=["q_proj"], coefficient_dtype="int8"))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    refused("`base` must be given: which of the adapted modules has which", tmp_path / "adapter", tmp_path / "out")
+    base = model.unload()
+    to_lora(tmp_path / "adapter", tmp_path / "lora", base=base)
+    expected = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).get_base_model()
+    lora = loaded(base, tmp_path / "lora").get_base_model()
+    for name in ("a.0.q_proj", "b.1.q_proj"):
+        found = lora.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(found, expected.get_submodule(name).get_delta_weight("default"))
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(FileExistsError, match="`out` must be another folder than the checkpoint's"):
+        to_lora(tmp_path / "adapter", tmp_path / "adapter", overwrite=True)
+    with pytest.raises(FileExistsError, match="`out` must be a new or empty folder"):
+        to_lora(model, tmp_path / "adapter")
+    to_lora(model, tmp_path / "lora")
+    to_lora(model, tmp_path / "lora", overwrite=True)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    data = bytearray((tmp_path / "adapter" / WEIGHTS).read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "adapter" / WEIGHTS).write_bytes(data)
+    refused("checksum|damaged", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_model_card_says_what_it_is(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("PRANC", target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    found = to_lora(model, tmp_path / "lora", rank=4)
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags
+    assert "exported from an adapter of PRANC" in card.text and f"{found['error']:.2g} of all updates" in card.text
+    assert "import peft_ext" not in card.text and "pip install peft-ext" not in card.text
+
+
+# What the loaders of others ask
+
+
+def vllm_refuses(config: dict[str, Any], tensors: dict[str, torch.Tensor], vocabulary: int) -> str | None:
+    """The rules of vLLM 0.1x to 0.2x (vllm/lora/peft_helper.py, utils.py, lora_model.py, lora_weights.py)."""
+    if not {"r", "lora_alpha", "target_modules"} <= config.keys() or config["r"] < 1:
+        return "a required field"
+    if config["modules_to_save"] or config["use_dora"] or config["bias"] != "none":
+        return "a feature of the configuration"
+    if config.get("trainable_token_indices"):
+        return "tokens"
+    if config["r"] > 512:
+        return "the rank"
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[:2] != ["base_model", "model"] or tensor.dim() != 2:
+            return name
+        first = parts[-1] == "lora_embedding_A" or parts[-2:] == ["lora_A", "weight"]
+        if not first and parts[-1] != "lora_embedding_B" and parts[-2:] != ["lora_B", "weight"]:
+            return name
+        if parts[-1] == "lora_embedding_A" and tensor.shape[1] != vocabulary:
+            return name
+        if tensor.shape[0 if first else 1] > config["r"]:  # copied into room for so many rows or columns
+            return name
+    return None
+
+
+def vllm_scaling(config: dict[str, Any], A: torch.Tensor) -> float:
+    return config["lora_alpha"] / config["r"]
+
+
+def llama_cpp_refuses(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The rules of llama.cpp (convert_lora_to_gguf.py and src/llama-adapter.cpp)."""
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        for end, letter in ((".lora_A.weight", "A"), (".lora_B.weight", "B")):
+            if name.endswith(end):
+                pairs.setdefault(name.removesuffix(end), {})[letter] = tensor
+        for letter in "AB":
+            if name.endswith(f".lora_embedding_{letter}"):
+                pairs.setdefault(name.rpartition(".")[0], {})[letter] = tensor
+        if not name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")):
+            return name
+    for name, pair in pairs.items():
+        if pair.keys() != {"A", "B"} or pair["A"].dim() != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            return name
+    return None
+
+
+def llama_cpp_scaling(config: dict[str, Any], A: torch.Tensor) -> float:
+    return config["lora_alpha"] / len(A) if config["lora_alpha"] else 1.0
+
+
+OF_LOADERS = {
+    "linear": ("llama", ["q_proj", "down_proj"], {}),
+    "ranks": (
+        "llama",
+        ["q_proj", "v_proj"],
+        {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"layers.0.self_attn.q_proj": 5.0}},
+    ),
+    "embedding and head": ("llama", ["embed_tokens", "q_proj", "lm_head"], {}),
+    "no scaling": ("llama", ["q_proj"], {"alpha": 0.0}),
+}
+
+
+@pytest.mark.parametrize("scaling", [vllm_scaling, llama_cpp_scaling])
+@pytest.mark.parametrize(("case", "method"), [*((case, "NOLA") for case in OF_LOADERS), ("linear", "PRANC")])
+def test_what_vllm_and_llama_cpp_read(case: str, method: str, scaling: Any, tmp_path: Path) -> None:
+    """What they compute with one `lora_alpha / r`, from two matrices a module, is the update of the adapter."""
+    _, targets, options = OF_LOADERS[case]
+    model = adapted(tiny_models.llama(), config_of(method, target_modules=targets, **options))
+    to_lora(model, tmp_path / "lora", **({"error": 0.0} if method == "PRANC" else {}))
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "lora" / WEIGHTS)
+    assert vllm_refuses(config, tensors, tiny_models.VOCABULARY) is None
+    assert llama_cpp_refuses(tensors) is None
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    assert config["peft_type"] == "LORA" and isinstance(config["r"], int)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "fan_in")}
+    assert config["target_modules"] == list(layers)
+    assert len(tensors) == 2 * len(layers)
+    for name, layer in layers.items():
+        embedded = isinstance(layer.get_base_layer(), nn.Embedding)
+        ends = ("lora_embedding_A", "lora_embedding_B") if embedded else ("lora_A.weight", "lora_B.weight")
+        A, B = (tensors[f"{PREFIX}{name}.{end}"] for end in ends)
+        delta = layer.get_delta_weight("default")
+        found = scaling(config, A) * (B @ A)
+        torch.testing.assert_close(found.T if embedded else found, delta, rtol=1e-4, atol=1e-6)
+
+
+def test_what_vllm_and_llama_cpp_do_not_take_is_noted(tmp_path: Path) -> None:
+    cases: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
+        "conv": (tiny_models.Layers(), config_of("NOLA", target_modules=["conv2d"]), {}),
+        "bias": (tiny_models.Layers(), config_of("PRANC, two a weight, biases", target_modules=["first"]), {"rank": 2}),
+        "trained": (tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"], modules_to_save=["lm_head"]), {}),
+    }
+    for name, (base, config, size) in cases.items():
+        found = to_lora(adapted(base, config), tmp_path / name, **size)
+        written = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        tensors = load_file(tmp_path / name / WEIGHTS)
+        assert vllm_refuses(written, tensors, tiny_models.VOCABULARY) and llama_cpp_refuses(tensors)
+        assert any("vLLM and llama.cpp do not take it" in note for note in found["notes"])
+    wide = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"], r=17))
+    assert any("`--max-lora-rank` of at least 17" in note for note in to_lora(wide, tmp_path / "wide")["notes"])
+
+
+# PEFT's own conversion
+
+
+CONVERTED = {  # what PEFT gets right; the others it must refuse
+    "first": True,
+    "second": True,
+    "wide": True,
+    "conv1d": True,
+    "embedding": False,
+    "conv2d": False,
+    "norm": False,
+}
+
+
+@pytest.mark.parametrize("rank", [8, 1.0])
+@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("method", EXACT)
+def test_peft_converts_what_it_gets_right(method: str, name: str, rank: float, tmp_path: Path) -> None:
+    config = config_of(method, target_modules=[name])
+    if name == "norm" and not method.startswith("PRANC"):
+        with pytest.raises(ValueError, match="cannot adapt"):
+            get_peft_model(tiny_models.Layers(), config)
+        return
+    model = adapted(tiny_models.Layers(), config)
+    with_bias = method.endswith("biases") and name != "second"
+    if not CONVERTED[name] or with_bias:
+        assert not model.supports_lora_conversion()
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(model, rank=rank)
+        return
+    assert model.supports_lora_conversion()
+    save_as_lora(tmp_path / "lora", model, rank=rank)
+    lora = loaded(tiny_models.Layers(), tmp_path / "lora")
+    expected = outputs(model, through(name), (name,))
+    torch.testing.assert_close(outputs(lora, through(name), (name,)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_peft_refuses_an_adapter_that_adapts_other_layers() -> None:
+    model = adapted(tiny_models.Layers(), config_of("NOLA", target_modules=["first"]))
+    model.add_adapter("other", config_of("NOLA", target_modules=["second"]))
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=2, adapter_name="other")
+
+
+def test_low_rank_of_one_row_of_zeros_and_of_a_rank_beyond() -> None:
+    torch.manual_seed(0)
+    for update in (torch.zeros(3, 5), torch.randn(3, 5), torch.randn(1, 5), torch.randn(5, 2)):
+        low = LowRank(update)
+        for rank in (1, 2, 3, 6):
+            A, B = low.factors(rank)
+            assert A.shape == (1, rank, update.shape[1]) and B.shape == (1, len(update), rank)
+            lost, all = low.norms(A, B)
+            kept = torch.linalg.svdvals(update.double()).square()[rank:].sum()
+            assert lost == pytest.approx(float(kept), abs=1e-9) and all == pytest.approx(float(update.square().sum()))

@@ -215,7 +215,8 @@ def _part(name: str, layer: SeededLayer, adapter: str) -> _Part:
         raise ValueError(f"{name!r}, a {type(base).__name__}, cannot be exported as LoRA. {_MERGE}")
     if kind == "embedding" and base.max_norm is not None:
         raise ValueError(
-            f"{name!r} has `max_norm`, which PEFT's LoRA would apply to its factor and the adapter does not. {_MERGE}"
+            f"{name!r} has `max_norm`, which PEFT's LoRA would apply to its factor, and the adapter does not. Adapt "
+            "the model without it."
         )
     if kind == "conv2d":
         pads = base.padding_mode != "zeros" and base.padding not in ("valid", (0, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
@@ -100,14 +101,12 @@ def _stand_in(name: str, module: nn.Module) -> nn.Module:
     if kind == "vector":
         raise ValueError(vector_refused(name))
     if isinstance(module, nn.Conv2d):
-        stand_in: nn.Module = nn.Conv2d(
-            *(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding),
-            *(module.dilation, module.groups, module.bias is not None, module.padding_mode),
-            device="meta",
-        )
+        sizes: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+        more: Any = (module.dilation, module.groups, module.bias is not None, module.padding_mode)
+        stand_in: nn.Module = nn.Conv2d(*sizes, *more, "meta")
     elif isinstance(module, nn.Embedding):
-        sizes = module.num_embeddings, module.embedding_dim
-        stand_in = nn.Embedding(*sizes, module.padding_idx, module.max_norm, device="meta")
+        size = module.num_embeddings, module.embedding_dim
+        stand_in = nn.Embedding(*size, module.padding_idx, module.max_norm, device="meta")
     elif isinstance(module, Conv1D):
         with torch.device("meta"):
             stand_in = Conv1D(module.nf, module.nx)
@@ -146,7 +145,7 @@ def _tree(modules: Mapping[str, nn.Module]) -> nn.Module:
     return root
 
 
-def _bare_config(saved: Saved, names: list[str]) -> object:
+def _bare_config(saved: Saved, names: list[str]) -> Any:
     """The configuration of a new adapter of the same modules, with nothing beside the coefficients."""
     config = copy.copy(saved.config)
     config.identity = config.target_shapes = config.target_names = config.base_fingerprint = None
