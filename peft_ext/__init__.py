@@ -30,8 +30,8 @@ __all__ = [
     "describe",
     "load_from_seed",
     "push_to_hub",
-    "to_lora",
     "set_expansion_budget",
+    "to_lora",
 ]
 
 register(NolaConfig, NolaModel)

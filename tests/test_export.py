@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_ext import NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, to_lora
+from peft_ext import AdapterPool, NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, to_lora
 from peft_ext.adapters.low_rank import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
@@ -386,6 +386,16 @@ def test_trained_biases_and_modules(bias: str, tmp_path: Path) -> None:
         assert lora.peft_config["default"].bias == bias.replace("nola", "lora")
 
 
+def test_trained_modules_of_a_model_of_transformers(tmp_path: Path) -> None:
+    model = tiny_models.vit()
+    model.add_adapter(config_of("NOLA", target_modules=["q_proj"], modules_to_save=["classifier"]))
+    randomised(model)
+    images = torch.randn(2, 3, 16, 16)
+    to_lora(model, tmp_path / "lora")
+    lora = loaded(tiny_models.vit(), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, images), outputs(model, images), rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_is_noted(tmp_path: Path) -> None:
     model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"], nola_dropout=0.1))
     assert any("Dropout (0.1) is not exported" in note for note in to_lora(model, tmp_path / "lora")["notes"])
@@ -414,6 +424,21 @@ def test_one_of_several_adapters_in_a_model_of_transformers(tmp_path: Path) -> N
         again = tiny_models.llama()
         again.load_adapter(str(tmp_path / adapter))
         torch.testing.assert_close(outputs(again.eval(), X), outputs(model, X), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_a_pool(tmp_path: Path) -> None:
+    model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "one"))
+    expected = outputs(model, X)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.neg_()
+    model.save_pretrained(str(tmp_path / "two"))
+    AdapterPool(model).load({"a": tmp_path / "one", "b": tmp_path / "two"})
+    model.set_adapter("b")
+    to_lora(model, tmp_path / "lora", adapter_name="a")
+    assert model.active_adapters == ["b"]
+    torch.testing.assert_close(outputs(loaded(tiny_models.llama(), tmp_path / "lora"), X), expected)
 
 
 def test_the_base_is_read_and_not_changed(tmp_path: Path) -> None:
@@ -725,6 +750,14 @@ def test_peft_refuses_an_adapter_that_adapts_other_layers() -> None:
     model.add_adapter("other", config_of("NOLA", target_modules=["second"]))
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(model, rank=2, adapter_name="other")
+
+
+def test_peft_refuses_weights_that_are_stored_as_inputs_by_outputs() -> None:
+    """It knows of Conv1D alone that they are; the configuration can say it of quantized layers."""
+    model = adapted(tiny_models.Layers(), config_of("NOLA", target_modules=["first"]))
+    assert model.supports_lora_conversion()
+    model.get_base_model().first.fan_in_fan_out = True
+    assert not model.supports_lora_conversion()
 
 
 def test_low_rank_of_one_row_of_zeros_and_of_a_rank_beyond() -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,10 +192,14 @@ def _parts(model: nn.Module, adapter: str) -> list[_Part]:
     Raises:
         ValueError: LoRA cannot represent one of them.
     """
+    pool = getattr(getattr(model, "base_model", None), "pool", None)
     parts = []
-    for name, layer in _base_model(model).named_modules():
-        if isinstance(layer, SeededLayer) and layer.container(adapter) is not None:
-            parts.append(_part(clean(name), layer, adapter))
+    with pool.holding(adapter) if pool is not None and adapter in pool else nullcontext():
+        for name, layer in _base_model(model).named_modules():
+            if isinstance(layer, SeededLayer) and layer.container(adapter) is not None:
+                parts.append(_part(clean(name), layer, adapter))
+    if not parts:
+        raise ValueError(f"`adapter_name` must be an adapter with adapted layers, got {adapter!r}, which has none.")
     if any(part.bias is not None for part in parts):
         embeddings = [part.name for part in parts if part.kind == "embedding"]
         if embeddings:

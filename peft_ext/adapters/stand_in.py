@@ -100,20 +100,24 @@ def _stand_in(name: str, module: nn.Module) -> nn.Module:
     kind = layer_kind(module)
     if kind == "vector":
         raise ValueError(vector_refused(name))
-    if isinstance(module, nn.Conv2d):
-        sizes: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
-        more: Any = (module.dilation, module.groups, module.bias is not None, module.padding_mode)
-        stand_in: nn.Module = nn.Conv2d(*sizes, *more, "meta")
-    elif isinstance(module, nn.Embedding):
-        size = module.num_embeddings, module.embedding_dim
-        stand_in = nn.Embedding(*size, module.padding_idx, module.max_norm, device="meta")
-    elif isinstance(module, Conv1D):
-        with torch.device("meta"):
+    stand_in: nn.Module
+    with torch.device("meta"):
+        if isinstance(module, nn.Conv2d):
+            sizes: Any = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+            more: Any = (module.dilation, module.groups, module.bias is not None, module.padding_mode)
+            stand_in = nn.Conv2d(*sizes, *more)
+        elif isinstance(module, nn.Embedding):
+            stand_in = nn.Embedding(
+                module.num_embeddings, module.embedding_dim, module.padding_idx, max_norm=module.max_norm
+            )
+        elif isinstance(module, Conv1D):
             stand_in = Conv1D(module.nf, module.nx)
-    elif kind == "linear":
-        return _linear(target_of(name, module))
-    else:
-        raise ValueError(f"`base` must have a module that can be adapted at {name!r}, got a {type(module).__name__}.")
+        elif kind == "linear":
+            return _linear(target_of(name, module))
+        else:
+            raise ValueError(
+                f"`base` must have a module that can be adapted at {name!r}, got a {type(module).__name__}."
+            )
     return _without_memory(stand_in)
 
 
@@ -127,7 +131,7 @@ def _without_memory(module: nn.Module) -> nn.Module:
     PEFT would put the coefficients of the adapter on the meta device too.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False))
+        setattr(module, name, nn.Parameter(torch.zeros(1, device="cpu").expand(parameter.shape), requires_grad=False))
     return module
 
 
