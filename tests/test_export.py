@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from methods import config_of
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_ext import AdapterPool, NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, to_lora
@@ -396,6 +396,19 @@ def test_trained_modules_of_a_model_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(lora, images), outputs(model, images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scalings", [(0.5, 0.5), (0.5, 2.0)])
+def test_updates_of_biases_that_are_scaled(scalings: tuple[float, float], tmp_path: Path) -> None:
+    model = adapted(tiny_models.Layers(), config_of("PRANC, two a weight, biases", target_modules=["first", "wide"]))
+    for name, scaling in zip(("first", "wide"), scalings):
+        model.get_base_model().get_submodule(name).scaling["default"] = scaling
+    found = to_lora(model, tmp_path / "lora", error=0)
+    assert found["lora_alpha"] == (4 if scalings[1] == 0.5 else 8)
+    lora = loaded(tiny_models.Layers(), tmp_path / "lora")
+    for name in ("first", "wide"):
+        expected = outputs(model, through(name), (name,))
+        torch.testing.assert_close(outputs(lora, through(name), (name,)), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_is_noted(tmp_path: Path) -> None:
     model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"], nola_dropout=0.1))
     assert any("Dropout (0.1) is not exported" in note for note in to_lora(model, tmp_path / "lora")["notes"])
@@ -586,10 +599,10 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     model = adapted(tiny_models.llama(), config_of("NOLA", target_modules=["q_proj"]))
     model.save_pretrained(str(tmp_path / "adapter"))
-    data = bytearray((tmp_path / "adapter" / WEIGHTS).read_bytes())
-    data[-3] ^= 1
-    (tmp_path / "adapter" / WEIGHTS).write_bytes(data)
-    refused("checksum|damaged", tmp_path / "adapter", tmp_path / "out")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point())[1] += 1
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS)
+    refused("the coefficients", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_a_model_card_says_what_it_is(tmp_path: Path) -> None:
