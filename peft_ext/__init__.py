@@ -4,6 +4,7 @@ Importing this package registers the methods with PEFT.
 """
 
 from .adapters.hub import push_to_hub
+from .adapters.lora import to_lora
 from .adapters.pool import AdapterPool
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
@@ -30,6 +31,7 @@ __all__ = [
     "load_from_seed",
     "push_to_hub",
     "set_expansion_budget",
+    "to_lora",
 ]
 
 register(NolaConfig, NolaModel)

@@ -1,17 +1,19 @@
-"""The command line: looks at saved adapters and networks, verifies them, and saves them in fewer bits.
+"""The command line: looks at saved adapters and networks, verifies them, and saves them in fewer bits or as LoRA.
 
     peft-ext inspect FOLDER
     peft-ext verify FOLDER --base MODEL
     peft-ext quantize FOLDER OUT --dtype int4
+    peft-ext export FOLDER OUT
 
 A folder can also be the id of a repository on the hub, `user/name`. `--json` prints one JSON object:
 
 - inspect: what `peft_ext.adapters.inspection.inspect` returns;
 - verify: `folder`, `identity`, `verified` (sentences) and `unexplained` (names of tensors that only `--base` explains);
-- quantize: what `peft_ext.adapters.conversion.quantize` returns.
+- quantize: what `peft_ext.adapters.conversion.quantize` returns;
+- export: what `peft_ext.to_lora` returns.
 
-Exit codes: 0 fine; 1 the checkpoint fails verification; 2 wrong arguments, or a file or repository is missing. What is
-wrong is one line on stderr.
+Exit codes: 0 fine; 1 the checkpoint fails verification, or cannot be exported as asked; 2 wrong arguments, or a file or
+repository is missing. What is wrong is one line on stderr.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from rich.table import Table
 
 from .adapters.conversion import quantize
 from .adapters.inspection import inspect, load_with_base
+from .adapters.lora import to_lora
 from .adapters.saved import read, unexplained, verify
 from .checkpoint.identity import describe_shapes
 from .checkpoint.quantization import DTYPES
@@ -85,6 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     quantizing.add_argument("out", help="folder to write to")
     quantizing.add_argument("--dtype", choices=DTYPES, required=True, help="what the coefficients are saved in")
     quantizing.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    exporting = command("export", _export, _show_exported, "write a LoRA adapter, which loads without peft_ext")
+    exporting.add_argument("out", help="folder to write to")
+    size = exporting.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=int, help="of dense updates (PRANC, and MCNC on whole weights)")
+    size.add_argument("--error", type=float, help="wanted relative error of dense updates; 0 keeps them whole")
+    exporting.add_argument(
+        "--base", help="base model, of which the configuration is read: a folder, or its id on the hub"
+    )
+    exporting.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     return parser
 
 
@@ -113,6 +125,18 @@ def _quantize(options: argparse.Namespace) -> dict[str, Any]:
     saved = read(options.folder, options.revision)
     verify(saved)
     return quantize(saved, options.out, options.dtype, options.overwrite)
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    return to_lora(
+        options.folder,
+        options.out,
+        rank=options.rank,
+        error=options.error,
+        base=options.base,
+        revision=options.revision,
+        overwrite=options.overwrite,
+    )
 
 
 def _table(title: str, rows: Sequence[tuple[str, Any]]) -> Table:
@@ -165,6 +189,20 @@ def _show_quantized(found: dict[str, Any], console: Console) -> None:
         ("relative error", f"{found['error']:.2e}"),
     ]
     console.print(_table("Saved", rows))
+
+
+def _show_exported(found: dict[str, Any], console: Console) -> None:
+    worst = f"; worst: {found['worst_error']:.2e}, {found['worst_module']}" if found["error"] else ""
+    rows = [
+        ("folder", found["folder"]),
+        ("r, lora_alpha", f"{found['r']}, {found['lora_alpha']}"),
+        ("modules", f"{len(found['modules']):,}"),
+        ("bytes", f"{found['bytes']:,}"),
+        ("relative error", f"{found['error']:.2e}{worst}" if found["error"] else "none, to rounding"),
+    ]
+    console.print(_table(f"LoRA of {found['method']}", rows))
+    for note in found["notes"]:
+        console.print(_plain(note))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,27 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that may be written into."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def check_writable(out: str | os.PathLike[str], overwrite: bool, source: Path | None = None) -> Path:
+    """Verifies that a checkpoint can be written into a folder without a loss.
+
+    Args:
+        overwrite: into a folder that is not empty.
+        source: the folder that it is made from.
+
+    Raises:
+        FileExistsError: `out` is `source`, a file, or not empty.
+    """
+    path = Path(out)
+    if source is not None and path.exists() and path.resolve() == source.resolve():
+        raise FileExistsError("`out` must be another folder than the checkpoint's, got the same.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (overwrite and path.is_dir()):
+        raise FileExistsError(f"`out` must be a new or empty folder, or be overwritten, got {str(out)!r}.")
+    return path
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -275,20 +275,6 @@ def test_converting_to_lora(model: PeftModel, method: str, base_folder: str, tmp
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
-def test_converting_other_layers_to_lora(kind: str, method: str) -> None:
-    model = get_peft_model(tiny_models.Layers(), config_of(method, target_modules=[kind]))
-    _, state_dict = convert_to_lora(model, rank=2)
-    assert state_dict
-
-
-def test_norms_have_no_lora() -> None:
-    model = get_peft_model(tiny_models.llama(), config_of("PRANC", target_modules=["q_proj", "norm"]))
-    assert not model.supports_lora_conversion()
-    with pytest.raises((TypeError, ValueError)):
-        convert_to_lora(model, rank=2)
-
-
 @pytest.fixture
 def uploaded() -> Iterator[dict[str, bytes]]:
     """What is sent to the hub, by file name; nothing leaves the machine."""

@@ -18,7 +18,7 @@ from methods import METHODS, config_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, load_from_seed
+from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, load_from_seed, to_lora
 from peft_ext.__main__ import main
 from peft_ext.adapters.saved import read
 from peft_ext.checkpoint.quantization import DTYPES
@@ -347,12 +347,55 @@ def test_quantize_refuses_a_damaged_checkpoint(run: Any, tmp_path: Path) -> None
     assert not (tmp_path / "two").exists()
 
 
+# export
+
+
+@every_method
+def test_export_is_to_lora(method: str, run: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", method)
+    size = [] if method.startswith("NOLA") or method == "MCNC" else ["--error", "0.25"]
+    code, out, err = run("export", folder, tmp_path / "lora", *size, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["folder"] == str(tmp_path / "lora") and len(found["modules"]) == 4
+    expected = to_lora(folder, tmp_path / "again", **({"error": 0.25} if size else {}))
+    assert {**expected, "folder": found["folder"]} == found
+    assert (tmp_path / "lora" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+    code, out, _ = run("export", folder, tmp_path / "lora", *size, "--overwrite")
+    assert code == 0 and f"{found['bytes']:,}" in out and f"{found['r']}, {found['lora_alpha']}" in out
+    assert ("none, to rounding" in out) != bool(size)
+    if size:
+        assert f"{found['error']:.2e}; worst: {found['worst_error']:.2e}, {found['worst_module']}" in out
+    lora = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path / "lora"))
+    assert lora.peft_config["default"].peft_type == "LORA"
+
+
+def test_export_with_a_base_model(run: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"], nola_dropout=0.1)
+    code, _, err = run("export", folder, tmp_path / "lora")
+    assert code == 1 and "`base` must be given" in err and not (tmp_path / "lora").exists()
+    tiny_models.llama().save_pretrained(tmp_path / "base")
+    code, out, _ = run("export", folder, tmp_path / "lora", "--base", tmp_path / "base")
+    assert code == 0 and "Dropout (0.1) is not exported" in out
+
+
+def test_export_refuses_by_exit_code(run: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", "PRANC")
+    code, _, err = run("export", folder, tmp_path / "lora")
+    assert code == 1 and "`rank` or `error` must be given for PRANC" in err
+    code, _, err = run("export", folder, folder, "--rank", "2")
+    assert code == 2 and "`out` must be another folder" in err
+    damage(folder)
+    assert run("export", folder, tmp_path / "lora", "--rank", "2")[0] == 1
+    assert not (tmp_path / "lora").exists()
+
+
 # What is not there
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "quantize"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "quantize", "export"])
 def test_missing_files(command: str, run: Any, tmp_path: Path) -> None:
-    more = [tmp_path / "out", "--dtype", "int4"] if command == "quantize" else []
+    more = {"quantize": [tmp_path / "out", "--dtype", "int4"], "export": [tmp_path / "out"]}.get(command, [])
     get_peft_model(tiny_models.llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "lora"))
     folder = saved(tmp_path / "adapter")
     (folder / WEIGHTS).unlink()
@@ -371,6 +414,8 @@ def test_missing_files(command: str, run: Any, tmp_path: Path) -> None:
         ["verify", "a", "b"],
         ["quantize", "a", "b"],
         ["quantize", "a", "b", "--dtype", "int3"],
+        ["export", "a"],
+        ["export", "a", "b", "--rank", "2", "--error", "0.1"],
     ],
 )
 def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

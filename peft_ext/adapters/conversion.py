@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -16,7 +15,7 @@ from ..checkpoint import quantization
 from ..checkpoint.card import CARD_NAME
 from ..checkpoint.identity import checksum, write_record
 from ..checks import check_choice
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..tuners.description import NETWORK_CONFIG_NAME, describe
 from .saved import Saved
 
@@ -41,11 +40,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         FileExistsError: `out` is the folder of the checkpoint, or is not empty.
     """
     check_choice("dtype", dtype, quantization.DTYPES)
-    path = Path(out)
-    if path.exists() and path.resolve() == saved.folder.resolve():
-        raise FileExistsError("`out` must be another folder than the checkpoint's, got the same.")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (overwrite and path.is_dir()):
-        raise FileExistsError(f"`out` must be a new or empty folder, or be overwritten, got {str(out)!r}.")
+    path = check_writable(out, overwrite, saved.folder)
     packs, was_packed = quantization.is_integer(dtype), quantization.is_integer(saved.dtype)
     if was_packed and not packs and not saved.shapes_known and len(set(saved.sizes)) > 1:
         raise ValueError(

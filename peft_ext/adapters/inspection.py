@@ -126,7 +126,7 @@ def load_with_base(saved: Saved, base: str) -> list[str]:
     """
     if saved.is_network:
         raise ValueError("`base` must be None for a network from a seed, which has no base model.")
-    model = _model_class(saved).from_pretrained(base, **_head_options(saved))
+    model = model_class(saved).from_pretrained(base, **head_options(saved))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -146,14 +146,14 @@ def load_with_base(saved: Saved, base: str) -> list[str]:
     return told + changed
 
 
-def _head_options(saved: Saved) -> dict[str, Any]:
+def head_options(saved: Saved) -> dict[str, Any]:
     """What gives a base model as many classes as the head has that was saved whole, if one was."""
     modules = set(getattr(saved.config, "modules_to_save", None) or ()) & _HEADS
     heads = [tensor for name, tensor in saved.others.items() if modules & set(name.split("."))]
     return {"num_labels": len(heads[-1]), "ignore_mismatched_sizes": True} if heads else {}
 
 
-def _model_class(saved: Saved) -> Any:
+def model_class(saved: Saved) -> Any:
     """The class of transformers that loads the base model: that of the task, or the one that was adapted."""
     task, mapping = saved.config.task_type, saved.config.auto_mapping or {}
     for each in _BaseAutoPeftModel.__subclasses__():

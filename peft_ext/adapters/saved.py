@@ -192,7 +192,7 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target]
     """The adapted modules, and whether their shapes are known.
 
     The file tells how many modules have a shape, and a hash of names and shapes. Where shapes depend on the last part
-    of a name, as in transformers, the hash tells which.
+    of a name, or on its last two, as in transformers, the hash tells which.
     """
     shapes = config.target_shapes or {}
     if not names or sum(shapes.values()) != len(names):
@@ -205,14 +205,17 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target]
     except ValueError as error:
         raise ValueError(f"`target_shapes` must have keys like '32 x 16', got {list(shapes)[:5]!r}.") from error
     assert config.identity is not None
-    ends = Counter(name.rpartition(".")[2] for name in names)
     with_biases = bool(getattr(config, "adapt_bias", False))
     choices = [
         (out, columns, bias, experts)
         for out, columns, experts in sizes
         for bias in ((0, out) if with_biases and experts == 1 else (0,))
     ]
-    if len(choices) ** len(ends) <= _MOST_GUESSES:
+    for parts in (1, 2):
+        end_of = {name: tuple(name.split(".")[-parts:]) for name in names}
+        ends = Counter(end_of.values())
+        if len(choices) ** len(ends) > _MOST_GUESSES:
+            break
         for guess in itertools.product(choices, repeat=len(ends)):
             counts: Counter[tuple[int, int, int]] = Counter()
             for shape, number in zip(guess, ends.values()):
@@ -220,7 +223,7 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target]
             if counts != sizes:
                 continue
             by_end = dict(zip(ends, guess))
-            targets = [Target(name, *by_end[name.rpartition(".")[2]]) for name in names]
+            targets = [Target(name, *by_end[end_of[name]]) for name in names]
             found = Identity(config.generating(), [config.described(target) for target in targets]).to_dict()
             if found["modules"] == config.identity.get("modules"):
                 return targets, True

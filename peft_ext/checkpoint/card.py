@@ -67,6 +67,7 @@ class CardFacts:
         hint: A sentence on loading.
         example: Python code that loads it, not Markdown.
         notice: A sentence that users of the method must know.
+        install: The command that installs what loads it.
         base_model: Hub id or folder of the base model, if it is known; not Markdown.
         about: What the checkpoint does not tell.
     """
@@ -80,6 +81,7 @@ class CardFacts:
     hint: str
     example: str
     notice: str = ""
+    install: str = "pip install peft-ext"
     base_model: str | None = None
     about: About = field(default_factory=About)
 
@@ -97,6 +99,7 @@ class CardFacts:
             notice=f"\n{self.notice}\n" if self.notice else "",
             rows=table(rows.items()),
             options=table(self.options),
+            install=self.install,
             hint=self.hint,
             example=self.example,
             results=self._results(),

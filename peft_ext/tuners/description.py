@@ -23,7 +23,7 @@ from ..checkpoint.markdown import code, escape, python_string
 NETWORK_CONFIG_NAME = "seed_config.json"
 NETWORK_WEIGHTS_NAME = "model.safetensors"
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -97,7 +97,7 @@ def _adapter_facts(config: DescribedConfig, folder: Path, auto_mapping: Any, abo
     base_class = str((auto_mapping or {}).get("base_model_class"))
     in_transformers = str((auto_mapping or {}).get("parent_library")).startswith("transformers.")
     auto_class = base_class if in_transformers and base_class.isidentifier() else "AutoModel"
-    auto_class = _AUTO_CLASSES.get(str(config.task_type or ""), auto_class)
+    auto_class = AUTO_CLASSES.get(str(config.task_type or ""), auto_class)
     revision = f", revision={python_string(config.revision)}" if config.revision else ""
     base = (
         [f"from transformers import {auto_class}", ""]

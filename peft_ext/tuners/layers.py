@@ -312,7 +312,8 @@ class SeededLayer(CheckpointedLayer, nn.Module):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Whether PEFT's `convert_to_lora` gets this layer right; `peft_ext.to_lora` takes more kinds of layers."""
+        return False
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

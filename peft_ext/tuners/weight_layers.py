@@ -126,6 +126,11 @@ class SeededLinear(SeededWeightLayer):
 
     joined_types = (nn.Linear, Conv1D)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        # Of weights that are stored as (in, out), the conversion turns back those of Conv1D alone.
+        turned = self.fan_in_fan_out and not isinstance(self.get_base_layer(), Conv1D)
+        return self.container(adapter_name) is not None and not turned
+
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from peft_ext import NolaConfig, PrancConfig
+from peft_ext import NolaConfig, PrancConfig, to_lora
 from peft_ext.adapters.saved import read, verify
 from peft_ext.randomness import uniform
 from peft_ext.tuners.expert_layers import SeededExperts
@@ -196,6 +196,16 @@ def test_a_saved_adapter_is_verified_without_a_model(method: str, tmp_path: Path
     assert saved.shapes_known and len(saved.targets) == 8 and len(verify(saved)) > 3
     assert "48 x 32 x 4" in saved.config.target_shapes
     assert "2 layers of 48 x 32 x 4 experts" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_export_as_lora_is_refused_by_name(tmp_path: Path) -> None:
+    model, _ = adapt(tiny_models.mixture("gpt_oss"), "NOLA", **ALONE)
+    assert not model.supports_lora_conversion()
+    with pytest.raises(ValueError, match="experts', a GptOssExperts, cannot be exported as LoRA"):
+        to_lora(model, tmp_path / "lora")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="`target_parameters`.*cannot be exported as LoRA"):
+        to_lora(tmp_path / "adapter", tmp_path / "lora")
 
 
 def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:

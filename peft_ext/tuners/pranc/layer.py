@@ -65,6 +65,12 @@ class PrancLayer(SeededLayer):
         bias = flat[..., size:] if flat.shape[-1] > size else None
         return flat[..., :size].reshape(*flat.shape[:-1], *self.stack, self.fan_out, self.fan_in), bias
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        if not super().supports_lora_conversion(adapter_name):
+            return False
+        (expansion,) = self.expansions[adapter_name]
+        return expansion.shape == (self.fan_out * self.fan_in,)  # the conversion leaves updates of biases out
+
 
 class PrancLinear(PrancLayer, SeededLinear):
     """An adapted linear layer."""
@@ -126,6 +132,3 @@ class PrancVector(PrancLayer):
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.flatten()  # the updates of all parameters of the module, one after the other
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
