@@ -35,6 +35,7 @@ from ..checkpoint.identity import (
 )
 from .coefficients import Coefficients
 from .config import CheckpointedConfig, Target
+from .scaling import warn_of_scales
 from .surroundings import PREFIX, Base, Keys, clean, renamed_alike, whole
 
 
@@ -149,6 +150,7 @@ class Provenance:
                 f"{self.fields.get(name)!r}, the configuration says {config.generating()[name]!r}. Change it back, or "
                 "make a new adapter."
             )
+        warn_of_scales(self.adapter_name, [layer.scale_of(self.adapter_name) for layer in self.layers])
         self.config.coefficient_dtype = config.coefficient_dtype
         tensors = {key: tensor for key, tensor in tensors.items() if key not in (keys.record, keys.packed)}
         if any(key not in tensors or tensors[key].is_meta for key in keys.coefficients):
@@ -402,6 +404,10 @@ class CheckpointedLayer(BaseTunerLayer):
     def container(self, adapter: str) -> Coefficients | None:
         """What holds the coefficients of an adapter, by its name; `None` if this layer reads none of it."""
         raise NotImplementedError
+
+    def scale_of(self, adapter: str) -> float:
+        """What the update of an adapter is multiplied by, relative to what its configuration says."""
+        return 1.0
 
     def settle(self) -> None:
         """Verifies the coefficients of all adapters that came in without the tuner's hooks."""
