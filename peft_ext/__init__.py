@@ -31,9 +31,9 @@ __all__ = [
     "describe",
     "load_from_seed",
     "push_to_hub",
+    "rescale_adapter_scale",
     "set_expansion_budget",
     "to_lora",
-    "rescale_adapter_scale",
 ]
 
 register(NolaConfig, NolaModel)

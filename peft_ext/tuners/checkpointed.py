@@ -54,7 +54,7 @@ class CheckpointedModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        provenance = _provenance(model, adapter_name)
+        provenance = provenance_of(model, adapter_name)
         pool = getattr(getattr(model, "base_model", None), "pool", None)
         if provenance is None and pool is not None and adapter_name in pool:
             with pool.holding(adapter_name):
@@ -72,7 +72,7 @@ class CheckpointedModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        provenance = _provenance(model, adapter_name)
+        provenance = provenance_of(model, adapter_name)
         pool = getattr(getattr(model, "base_model", None), "pool", None)
         if pool is not None and adapter_name in pool:
             raise ValueError(
@@ -91,7 +91,8 @@ class CheckpointedModel(BaseTuner):
         return opened
 
 
-def _provenance(model: nn.Module, adapter_name: str) -> Provenance | None:
+def provenance_of(model: nn.Module, adapter_name: str) -> Provenance | None:
+    """Where an adapter of a model comes from; `None` if it adapts no layer, or is not of this package."""
     for module in model.modules():
         if isinstance(module, CheckpointedLayer) and adapter_name in module.provenances:
             return module.provenances[adapter_name]

@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..checks import check_number
 from .checkpointed import provenance_of
+from .config import ELSEWHERE
 from .provenance import Provenance
 
 OF_LORA = (
@@ -26,12 +27,6 @@ OF_LORA = (
     "magnitude_prune_svd",
 )
 """What else PEFT's `LoraModel.add_weighted_adapter` has."""
-
-ELSEWHERE = (
-    "Export the adapters with `peft_ext.to_lora` and combine those with LoRA's `add_weighted_adapter`; or activate "
-    "them together, each with `set_scale(adapter, weight)` in its layers, which adds their weighted updates exactly."
-)
-"""What to do with adapters whose coefficients cannot be combined."""
 
 
 def add_weighted_adapter(
@@ -77,7 +72,6 @@ def _check_arguments(
     combination_type: str,
     options: dict[str, Any],
 ) -> None:
-    method = type(tuner).__name__.removesuffix("Model")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"`adapter_name` must be a new name, got {adapter_name!r}, which is an adapter of the model.")
     if not adapters:
@@ -93,7 +87,7 @@ def _check_arguments(
         raise ValueError(f"Invalid combination_type: {combination_type}")
     if combination_type != "linear" and len(adapters) > 1:  # of one adapter all types are the same
         raise ValueError(
-            f"`combination_type` must be 'linear' for {method}, got {combination_type!r}: coefficients of the same "
+            f"`combination_type` must be 'linear' for {tuner.peft_config[adapters[0]].method_name}, got {combination_type!r}: coefficients of the same "
             f"number cannot make what it gives. {ELSEWHERE}"
         )
     if options:

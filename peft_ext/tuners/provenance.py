@@ -91,7 +91,8 @@ class Provenance:
             packed = quantization.size_of(self._layout().sizes, self.config.coefficient_dtype)
             self.layers[0].buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
 
-    def _settled(self) -> None:
+    def verified(self) -> None:
+        """Notes that the coefficients are those of the adapter: nothing is awaited any more."""
         self.pending, self._base = False, None
         for name in ("identity", "packed"):
             buffers = self.layers[0].buffers_of(name)
@@ -236,7 +237,7 @@ class Provenance:
                 raise ValueError(f"The saved adapter does not fit the model, which has no {unknown[0]!r}.")
         self.config.coefficient_dtype = dtype
         self._warn_of_base(keys)
-        self._settled()
+        self.verified()
         return {**own, **beside, **others}
 
     def _check_dtype(self, content: Mapping[str, Any]) -> str:
@@ -357,7 +358,7 @@ class Provenance:
         for parameter in self.parameters():
             check_finite(parameter)
         self._warn_of_base(keys)
-        self._settled()
+        self.verified()
 
     def _is_cast_down(self, dtype: str) -> bool:
         """Whether the model was cast to half precision, all of it, after coefficients in float32 were loaded."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ..config import ELSEWHERE
 from ..model import SeededModel
 from .layer import McncConv2d, McncEmbedding, McncLayer, McncLinear
 
@@ -16,3 +17,10 @@ class McncModel(SeededModel):
 
     tuner_layer_cls = McncLayer
     layer_classes: ClassVar = {"linear": McncLinear, "conv2d": McncConv2d, "embedding": McncEmbedding}
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a ValueError."""
+        raise ValueError(
+            "Adapters of MCNC cannot be combined by their coefficients: a chunk of weights is beta * phi(alpha), and phi "
+            f"is not linear in alpha. {ELSEWHERE}"
+        )
