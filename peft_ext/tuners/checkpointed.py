@@ -42,6 +42,11 @@ class CheckpointedModel(BaseTuner):
         """Notes that a layer has got an adapter."""
         if self._provenance is None:
             self._provenance = Provenance(adapter_name, config)
+            # A loaded adapter's own configuration makes a new one of its kind, which nobody has coefficients for.
+            alike = [each for each in layer.provenances.values() if each.made_with is config]
+            for each in alike:
+                each.settle()
+            self._provenance.pending &= not alike
         self._provenance.add(layer, target)
         layer.provenances[adapter_name] = self._provenance
 

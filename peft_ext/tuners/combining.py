@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..checks import check_number
@@ -30,7 +29,7 @@ OF_LORA = (
 
 
 def add_weighted_adapter(
-    tuner: BaseTuner,
+    tuner: Any,
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -65,7 +64,7 @@ def add_weighted_adapter(
 
 
 def _check_arguments(
-    tuner: BaseTuner,
+    tuner: Any,
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -79,6 +78,8 @@ def _check_arguments(
     for adapter in adapters:
         if adapter not in tuner.peft_config:
             raise ValueError(f"Adapter {adapter} does not exist")
+        if tuner.pool is not None and adapter in tuner.pool:
+            raise ValueError(f"`adapters` must not be in the model's pool, got {adapter!r}: load it with `load_adapter`.")
     if len(weights) != len(adapters):
         raise ValueError(f"`weights` must have a number for each of the {len(adapters)} adapters, got {weights!r}.")
     for index, weight in enumerate(weights):
@@ -94,7 +95,7 @@ def _check_arguments(
         raise ValueError(f"`{next(iter(options))}` has no effect on combination_type='linear': leave it out.")
 
 
-def _verified(tuner: BaseTuner, adapter: str) -> Provenance:
+def _verified(tuner: Any, adapter: str) -> Provenance:
     provenance = provenance_of(tuner, adapter)
     if provenance is None:
         raise ValueError(f"Adapter {adapter!r} adapts no layer that could be combined.")
@@ -118,7 +119,7 @@ def _check_alike(first: Provenance, other: Provenance) -> None:
         )
 
 
-def _check_modules(tuner: BaseTuner, adapters: list[str]) -> None:
+def _check_modules(tuner: Any, adapters: list[str]) -> None:
     for name, module in tuner.model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             trained = module._get_available_adapters() & set(adapters)

@@ -87,6 +87,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
     """
 
     config_class: ClassVar[type[SeededConfig]]  # type: ignore[assignment]
+    more_layer_names: ClassVar[tuple[str, ...]] = ()  # further modules of coefficients by adapter name
     more_param_names: ClassVar[tuple[str, ...]] = ()  # further dictionaries by adapter name
     mixed: MixedBatch | None = None  # set for the time of a pass whose rows have adapters of their own
     fan_in: int  # columns of M
@@ -96,7 +97,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         super().__init_subclass__(**kwargs)
         if "config_class" in cls.__dict__:
             method = cls.config_class.method()
-            cls.adapter_layer_names = (f"{method}_coefficients",)
+            cls.adapter_layer_names = (f"{method}_coefficients", *cls.more_layer_names)
             names = (*cls.record_names, "dropout", "expansions")
             named = (f"{method}_{name}" for name in names)
             cls.other_param_names = ("scaling", "initial_scaling", *named, *cls.more_param_names)

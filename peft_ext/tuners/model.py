@@ -126,6 +126,8 @@ class SeededModel(CheckpointedModel):
 
     def mixed_batch_of(self, names: Sequence[str]) -> MixedBatch:
         """What is known of a batch whose rows have these adapters: all that the last one has expanded, if it fits."""
+        if self.pool is not None:
+            self.pool.check_unscaled()
         if self._mixed is None or self._mixed.names != list(names) or not self._mixed.still_fits():
             self._mixed = MixedBatch(names, self.pool)
         return self._mixed
@@ -259,6 +261,7 @@ class SeededModel(CheckpointedModel):
         layer.update_layer(adapter_name, peft_config, described, self._expansions)
         self._record(peft_config, adapter_name, layer, described)
         if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
             layer.requires_grad_(False)  # an additional adapter is not trainable before it is activated
         self._replace_module(parent, target_name, layer, target)
 

@@ -47,11 +47,13 @@ class Provenance:
         targets: the adapted modules, in the order of the model.
         containers: what holds the coefficients, in that order; one for all modules if they share one vector.
         layers: the adapted layers.
+        made_with: the configuration, which is the adapter's in the model.
         pending: the adapter was made from a checkpoint's configuration, and its coefficients are not verified yet.
     """
 
     def __init__(self, adapter_name: str, config: CheckpointedConfig) -> None:
         self.adapter_name = adapter_name
+        self.made_with = config
         self.config = copy.copy(config)
         self.fields = copy.deepcopy(config.generating())
         self.targets: list[Target] = []

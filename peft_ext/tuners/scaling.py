@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..checks import check_number
 
 
+def is_unscaled(scales: Iterable[float]) -> bool:
+    """Whether the scales of an adapter in its layers are 1, but for rounding."""
+    return all(math.isclose(scale, 1) for scale in scales)
+
+
 def warn_of_scales(adapter: str, scales: Sequence[float]) -> None:
     """Warns that an adapter which is saved has other scales in its layers than it will have when it is loaded."""
-    low, high = min(scales), max(scales)
-    if math.isclose(low, 1) and math.isclose(high, 1):
+    if is_unscaled(scales):
         return
+    low, high = min(scales), max(scales)
     told = f"{low:g}" if math.isclose(low, high) else f"from {low:g} to {high:g} in its layers"
     warnings.warn(
         f"Adapter {adapter!r} is saved without its scale, {told}: a loaded adapter has the one that its configuration "

@@ -17,7 +17,7 @@ from methods import METHODS, Config, config_of, lower
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_ext import PrancConfig, VisualPromptConfig
+from peft_ext import AdapterPool, VisualPromptConfig
 from peft_ext.tuners.layers import SeededLayer
 
 DOUBLE = torch.float64
@@ -173,26 +173,34 @@ def test_the_result_is_an_ordinary_adapter(method: str, tmp_path: Path) -> None:
     assert not [name for name, _ in model.named_parameters() if ".sum" in name]
 
 
-def test_renamed_modules_keep_their_random_numbers(tmp_path: Path) -> None:
+class Stack(nn.Module):
+    """Blocks whose linear layers are in a module of some name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)})}) for _ in range(2)
+        )
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block[self.name]["down"](torch.tanh(block[self.name]["up"](x)))  # type: ignore[index]
+        return x
+
+
+@pytest.mark.parametrize("method", [*PRANC, *NOLA])
+def test_renamed_modules_keep_their_random_numbers(method: str, tmp_path: Path) -> None:
     """Bases are drawn by the names that the modules had when the adapter was saved."""
-
-    class Renamed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = tiny_models.Layers()
-
-    made = get_peft_model(tiny_models.Layers(), config_of("PRANC", target_modules=["first", "wide"]))
+    made = get_peft_model(Stack("mlp"), config_of(method, target_modules=["up", "down"]))
     made.save_pretrained(str(tmp_path))
-    mapping = {"first": "inner.first", "wide": "inner.wide"}
-    model = PeftModel.from_pretrained(
-        Renamed(), str(tmp_path), key_mapping={f"^base_model.model.{old}": f"base_model.model.{new}" for old, new in mapping.items()}
-    )
+    model = PeftModel.from_pretrained(Stack("ffn"), str(tmp_path), key_mapping={r"\.mlp\.": ".ffn."})
     model.add_weighted_adapter(["default"], [1.0], "same")
     x = torch.randn(3, 8)
-    expected = made(x, ("first", "wide"))
     for name in ("default", "same"):
         model.set_adapter(name)
-        assert torch.equal(model.base_model.model.inner(x, ("first", "wide")), expected)
+        close(model(x), made(x))
 
 
 # What is refused
@@ -282,10 +290,20 @@ def test_prompts() -> None:
     refused(model, "Visual prompts cannot be combined with weights", ["a"], [1.0], "sum")
 
 
-def test_a_pending_adapter_is_verified_first(tmp_path: Path) -> None:
-    """transformers' `load_adapter` fills coefficients without asking anybody; combining reads them."""
-    made = get_peft_model(tiny_models.llama(), PrancConfig(num_coefficients=13, init_weights=False))
-    made.save_pretrained(str(tmp_path))
-    own = tiny_models.llama()
-    own.load_adapter(str(tmp_path), adapter_name="a")
-    assert own.peft_config["a"].identity
+def test_adapters_of_a_pool(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_models.Layers(), config_of("NOLA", target_modules=TARGETS), "a")
+    model.save_pretrained(str(tmp_path))
+    expected = PeftModel.from_pretrained(tiny_models.Layers(), str(tmp_path / "a"))(X, PATH)
+    pool = AdapterPool(model)
+    pool.load({"b": tmp_path / "a", "c": tmp_path / "a"})
+    refused(model, "must not be in the model's pool, got 'b'", ["a", "b"], [1.0, 1.0], "sum")
+    model.add_weighted_adapter(["a"], [2.0], "sum")
+    # Those of a pool take turns in the layers, and a scale would stay there.
+    model.set_adapter("b")
+    scale(model, "b", 0.5)
+    for use in (lambda: model.set_adapter("c"), lambda: model(X, PATH, adapter_names=["c", "b"])):
+        with pytest.raises(ValueError, match="Adapters in a pool have no scales of their own, and 'b' is scaled"):
+            use()
+    scale(model, "b", 1)
+    model.set_adapter("c")
+    torch.testing.assert_close(model(X, PATH), expected)
