@@ -298,6 +298,7 @@ def test_adapters_of_a_pool(tmp_path: Path) -> None:
     pool.load({"b": tmp_path / "a", "c": tmp_path / "a"})
     refused(model, "must not be in the model's pool, got 'b'", ["a", "b"], [1.0, 1.0], "sum")
     model.add_weighted_adapter(["a"], [2.0], "sum")
+    model.eval()
     # Those of a pool take turns in the layers, and a scale would stay there.
     model.set_adapter("b")
     scale(model, "b", 0.5)
