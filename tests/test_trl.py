@@ -74,7 +74,11 @@ def trainer(kind: str, model: PeftModel, tokenizer: Any, folder: Path) -> Any:
         **settings,
     )
     return getattr(trl, f"{kind}Trainer")(
-        model=model, args=arguments, train_dataset=datasets.Dataset.from_dict(data), processing_class=tokenizer, **options
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(data),
+        processing_class=tokenizer,
+        **options,
     )
 
 

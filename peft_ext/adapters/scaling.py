@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -27,7 +28,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise ValueError(f"`model` must have adapters, got {type(model).__name__} without any.")
-    before = {}
+    before: dict[Any, dict[str, float]] = {}
     for layer in layers:
         scaling = getattr(layer, "scaling", None)
         if not isinstance(scaling, dict):

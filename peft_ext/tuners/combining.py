@@ -79,7 +79,9 @@ def _check_arguments(
         if adapter not in tuner.peft_config:
             raise ValueError(f"Adapter {adapter} does not exist")
         if tuner.pool is not None and adapter in tuner.pool:
-            raise ValueError(f"`adapters` must not be in the model's pool, got {adapter!r}: load it with `load_adapter`.")
+            raise ValueError(
+                f"`adapters` must not be in the model's pool, got {adapter!r}: load it with `load_adapter`."
+            )
     if len(weights) != len(adapters):
         raise ValueError(f"`weights` must have a number for each of the {len(adapters)} adapters, got {weights!r}.")
     for index, weight in enumerate(weights):
@@ -87,8 +89,9 @@ def _check_arguments(
     if combination_type not in ("linear", *OF_LORA):
         raise ValueError(f"Invalid combination_type: {combination_type}")
     if combination_type != "linear" and len(adapters) > 1:  # of one adapter all types are the same
+        method = tuner.peft_config[adapters[0]].method_name
         raise ValueError(
-            f"`combination_type` must be 'linear' for {tuner.peft_config[adapters[0]].method_name}, got {combination_type!r}: coefficients of the same "
+            f"`combination_type` must be 'linear' for {method}, got {combination_type!r}: coefficients of the same "
             f"number cannot make what it gives. {ELSEWHERE}"
         )
     if options:

@@ -31,7 +31,7 @@ MCNC = [method for method in METHODS if lower(method) == "mcnc"]
 
 
 def model_of(method: str, *names: str, **options: Any) -> tuple[PeftModel, nn.Module, Config]:
-    """A model in double precision with adapters of random coefficients, the first active, its base, its configuration."""
+    """A model in double precision with adapters of random coefficients, its base, and the configuration."""
     base = tiny_models.Layers().to(DOUBLE)
     config = config_of(method, **{"target_modules": TARGETS, **options})
     model = get_peft_model(copy.deepcopy(base), config, names[0])

@@ -18,8 +18,8 @@ NO_MERGE = (
 )
 
 NO_SCALE = (
-    "Visual prompts are tokens in the input of the blocks: they cannot be scaled, as updates of weights can. Their scale "
-    "must be 1, got {}."
+    "Visual prompts are tokens in the input of the blocks: they cannot be scaled, as updates of weights can. Their "
+    "scale must be 1, got {}."
 )
 
 

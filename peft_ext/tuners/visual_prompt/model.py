@@ -103,8 +103,8 @@ class VisualPromptModel(CheckpointedModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError."""
         raise ValueError(
-            "Visual prompts cannot be combined with weights: they are tokens that the blocks attend to, not updates that "
-            "add. Activate several adapters at once with `base_model.set_adapter([...])` to use the prompts of all."
+            "Visual prompts cannot be combined with weights: they are tokens that the blocks attend to, not updates "
+            "that add. Activate several adapters at once with `base_model.set_adapter([...])` to use the prompts of all."
         )
 
 
