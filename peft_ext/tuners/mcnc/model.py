@@ -21,6 +21,6 @@ class McncModel(SeededModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError."""
         raise ValueError(
-            "Coefficients of MCNC cannot be combined: a chunk of weights is beta * phi(alpha), and phi is not linear in "
-            f"alpha. {ELSEWHERE}"
+            "Coefficients of MCNC cannot be combined: a chunk of weights is beta * phi(alpha), and phi is not linear "
+            f"in alpha. {ELSEWHERE}"
         )

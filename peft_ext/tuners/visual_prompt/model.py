@@ -104,7 +104,7 @@ class VisualPromptModel(CheckpointedModel):
         """Raises a ValueError."""
         raise ValueError(
             "Visual prompts cannot be combined with weights: they are tokens that the blocks attend to, not updates "
-            "that add. Activate several adapters at once with `base_model.set_adapter([...])` to use the prompts of all."
+            "that add. Activate several adapters with `base_model.set_adapter([...])` to use the prompts of all."
         )
 
 
