@@ -261,7 +261,6 @@ class SeededModel(CheckpointedModel):
         layer.update_layer(adapter_name, peft_config, described, self._expansions)
         self._record(peft_config, adapter_name, layer, described)
         if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
             layer.requires_grad_(False)  # an additional adapter is not trainable before it is activated
         self._replace_module(parent, target_name, layer, target)
 
