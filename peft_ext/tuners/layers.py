@@ -190,6 +190,12 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         The weights may all have one more dimension, the first, of adapters; what is returned has it then too.
         """
 
+    def get_base_weight(self) -> torch.Tensor:
+        if getattr(getattr(self.get_base_layer().weight, "quant_state", None), "packing_format_for_cpu", False):
+            # In evaluation on a CPU, bitsandbytes rearranges 4-bit weights, and what dequantizes them does not know.
+            self.get_base_layer().state_dict()  # puts them back
+        return super().get_base_weight()
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update `scaling * M` in the shape of the base weight and the dtype of the coefficients."""
         return self._delta_weight(adapter, self.update(adapter)[0])
