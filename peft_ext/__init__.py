@@ -6,6 +6,7 @@ Importing this package registers the methods with PEFT.
 from .adapters.hub import push_to_hub
 from .adapters.lora import to_lora
 from .adapters.pool import AdapterPool
+from .adapters.scaling import rescale_adapter_scale
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.description import describe
@@ -30,6 +31,7 @@ __all__ = [
     "describe",
     "load_from_seed",
     "push_to_hub",
+    "rescale_adapter_scale",
     "set_expansion_budget",
     "to_lora",
 ]

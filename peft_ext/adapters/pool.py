@@ -19,6 +19,7 @@ from ..tuners.expansion import SharedExpansion
 from ..tuners.layers import SeededLayer
 from ..tuners.model import SeededModel
 from ..tuners.provenance import Provenance
+from ..tuners.scaling import is_unscaled
 from ..tuners.surroundings import Keys
 from .saved import read, verify
 
@@ -155,11 +156,21 @@ class AdapterPool:
             return container[name].detach()
         return self._rows[name][self._slots[container]]
 
+    def check_unscaled(self) -> None:
+        """Raises a ValueError if the adapter in the layers is scaled: the others, in its place, would be so too."""
+        if self._held is not None and not is_unscaled(layer.scale_of(self._held) for layer in self._layers):
+            raise ValueError(
+                f"Adapters in a pool have no scales of their own, and {self._held!r} is scaled: the scale would become "
+                "that of every other. Put it back with `unscale_layer()` of the layers, or load the adapter that is to "
+                "be scaled with `model.load_adapter`."
+            )
+
     def hold(self, name: str) -> None:
         """Puts an adapter into the layers, in place of the one that they hold."""
         if name == self._held:
             return
         before = self.held
+        self.check_unscaled()
         if any(before in layer.merged_adapters for layer in self._layers):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self._tuner.unmerge_adapter()

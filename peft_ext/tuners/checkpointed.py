@@ -42,6 +42,11 @@ class CheckpointedModel(BaseTuner):
         """Notes that a layer has got an adapter."""
         if self._provenance is None:
             self._provenance = Provenance(adapter_name, config)
+            # A loaded adapter's own configuration makes a new one of its kind, which nobody has coefficients for.
+            alike = [each for each in layer.provenances.values() if each.made_with is config]
+            for each in alike:
+                each.settle()
+            self._provenance.pending &= not alike
         self._provenance.add(layer, target)
         layer.provenances[adapter_name] = self._provenance
 
@@ -54,7 +59,7 @@ class CheckpointedModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        provenance = _provenance(model, adapter_name)
+        provenance = provenance_of(model, adapter_name)
         pool = getattr(getattr(model, "base_model", None), "pool", None)
         if provenance is None and pool is not None and adapter_name in pool:
             with pool.holding(adapter_name):
@@ -72,7 +77,7 @@ class CheckpointedModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        provenance = _provenance(model, adapter_name)
+        provenance = provenance_of(model, adapter_name)
         pool = getattr(getattr(model, "base_model", None), "pool", None)
         if pool is not None and adapter_name in pool:
             raise ValueError(
@@ -91,7 +96,8 @@ class CheckpointedModel(BaseTuner):
         return opened
 
 
-def _provenance(model: nn.Module, adapter_name: str) -> Provenance | None:
+def provenance_of(model: nn.Module, adapter_name: str) -> Provenance | None:
+    """Where an adapter of a model comes from; `None` if it adapts no layer, or is not of this package."""
     for module in model.modules():
         if isinstance(module, CheckpointedLayer) and adapter_name in module.provenances:
             return module.provenances[adapter_name]

@@ -70,6 +70,12 @@ class Target(NamedTuple):
 MULTIPLE = 16
 """A configuration may ask for so many times what the adapted weights are, in numbers and in memory."""
 
+ELSEWHERE = (
+    "Export the adapters with `peft_ext.to_lora` and combine those with LoRA's `add_weighted_adapter`; or activate "
+    "them together and call `set_scale(adapter, weight)` of their layers, which adds the weighted updates exactly."
+)
+"""What to do with adapters whose coefficients cannot be combined."""
+
 _MOST_ENTRIES = 10_000  # in a field: PEFT looks at them all for every module
 _SMALL = 1 << 26  # bytes that any configuration may ask for
 
@@ -109,6 +115,11 @@ def _refuse_pickle(folder: Path, what_to_do: str) -> None:
             f"The weights of an adapter must be in {SAFETENSORS_WEIGHTS_NAME}, got {WEIGHTS_NAME} in {str(folder)!r}, "
             f"a pickle, which is not read. {what_to_do}."
         )
+
+
+def weighted_sum(vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+    """The sum of vectors, each times a factor, on the device of the first."""
+    return sum(vector.to(vectors[0].device) * factor for vector, factor in zip(vectors, factors))  # type: ignore[return-value]
 
 
 @dataclass
@@ -367,6 +378,18 @@ class SeededConfig(CheckpointedConfig):
         """The coefficients that a module, or a whole network, starts from: zeros, or random without `init_weights`."""
         size = sum(generator.num_coefficients for generator in generators)
         return torch.zeros(size) if self.init_weights else torch.randn(size)
+
+    def combined(self, vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+        """The coefficients of a module that LoRA's `linear` combination of some adapters has.
+
+        Args:
+            vectors: its coefficients in every adapter.
+            factors: what the update of every adapter is multiplied by.
+
+        Raises:
+            ValueError: no coefficients give that combination, which is so unless a method says how.
+        """
+        raise ValueError(f"Coefficients of {self.method_name} cannot be combined. {ELSEWHERE}")
 
     def network_generator(self, size: int, keep_basis: bool = False) -> Generator:
         """What makes the `size` parameters of a whole network.

@@ -20,6 +20,7 @@ from .config import SeededConfig, Target
 from .expansion import SharedExpansion
 from .mixed import MixedBatch, Part
 from .provenance import CheckpointedLayer
+from .scaling import ScaledLayer
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 """Of a weight: a matrix of shape `(fan_out, fan_in)`, or its factors A `(r, fan_in)` and B `(fan_out, r)`.
@@ -77,7 +78,7 @@ def target_of(name: str, base_layer: nn.Module) -> Target:
     return Target(name, fan_out, fan_in, fan_out if has_bias else 0)
 
 
-class SeededLayer(CheckpointedLayer, nn.Module):
+class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
     """A layer `W` with the update `scaling * M`, where a method makes M from a seed and coefficients.
 
     A method subclasses this once for its configuration and further attributes, and once more together with each of
@@ -89,6 +90,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
     """
 
     config_class: ClassVar[type[SeededConfig]]  # type: ignore[assignment]
+    more_layer_names: ClassVar[tuple[str, ...]] = ()  # further modules of coefficients by adapter name
     more_param_names: ClassVar[tuple[str, ...]] = ()  # further dictionaries by adapter name
     mixed: MixedBatch | None = None  # set for the time of a pass whose rows have adapters of their own
     fan_in: int  # columns of M
@@ -99,9 +101,10 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         super().__init_subclass__(**kwargs)
         if "config_class" in cls.__dict__:
             method = cls.config_class.method()
-            cls.adapter_layer_names = (f"{method}_coefficients",)
+            cls.adapter_layer_names = (f"{method}_coefficients", *cls.more_layer_names)
             names = (*cls.record_names, "dropout", "expansions")
-            cls.other_param_names = ("scaling", *(f"{method}_{name}" for name in names), *cls.more_param_names)
+            named = (f"{method}_{name}" for name in names)
+            cls.other_param_names = ("scaling", "initial_scaling", *named, *cls.more_param_names)
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
@@ -114,6 +117,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         )
         self._measure()
         self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -175,6 +179,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         """
         self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.expansions[adapter_name] = self.add_adapter(adapter_name, config, target, expansions)
+        self.initial_scaling[adapter_name] = self.scaling[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -201,6 +206,12 @@ class SeededLayer(CheckpointedLayer, nn.Module):
 
         The weights may all have one more dimension, the first, of adapters; what is returned has it then too.
         """
+
+    def get_base_weight(self) -> torch.Tensor:
+        if getattr(getattr(self.get_base_layer().weight, "quant_state", None), "packing_format_for_cpu", False):
+            # In evaluation on a CPU, bitsandbytes rearranges 4-bit weights, and what dequantizes them does not know.
+            self.get_base_layer().state_dict()  # puts them back
+        return super().get_base_weight()
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update `scaling * M` in the shape of the base weight and the dtype of the coefficients."""
@@ -243,7 +254,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         scalings = [self.scaling[adapter] for adapter in part.adapters]
         if len(set(scalings)) == 1:
             return scalings[0]
-        return torch.tensor(scalings, device=part.weights[0].device)[:, None]
+        return part.weights[0].new_tensor(scalings)[:, None]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.mixed is not None:
@@ -302,7 +313,7 @@ class SeededLayer(CheckpointedLayer, nn.Module):
         self.set_base_weight(merged)
         if bias_update is not None:
             bias = cast(nn.Parameter, self.get_base_layer().bias)
-            bias.data = (bias + sign * bias_update.to(bias.device)).to(bias.dtype)
+            bias.data = (bias + sign * self._scaled(adapter, bias_update).to(bias.device)).to(bias.dtype)
 
     def _check_merged(self, merged: torch.Tensor, safe: bool, adapter: str) -> None:
         if safe and not torch.isfinite(merged).all():

@@ -38,6 +38,9 @@ class Pool(Protocol):
     def hold(self, name: str) -> None:
         """Puts an adapter into the layers, in place of the one that they hold."""
 
+    def check_unscaled(self) -> None:
+        """Raises a ValueError if the adapter in the layers is scaled: the others, in its place, would be so too."""
+
     def holding(self, name: str) -> AbstractContextManager[None]:
         """Puts an adapter into the layers for a while."""
 

@@ -19,6 +19,7 @@ from torch import nn
 from ..checkpoint.identity import Identity, check_identity, check_target_shapes, unfold_names
 from ..generators import Generator
 from .checkpointed import CheckpointedModel
+from .combining import add_weighted_adapter
 from .config import Target, shape_counts
 from .expansion import SharedExpansion
 from .expert_layers import SeededExperts, parameter_target
@@ -153,9 +154,39 @@ class SeededModel(CheckpointedModel):
 
     def mixed_batch_of(self, names: Sequence[str]) -> MixedBatch:
         """What is known of a batch whose rows have these adapters: all that the last one has expanded, if it fits."""
+        if self.pool is not None:
+            self.pool.check_unscaled()
         if self._mixed is None or self._mixed.names != list(names) or not self._mixed.still_fits():
             self._mixed = MixedBatch(names, self.pool)
         return self._mixed
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **options: Any,
+    ) -> None:
+        """Adds an adapter that is made from others of the same modules, seed and generating fields.
+
+        It is an adapter like any other: of their size, saved and loaded as they are, not active yet. With `"linear"`
+        PRANC's update is exactly the sum of theirs, each times its weight and its present scale. NOLA's is that of
+        LoRA's `linear` on the same factors: A and B are summed with the square roots of weights times scales, so that
+        two equal adapters of weight 1/2 give twice their update. The coefficients of MCNC cannot be combined.
+
+        Args:
+            adapters: names of those that are combined.
+            weights: a number for each, which may be negative.
+            adapter_name: of the new one.
+            combination_type: `"linear"`; for a single adapter any that LoRA has, which are the same.
+            **options: none; those of LoRA's other combination types are refused.
+
+        Raises:
+            ValueError: there is no such adapter, there is one of the new name, the adapters are not alike, have modules
+                in `modules_to_save`, or cannot be combined this way.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, options)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Looks at every target before PEFT replaces the first.

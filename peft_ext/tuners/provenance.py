@@ -35,6 +35,7 @@ from ..checkpoint.identity import (
 )
 from .coefficients import Coefficients
 from .config import CheckpointedConfig, Target
+from .scaling import warn_of_scales
 from .surroundings import PREFIX, Base, Keys, clean, renamed_alike, whole
 
 
@@ -46,11 +47,13 @@ class Provenance:
         targets: the adapted modules, in the order of the model.
         containers: what holds the coefficients, in that order; one for all modules if they share one vector.
         layers: the adapted layers.
+        made_with: the configuration, which is the adapter's in the model.
         pending: the adapter was made from a checkpoint's configuration, and its coefficients are not verified yet.
     """
 
     def __init__(self, adapter_name: str, config: CheckpointedConfig) -> None:
         self.adapter_name = adapter_name
+        self.made_with = config
         self.config = copy.copy(config)
         self.fields = copy.deepcopy(config.generating())
         self.targets: list[Target] = []
@@ -90,7 +93,8 @@ class Provenance:
             packed = quantization.size_of(self._layout().sizes, self.config.coefficient_dtype)
             self.layers[0].buffers_of("packed")[self.adapter_name] = torch.zeros(packed, dtype=torch.uint8)
 
-    def _settled(self) -> None:
+    def verified(self) -> None:
+        """Notes that the coefficients are those of the adapter: nothing is awaited any more."""
         self.pending, self._base = False, None
         for name in ("identity", "packed"):
             buffers = self.layers[0].buffers_of(name)
@@ -149,6 +153,7 @@ class Provenance:
                 f"{self.fields.get(name)!r}, the configuration says {config.generating()[name]!r}. Change it back, or "
                 "make a new adapter."
             )
+        warn_of_scales(self.adapter_name, [layer.scale_of(self.adapter_name) for layer in self.layers])
         self.config.coefficient_dtype = config.coefficient_dtype
         tensors = {key: tensor for key, tensor in tensors.items() if key not in (keys.record, keys.packed)}
         if any(key not in tensors or tensors[key].is_meta for key in keys.coefficients):
@@ -234,7 +239,7 @@ class Provenance:
                 raise ValueError(f"The saved adapter does not fit the model, which has no {unknown[0]!r}.")
         self.config.coefficient_dtype = dtype
         self._warn_of_base(keys)
-        self._settled()
+        self.verified()
         return {**own, **beside, **others}
 
     def _check_dtype(self, content: Mapping[str, Any]) -> str:
@@ -355,7 +360,7 @@ class Provenance:
         for parameter in self.parameters():
             check_finite(parameter)
         self._warn_of_base(keys)
-        self._settled()
+        self.verified()
 
     def _is_cast_down(self, dtype: str) -> bool:
         """Whether the model was cast to half precision, all of it, after coefficients in float32 were loaded."""
@@ -411,6 +416,10 @@ class CheckpointedLayer(BaseTunerLayer):
     def container(self, adapter: str) -> Coefficients | None:
         """What holds the coefficients of an adapter, by its name; `None` if this layer reads none of it."""
         raise NotImplementedError
+
+    def scale_of(self, adapter: str) -> float:
+        """What the update of an adapter is multiplied by, relative to what its configuration says."""
+        return 1.0
 
     def settle(self) -> None:
         """Verifies the coefficients of all adapters that came in without the tuner's hooks."""

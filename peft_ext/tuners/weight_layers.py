@@ -111,8 +111,12 @@ class SeededWeightLayer(SeededLayer):
         ]
 
     def _update_at(self, adapter: str, device: torch.device) -> tuple[Update, torch.Tensor | None]:
-        """`update` on the device of the input: coefficients that many layers share can be on another one."""
+        """`update` on the device of the input: coefficients that many layers share can be on another one.
+
+        That of the bias is scaled; that of the weight is, where it is used.
+        """
         update, bias = self.update(adapter)
+        bias = bias if bias is None else self._scaled(adapter, bias)
         if isinstance(update, tuple) or update.device == device:
             return update, bias
         return update.to(device), bias if bias is None else bias.to(device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ..config import ELSEWHERE
 from ..model import SeededModel
 from .layer import McncConv2d, McncEmbedding, McncExperts, McncLayer, McncLinear
 
@@ -21,3 +22,10 @@ class McncModel(SeededModel):
         "embedding": McncEmbedding,
         "parameter": McncExperts,
     }
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a ValueError."""
+        raise ValueError(
+            "Coefficients of MCNC cannot be combined: a chunk of weights is beta * phi(alpha), and phi is not linear "
+            f"in alpha. {ELSEWHERE}"
+        )

@@ -12,9 +12,11 @@ from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
-from ..config import SeededConfig, Target, check_memory, check_multiple, documented
+from ..config import ELSEWHERE, SeededConfig, Target, check_memory, check_multiple, documented, weighted_sum
 
 N = TypeVar("N", int, float)
+
+_CANCELLED = 1e-3  # a sum this small beside its terms leaves too few digits of what it multiplies
 
 
 @documented
@@ -103,6 +105,31 @@ class NolaConfig(SeededConfig):
     def alpha_of(self, module_name: str) -> float:
         """The alpha of a module: that of its pattern, or `alpha`."""
         return _matching("alpha_pattern", self.alpha_pattern, module_name, self.alpha)
+
+    def combined(self, vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+        """The coefficients that give the product of LoRA's `linear`: A is `sum_i p_i A_i` and B is `sum_i |p_i| B_i`.
+
+        p_i is the square root of the factor's absolute value, with its sign. Every `A_i` has the offset A0, their sum
+        has it P times, P being the sum of p_i, and the A of an adapter has it once: so A is divided by P, and B is
+        multiplied by it.
+
+        Raises:
+            ValueError: the p_i cancel, and with them the offset.
+        """
+        if not any(factors):
+            return torch.zeros_like(vectors[0])
+        roots = [math.copysign(math.sqrt(abs(factor)), factor) for factor in factors]
+        total = sum(roots)
+        if abs(total) <= _CANCELLED * sum(map(abs, roots)):
+            raise ValueError(
+                "`weights` must not cancel for NOLA, whose A is a frozen offset beside the combined matrices: their "
+                "square roots with signs, which LoRA's `linear` multiplies A by, must have a sum other than 0, got "
+                f"{total:.3g} for weights times scales {[float(f'{factor:g}') for factor in factors]}. {ELSEWHERE}"
+            )
+        parts = [vector.split(self.num_basis_per_factor) for vector in vectors]
+        a = weighted_sum([part[0] for part in parts], [root / total for root in roots])
+        b = weighted_sum([part[1] for part in parts], [abs(root) * total for root in roots])
+        return torch.cat([a, b])
 
     def check_sizes(self, targets: Sequence[Target]) -> None:
         num_A, num_B = self.num_basis_per_factor

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ...checks import check_choice, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator
-from ..config import SeededConfig, Target, check_memory, documented
+from ..config import SeededConfig, Target, check_memory, documented, weighted_sum
 
 
 @documented
@@ -98,6 +100,10 @@ class PrancConfig(SeededConfig):
         size = target.size + (target.biases if self.adapt_bias else 0)
         stream = ("pranc", self.basis, target.name, target.fan_out, target.fan_in)
         return (self._generator(stream, size, target.fan_in),)
+
+    def combined(self, vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+        """The sum of the vectors, each times its factor, whose update is that of the updates: they are linear."""
+        return weighted_sum(vectors, factors)
 
     def network_generator(self, size: int, keep_basis: bool = False) -> LinearGenerator:
         if self.num_coefficients > size:

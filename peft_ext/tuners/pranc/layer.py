@@ -30,6 +30,7 @@ class PrancLayer(SeededLayer):
     """
 
     config_class = PrancConfig
+    more_layer_names = ("_pranc_vectors",)
     more_param_names = ("pranc_containers",)
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
@@ -38,6 +39,19 @@ class PrancLayer(SeededLayer):
 
     def container(self, adapter: str) -> Coefficients | None:
         return self.pranc_containers.get(adapter)
+
+    @property
+    def _pranc_vectors(self) -> nn.ModuleDict:
+        """What holds the vectors that this layer reads, by adapter name, its own and those of other layers.
+
+        PEFT asks here whether they are trained and where they are. They are not this layer's submodules by it.
+        """
+        held = {name: each._modules[name] for name, each in self.pranc_containers.items() if name in each}
+        return nn.ModuleDict(cast(dict[str, nn.Module], held))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.coefficients:  # otherwise the vector goes where the layer is that owns it
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.pranc_containers)  # PEFT looks for parameters, which this layer may not own

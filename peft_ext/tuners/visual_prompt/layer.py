@@ -17,6 +17,11 @@ NO_MERGE = (
     "use them, or call `unload()` to get the base model back."
 )
 
+NO_SCALE = (
+    "Visual prompts are tokens in the input of the blocks: they cannot be scaled, as updates of weights can. Their "
+    "scale must be 1, got {}."
+)
+
 
 class VisualPromptLayer(CheckpointedLayer, nn.Module):
     """A block that gets prompts, passes on those of an earlier block, or cuts prompts off its output.
@@ -131,6 +136,19 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
     def unmerge(self) -> None:
         """Raises a ValueError."""
         raise ValueError(NO_MERGE)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Raises a ValueError unless the scale is 1."""
+        self.scale_layer(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Raises a ValueError unless the scale is 1."""
+        if scale != 1:
+            raise ValueError(NO_SCALE.format(scale))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Raises a ValueError unless the scale is 1 or None."""
+        self.scale_layer(1 if scale is None else scale)
 
     def __repr__(self) -> str:
         return f"visual_prompt.{super().__repr__()}"

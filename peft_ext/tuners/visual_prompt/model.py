@@ -100,6 +100,13 @@ class VisualPromptModel(CheckpointedModel):
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a ValueError."""
+        raise ValueError(
+            "Visual prompts cannot be combined with weights: they are tokens that the blocks attend to, not updates "
+            "that add. Activate several adapters with `base_model.set_adapter([...])` to use the prompts of all."
+        )
+
 
 def _blocks(model: nn.Module) -> list[str]:
     """Names of the transformer blocks of a model, adapted before or not, in their order."""
