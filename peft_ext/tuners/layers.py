@@ -10,7 +10,6 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..generators import Generator
@@ -20,6 +19,7 @@ from .config import SeededConfig, Target
 from .expansion import SharedExpansion
 from .mixed import MixedBatch, Part
 from .provenance import CheckpointedLayer
+from .reading import read
 from .scaling import ScaledLayer
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -32,8 +32,6 @@ def layer_kind(base_layer: nn.Module) -> str | None:
     `"linear"`, `"conv2d"`, `"embedding"`, `"vector"` for a module that holds vectors only, such as the weight and bias
     of a norm, and otherwise `None`.
     """
-    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
-        return None  # nn.MultiheadAttention reads this layer's weight and never calls it: an adapter would do nothing
     if isinstance(base_layer, (nn.Linear, Conv1D)):
         return "linear"
     if isinstance(base_layer, nn.Conv2d):
@@ -206,6 +204,25 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
             dtype = torch.promote_types(A.dtype, torch.float32)  # half precision products are slow and coarse on a CPU
             return self._to_weight((B.to(dtype) @ A.to(dtype)) * self.scaling[adapter]).to(A.dtype)
         return self._to_weight(self._scaled(adapter, update))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with the updates of the active adapters, for code that reads it and does not call the layer."""
+        return read(self, "weight", super().weight)
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """The bias, likewise."""
+        return read(self, "bias", super().bias)
+
+    def parameter_updates(self, adapter: str) -> dict[str, torch.Tensor]:
+        """What an adapter adds to the parameters of the base layer, by name, in their shapes."""
+        update, bias = self.update(adapter)
+        return {"weight": self._delta_weight(adapter, update), **({} if bias is None else {"bias": bias})}
+
+    def adapts(self, adapter: str, parameter: str) -> bool:
+        """Whether `parameter_updates` has one for a parameter."""
+        return parameter == "weight"
 
     @abstractmethod
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:

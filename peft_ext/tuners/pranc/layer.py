@@ -72,6 +72,10 @@ class PrancLayer(SeededLayer):
         expansions[generator] = expansion
         return (expansion,)
 
+    def adapts(self, adapter: str, parameter: str) -> bool:
+        (expansion,) = self.expansions[adapter]
+        return parameter == "weight" or expansion.generator.size > self.fan_out * self.fan_in
+
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
         (flat,) = weights
         flat, size = flat.to(self._dtype(adapter)), self.fan_out * self.fan_in
@@ -122,6 +126,12 @@ class PrancVector(PrancLayer):
             return torch.func.functional_call(self.base_layer, shaped, (x[None], *args), kwargs)[0]
 
         return torch.vmap(row)(by_row, x)
+
+    def parameter_updates(self, adapter: str) -> dict[str, torch.Tensor]:
+        return dict(self._parts(adapter))
+
+    def adapts(self, adapter: str, parameter: str) -> bool:
+        return True
 
     def _parts(self, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The update cut into those of the module's parameters."""
