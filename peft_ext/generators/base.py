@@ -63,7 +63,8 @@ class Frozen:
     @torch.compiler.assume_constant_result  # compiled code must not: it would serve other generators without asking
     def _constant(self, device: torch.device) -> torch.Tensor:
         stored = self._stored.get(device)  # made since the trace began
-        return self._materialize(device) if stored is None else stored
+        with torch._C.DisableTorchFunction():  # the switches of gradients are no part of the program
+            return self._materialize(device) if stored is None else stored
 
     @torch.compiler.disable
     def _materialize(self, device: torch.device) -> torch.Tensor:

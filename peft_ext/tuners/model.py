@@ -188,8 +188,7 @@ class SeededModel(CheckpointedModel):
                     kinds = ", ".join(_KINDS[kind] for kind in self.layer_classes)
                     raise ValueError(
                         f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which "
-                        f"{peft_config.method_name} cannot adapt. It adapts {kinds} (but not the output projection "
-                        "inside nn.MultiheadAttention, which is never called)."
+                        f"{peft_config.method_name} cannot adapt. It adapts {kinds}."
                     )
                 targets[name] = base_layer
         if not targets and not peft_config.exclude_modules and not peft_config.modules_to_save:

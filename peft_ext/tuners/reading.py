@@ -37,7 +37,10 @@ def read(layer: Any, name: str, base: torch.Tensor) -> torch.Tensor:
 
     mixed = layer.mixed is not None
 
-    def compute() -> torch.Tensor:
+    def compute(again: bool = False) -> torch.Tensor:
+        if again:  # in a backward pass, in which a vector that many layers share takes kept weights for a mistake
+            for expansion in (each for adapter in adapters for each in layer.expansions[adapter] if each.one_vector):
+                expansion.release()
         if mixed:
             raise ValueError(
                 f"The model reads the {name} of an adapted layer, and in a batch with `adapter_names` there is none "
@@ -76,7 +79,7 @@ class AdaptedParameter(torch.Tensor):
     be lost.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _compute: Callable[[], torch.Tensor]
 
     def __new__(cls, like: torch.Tensor, compute: Callable[[], torch.Tensor]) -> AdaptedParameter:
@@ -93,7 +96,9 @@ class AdaptedParameter(torch.Tensor):
         return self.__dict__["_value"]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         given = [*zip(func._schema.arguments, args)]
         given += [(each, kwargs[each.name]) for each in func._schema.arguments if kwargs and each.name in kwargs]
         for argument, value in given:
@@ -119,7 +124,7 @@ class AdaptedParameter(torch.Tensor):
     def tolist(self) -> Any:
         return self._numbers().tolist()
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self._numbers())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -141,18 +146,18 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, compute: Callable[[], torch.Tensor], base: torch.Tensor, *coefficients: nn.Parameter
+        ctx: Any, compute: Callable[..., torch.Tensor], *leaves: torch.Tensor
     ) -> torch.Tensor:
-        ctx.compute, ctx.leaves = compute, (base, *coefficients)
-        ctx.save_for_backward(base, *coefficients)
-        return AdaptedParameter(base, compute)
+        ctx.compute, ctx.leaves = compute, leaves
+        ctx.save_for_backward(*leaves)
+        return AdaptedParameter(leaves[0], compute)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         _ = ctx.saved_tensors  # raises if they were changed in between
         wanted = [leaf for leaf, needed in zip(ctx.leaves, ctx.needs_input_grad[1:]) if needed]
-        again = torch.is_grad_enabled()
+        twice = torch.is_grad_enabled()
         with torch.enable_grad():
-            value = ctx.compute()
-        found = iter(torch.autograd.grad(value, wanted, grad, create_graph=again, allow_unused=True))
+            value = ctx.compute(again=True)
+        found = iter(torch.autograd.grad(value, wanted, grad, create_graph=twice, allow_unused=True))
         return (None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:]))

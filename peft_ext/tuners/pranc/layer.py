@@ -14,6 +14,7 @@ from ..config import Target
 from ..expansion import SharedExpansion
 from ..layers import SeededLayer, Update
 from ..mixed import MixedBatch
+from ..reading import read
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import PrancConfig
 
@@ -103,6 +104,15 @@ class PrancEmbedding(PrancLayer, SeededEmbedding):
 
 class PrancVector(PrancLayer):
     """A module whose parameters are all vectors, such as a norm: its weight, bias and whatever else it has."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+        found = getattr(self.base_layer, name)  # nn.TransformerEncoderLayer asks its norms for `eps`
+        return read(self, name, found) if isinstance(found, nn.Parameter) else found
 
     def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         updated: dict[str, torch.Tensor] = dict(self.base_layer.named_parameters())
