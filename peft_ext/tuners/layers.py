@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Union, cast
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,7 @@ from .config import SeededConfig, Target
 from .expansion import SharedExpansion
 from .mixed import MixedBatch, Part
 from .provenance import CheckpointedLayer
+from .quantized import backend_of
 from .reading import read
 from .scaling import ScaledLayer
 
@@ -38,7 +39,7 @@ def layer_kind(base_layer: nn.Module) -> str | None:
         return "conv2d"
     if isinstance(base_layer, nn.Embedding):
         return "embedding"
-    backend = resolve_quantization_backend(base_layer)
+    backend = backend_of(base_layer)
     if backend is not None:
         return backend.layer_type
     parameters = list(base_layer.parameters(recurse=False))
@@ -64,6 +65,14 @@ def fans(base_layer: nn.Module) -> tuple[int, int]:
     if isinstance(base_layer, nn.Conv2d):
         fan_in = base_layer.weight[0].numel()  # inputs of one group, times the kernel's size
     return fan_out, fan_in
+
+
+def execution_device(base_layer: nn.Module) -> torch.device | None:
+    """Where accelerate runs a layer whose weights are elsewhere in between; `None` for a layer that stays in place."""
+    hook: Any = getattr(base_layer, "_hf_hook", None)
+    if not getattr(hook, "offload", False):
+        return None
+    return torch.device(hook.execution_device if hook.execution_device is not None else "cpu")
 
 
 def target_of(name: str, base_layer: nn.Module) -> Target:
@@ -106,7 +115,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         for name, empty in (("coefficients", Coefficients()), ("dropout", nn.ModuleDict()), ("expansions", {})):
             setattr(self, f"{self.method}_{name}", empty)
         self.make_records()
-        self.quantization_backend = resolve_quantization_backend(
+        self.quantization_backend = backend_of(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         self.in_features, self.out_features = _features(self.get_base_layer())
@@ -163,6 +172,9 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         self.initial_scaling[adapter_name] = self.scaling[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.get_base_layer()))
 
     @abstractmethod
     def add_adapter(
@@ -311,6 +323,12 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         merged = (weight + delta.to(weight.device)).to(weight.dtype)
         self._check_merged(merged, safe, adapter)
         self.set_base_weight(merged)
+        if self.quantization_backend is None and self.get_base_weight().data_ptr() != merged.data_ptr():
+            raise TypeError(
+                f"The weight of a {type(self.get_base_layer()).__name__}, a {type(weight).__name__}, cannot be "
+                "changed: merging has no effect. Use the adapter unmerged, or merge it into the model before that is "
+                "quantized."
+            )
         if bias_update is not None:
             bias = cast(nn.Parameter, self.get_base_layer().bias)
             bias.data = (bias + sign * self._scaled(adapter, bias_update).to(bias.device)).to(bias.dtype)

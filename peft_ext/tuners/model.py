@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from .checkpointed import CheckpointedModel
 from .combining import add_weighted_adapter
 from .config import Target, shape_counts
 from .expansion import SharedExpansion
-from .layers import SeededLayer, layer_kind, target_of
+from .layers import SeededLayer, execution_device, layer_kind, target_of
 from .mixed import MixedBatch, Pool
 
 _KINDS = {
@@ -262,6 +263,24 @@ class SeededModel(CheckpointedModel):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable before it is activated
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # A weight that two modules share (tied embeddings) would get the updates of both, or one that it has not got.
+        owners = Counter(id(weight) for module in self.modules() for weight in module._parameters.values())
+        for layer in self.modules():
+            if isinstance(layer, SeededLayer):
+                base_layer = layer.get_base_layer()
+                for name, weight in base_layer._parameters.items():
+                    if weight is not None and owners[id(weight)] > 1 and type(weight) is nn.Parameter:
+                        owners[id(weight)] -= 1
+                        setattr(base_layer, name, nn.Parameter(weight.data, weight.requires_grad))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, SeededLayer) and execution_device(new_module.get_base_layer()) is not None:
+            setattr(parent, child_name, new_module)  # PEFT would move the coefficients to the meta device
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
 
 def base_layer_of(module: nn.Module) -> nn.Module:

@@ -53,7 +53,9 @@ def check(model: nn.Module, name: str, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("method", ["NOLA", "NOLA, own bases", "PRANC", "PRANC, dense", "MCNC", "MCNC, weight"])
-@pytest.mark.parametrize(("architecture", "strict"), [("llama", False), ("llama", True), ("gpt2", False), ("vit", False)])
+@pytest.mark.parametrize(
+    ("architecture", "strict"), [("llama", False), ("llama", True), ("gpt2", False), ("vit", False)]
+)
 def test_export(architecture: str, method: str, strict: bool) -> None:
     """The program computes what the model does, with other numbers of rows and tokens too, also from a file.
 
