@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import randomness
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
     """Keeps weights from being generated in the low precision that autocast chooses for activations."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -51,7 +52,7 @@ class Frozen:
         """The tensor on the device of `x`, and in its dtype if it holds floating-point numbers."""
         tensor = self._stored.get(x.device)
         if tensor is None:
-            tensor = self._materialize(x.device)
+            tensor = (self._constant if torch.compiler.is_exporting() else self._materialize)(x.device)
         return tensor.to(x.dtype) if tensor.is_floating_point() and tensor.dtype != x.dtype else tensor
 
     @property
@@ -59,9 +60,16 @@ class Frozen:
         """Memory that is held now: 0 before the first use."""
         return sum(tensor.nbytes for tensor in self._stored.values())
 
+    @torch.compiler.assume_constant_result  # compiled code must not: it would serve other generators without asking
+    def _constant(self, device: torch.device) -> torch.Tensor:
+        stored = self._stored.get(device)  # made since the trace began
+        with torch._C.DisableTorchFunction():  # the switches of gradients are no part of the program
+            return self._materialize(device) if stored is None else stored
+
     @torch.compiler.disable
     def _materialize(self, device: torch.device) -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        # Outside the modes under which a program is traced, whose tensors have no numbers.
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             tensor = self.make(*self.arguments).to(device)
         if self.keep:
             if device.type != "cpu":

@@ -26,8 +26,9 @@ class LinearGenerator(Generator):
         """`x @ basis`, or `x @ basis.T` for the adjoint; the last dimension of `x` is the one multiplied."""
 
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() and not self.streamed:
-            # The compiler differentiates and plans memory itself: give it the plain product.
+        if torch.compiler.is_compiling() and (not self.streamed or torch.compiler.is_exporting()):
+            # The compiler differentiates and plans memory itself: give it the plain product. In an exported program
+            # nothing is drawn: it holds the basis.
             with autocast_off(coefficients.device):
                 return self._product(coefficients, adjoint=False)
         return self._differentiable_product(coefficients)
@@ -123,7 +124,7 @@ class RandomBasis(LinearGenerator):
                 count = (rows.stop - rows.start) * (columns.stop - columns.start)
                 yield rows, columns, self._draw(count, top * self.size + left).view(rows.stop - top, -1)
 
-    @torch.compiler.disable
+    @torch.compiler.assume_constant_result  # torch.compile does not come here, torch.export does
     def _draw(self, count: int, start: int) -> torch.Tensor:
         return randomness.uniform(self.seed, (*self.stream, "basis"), count, start, self.version)
 

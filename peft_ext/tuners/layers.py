@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Union, cast
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..generators import Generator
@@ -20,6 +19,8 @@ from .config import SeededConfig, Target
 from .expansion import SharedExpansion
 from .mixed import MixedBatch, Part
 from .provenance import CheckpointedLayer
+from .quantized import backend_of
+from .reading import read
 from .scaling import ScaledLayer
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -35,15 +36,13 @@ def layer_kind(base_layer: nn.Module) -> str | None:
     `"linear"`, `"conv2d"`, `"embedding"`, `"vector"` for a module that holds vectors only, such as the weight and bias
     of a norm, and otherwise `None`.
     """
-    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
-        return None  # nn.MultiheadAttention reads this layer's weight and never calls it: an adapter would do nothing
     if isinstance(base_layer, (nn.Linear, Conv1D)):
         return "linear"
     if isinstance(base_layer, nn.Conv2d):
         return "conv2d"
     if isinstance(base_layer, nn.Embedding):
         return "embedding"
-    backend = resolve_quantization_backend(base_layer)
+    backend = backend_of(base_layer)
     if backend is not None:
         return backend.layer_type
     parameters = list(base_layer.parameters(recurse=False))
@@ -69,6 +68,14 @@ def fans(base_layer: nn.Module) -> tuple[int, int]:
     if isinstance(base_layer, nn.Conv2d):
         fan_in = base_layer.weight[0].numel()  # inputs of one group, times the kernel's size
     return fan_out, fan_in
+
+
+def execution_device(base_layer: nn.Module) -> torch.device | None:
+    """Where accelerate runs a layer whose weights are elsewhere in between; `None` for a layer that stays in place."""
+    hook: Any = getattr(base_layer, "_hf_hook", None)
+    if not getattr(hook, "offload", False):
+        return None
+    return torch.device(hook.execution_device if hook.execution_device is not None else "cpu")
 
 
 def target_of(name: str, base_layer: nn.Module) -> Target:
@@ -112,7 +119,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         for name, empty in (("coefficients", Coefficients()), ("dropout", nn.ModuleDict()), ("expansions", {})):
             setattr(self, f"{self.method}_{name}", empty)
         self.make_records()
-        self.quantization_backend = resolve_quantization_backend(
+        self.quantization_backend = backend_of(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         self._measure()
@@ -183,6 +190,9 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or execution_device(self.get_base_layer()))
+
     @abstractmethod
     def add_adapter(
         self, adapter_name: str, config: Any, target: Target, expansions: dict[Generator, SharedExpansion]
@@ -223,6 +233,25 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
             dtype = torch.promote_types(A.dtype, torch.float32)  # half precision products are slow and coarse on a CPU
             return self._to_weight((B.to(dtype) @ A.to(dtype)) * self.scaling[adapter]).to(A.dtype)
         return self._to_weight(self._scaled(adapter, update))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with the updates of the active adapters, for code that reads it and does not call the layer."""
+        return read(self, "weight", super().weight)
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """The bias, likewise."""
+        return read(self, "bias", super().bias)
+
+    def parameter_updates(self, adapter: str) -> dict[str, torch.Tensor]:
+        """What an adapter adds to the parameters of the base layer, by name, in their shapes."""
+        update, bias = self.update(adapter)
+        return {"weight": self._delta_weight(adapter, update), **({} if bias is None else {"bias": bias})}
+
+    def adapts(self, adapter: str, parameter: str) -> bool:
+        """Whether `parameter_updates` has one for a parameter."""
+        return parameter == "weight"
 
     @abstractmethod
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -311,6 +340,12 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         merged = (weight + delta.to(weight.device)).to(weight.dtype)
         self._check_merged(merged, safe, adapter)
         self.set_base_weight(merged)
+        if self.quantization_backend is None and self.get_base_weight().data_ptr() != merged.data_ptr():
+            raise TypeError(
+                f"The weight of a {type(self.get_base_layer()).__name__}, a {type(weight).__name__}, cannot be "
+                "changed: merging has no effect. Use the adapter unmerged, or merge it into the model before that is "
+                "quantized."
+            )
         if bias_update is not None:
             bias = cast(nn.Parameter, self.get_base_layer().bias)
             bias.data = (bias + sign * self._scaled(adapter, bias_update).to(bias.device)).to(bias.dtype)

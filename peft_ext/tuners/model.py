@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from .combining import add_weighted_adapter
 from .config import Target, shape_counts
 from .expansion import SharedExpansion
 from .expert_layers import SeededExperts, parameter_target
-from .layers import SeededLayer, layer_kind, target_of
+from .layers import SeededLayer, execution_device, layer_kind, target_of
 from .mixed import MixedBatch, Pool
 from .target_parameters import Place, parameter_hint, resolve
 
@@ -220,8 +221,7 @@ class SeededModel(CheckpointedModel):
                     kinds = ", ".join(_KINDS[kind] for kind in self.layer_classes)
                     raise ValueError(
                         f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which "
-                        f"{peft_config.method_name} cannot adapt. It adapts {kinds} (but not the output projection "
-                        "inside nn.MultiheadAttention, which is never called)." + parameter_hint(name, base_layer)
+                        f"{peft_config.method_name} cannot adapt. It adapts {kinds}." + parameter_hint(name, base_layer)
                     )
                 targets[name] = base_layer
         if not targets and not self._places and not peft_config.exclude_modules and not peft_config.modules_to_save:
@@ -315,9 +315,23 @@ class SeededModel(CheckpointedModel):
                 )
         return [place.name for place in self._places]
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # A weight that two modules share (tied embeddings) would get the updates of both, or one that it has not got.
+        owners = Counter(id(weight) for module in self.modules() for weight in module._parameters.values())
+        for layer in self.modules():
+            if isinstance(layer, SeededLayer):
+                base_layer = layer.get_base_layer()
+                for name, weight in base_layer._parameters.items():
+                    if weight is not None and owners[id(weight)] > 1 and type(weight) is nn.Parameter:
+                        owners[id(weight)] -= 1
+                        setattr(base_layer, name, nn.Parameter(weight.data, weight.requires_grad))
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, SeededExperts) and not isinstance(new_module, SeededLayer):
             setattr(parent, child_name, new_module)  # PEFT would look for a weight
+        elif isinstance(new_module, SeededLayer) and execution_device(new_module.get_base_layer()) is not None:
+            setattr(parent, child_name, new_module)  # PEFT would move the coefficients to the meta device
         else:
             super()._replace_module(parent, child_name, new_module, child)
 

@@ -17,6 +17,15 @@ from .mixed import MixedBatch
 _FEWEST_ROWS = 16  # inputs from which on one product with a sum of weights is faster than two products
 
 
+def _has_rows(x: torch.Tensor, width: int) -> bool:
+    """Whether an input has so many rows that one product is faster; no, if they can be any number when compiled."""
+    if not torch.compiler.is_compiling():
+        return x.numel() >= _FEWEST_ROWS * width
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # expensive to import
+
+    return statically_known_true(x.numel() >= _FEWEST_ROWS * width)
+
+
 def _is_hooked(module: nn.Module) -> bool:
     """Whether a call does more than the `forward` of the module's class (accelerate replaces that of an object)."""
     return bool(
@@ -94,7 +103,7 @@ class SeededWeightLayer(SeededLayer):
         base_layer = self.base_layer
         if (
             type(base_layer) not in self.joined_types
-            or x.numel() < _FEWEST_ROWS * self.in_features
+            or not _has_rows(x, self.in_features)
             or _is_hooked(base_layer)
             or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         ):

@@ -370,16 +370,33 @@ def test_other_models_are_refused_and_left_alone(
     assert after["modules"] == before["modules"]
 
 
-def test_an_attention_mask_is_refused() -> None:
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_attention_mask(attention: str, deep: bool) -> None:
+    """Prompts are seen and see like tokens: a hidden patch changes nothing, and one that is seen does."""
     base = ARCHITECTURES["vit"].make()
-    mask = torch.ones(2, 5, dtype=torch.bool)
+    base.set_attn_implementation(attention)
+    model = adapt(base, deep=deep)
+    x, mask = images(), torch.ones(2, 5, dtype=torch.bool)
+    everything = model(x).logits
+    torch.testing.assert_close(model(x, attention_mask=mask).logits, everything)
     mask[:, 4] = False
-    base(images(), attention_mask=mask)
-    model = adapt(base)
-    with pytest.raises(ValueError, match="`attention_mask` must be None with visual prompts"):
-        model(images(), attention_mask=mask)
+    hidden = model(x, attention_mask=mask).logits
+    assert not torch.allclose(hidden, everything, atol=1e-4)
+    changed = x.clone()
+    changed[..., 8:, 8:] += 1  # the last patch
+    torch.testing.assert_close(model(changed, attention_mask=mask).logits, hidden)
+    changed[..., :8, :8] += 1
+    assert not torch.allclose(model(changed, attention_mask=mask).logits, hidden, atol=1e-4)
     with model.disable_adapter():
-        assert torch.equal(model(images(), attention_mask=mask).logits, base(images(), attention_mask=mask).logits)
+        assert torch.equal(model(x, attention_mask=mask).logits, base(x, attention_mask=mask).logits)
+
+
+def test_an_attention_mask_is_refused_where_rows_differ() -> None:
+    model = adapt(ARCHITECTURES["vit"].make())
+    mask = torch.tensor([[True, True, True, True, False]] * 2)
+    with pytest.raises(ValueError, match="`attention_mask` must be None in a batch with `adapter_names`"):
+        model(images(), attention_mask=mask, adapter_names=["default", "__base__"])
 
 
 # Several adapters

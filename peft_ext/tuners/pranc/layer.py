@@ -15,6 +15,7 @@ from ..expansion import SharedExpansion
 from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
 from ..mixed import MixedBatch
+from ..reading import read
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import PrancConfig
 
@@ -73,6 +74,10 @@ class PrancLayer(SeededLayer):
         expansions[generator] = expansion
         return (expansion,)
 
+    def adapts(self, adapter: str, parameter: str) -> bool:
+        (expansion,) = self.expansions[adapter]
+        return parameter == "weight" or expansion.generator.size > self.fan_out * self.fan_in
+
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
         (flat,) = weights
         flat, size = flat.to(self._dtype(adapter)), self.experts * self.fan_out * self.fan_in
@@ -105,6 +110,15 @@ class PrancExperts(PrancLayer, SeededExperts):
 class PrancVector(PrancLayer):
     """A module whose parameters are all vectors, such as a norm: its weight, bias and whatever else it has."""
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+        found = getattr(self.base_layer, name)  # nn.TransformerEncoderLayer asks its norms for `eps`
+        return read(self, name, found) if isinstance(found, nn.Parameter) else found
+
     def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         updated: dict[str, torch.Tensor] = dict(self.base_layer.named_parameters())
         for adapter in adapters:
@@ -127,6 +141,12 @@ class PrancVector(PrancLayer):
             return torch.func.functional_call(self.base_layer, shaped, (x[None], *args), kwargs)[0]
 
         return torch.vmap(row)(by_row, x)
+
+    def parameter_updates(self, adapter: str) -> dict[str, torch.Tensor]:
+        return dict(self._parts(adapter))
+
+    def adapts(self, adapter: str, parameter: str) -> bool:
+        return True
 
     def _parts(self, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The update cut into those of the module's parameters."""

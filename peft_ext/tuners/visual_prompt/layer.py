@@ -86,11 +86,14 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
         active = [adapter for adapter in self.active_adapters if adapter in self.visual_prompt_cut]
         if self.disable_adapters or not active:
             return self.base_layer(hidden_states, *args, **kwargs)
-        _refuse_mask(*args, kwargs.get("attention_mask"))
         # Prompts that go on to the next block come before those that end here.
         active.sort(key=lambda adapter: self.visual_prompt_cut[adapter] > 0)
         prompts = [self._prompts(adapter, hidden_states) for adapter in active if adapter in self.visual_prompt_tokens]
-        output = self.base_layer(torch.cat([hidden_states, *prompts], dim=1), *args, **kwargs)
+        hidden_states = torch.cat([hidden_states, *prompts], dim=1)
+        args = tuple(_with_room(mask, hidden_states.shape[1]) for mask in args)
+        if "attention_mask" in kwargs:
+            kwargs["attention_mask"] = _with_room(kwargs["attention_mask"], hidden_states.shape[1])
+        output = self.base_layer(hidden_states, *args, **kwargs)
         cut = sum(self.visual_prompt_cut[adapter] for adapter in active)
         return output[:, :-cut] if cut else output
 
@@ -154,9 +157,33 @@ class VisualPromptLayer(CheckpointedLayer, nn.Module):
         return f"visual_prompt.{super().__repr__()}"
 
 
+def _with_room(mask: Any, length: int) -> Any:
+    """A mask with entries for the prompts, which every token sees; they see what any token sees.
+
+    (With a padded batch, or when a program is exported: transformers leaves the mask out otherwise.)
+
+    Args:
+        mask: of shape `(batch or 1, heads or 1, tokens or 1, tokens)`, True or 0 where a token is seen; or `None`.
+        length: number of tokens with the prompts.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        raise ValueError(
+            f"`attention_mask` must be a tensor of four dimensions in the blocks, for visual prompts, got a "
+            f"{type(mask).__name__}. With attn_implementation='flex_attention' use 'sdpa' instead."
+        )
+    missing = length - mask.shape[-1]
+    if mask.shape[-2] > 1:
+        seen = mask.any(-2, keepdim=True) if mask.dtype == torch.bool else mask.amax(-2, keepdim=True)
+        mask = torch.cat([mask, seen.expand(-1, -1, missing, -1)], dim=-2)
+    return nn.functional.pad(mask, (0, missing), value=1 if mask.dtype == torch.bool else 0)
+
+
 def _refuse_mask(*masks: Any) -> None:
     if any(mask is not None for mask in masks):
         raise ValueError(
-            "`attention_mask` must be None with visual prompts, which it has no entries for. Use images of one size; "
-            "with attn_implementation='flex_attention', which always makes a mask, use 'sdpa' instead."
+            "`attention_mask` must be None in a batch with `adapter_names`, whose rows have different numbers of "
+            "visual prompts. Use images of one size, or one adapter at a time; with "
+            "attn_implementation='flex_attention', which always makes a mask, use 'sdpa' instead."
         )
