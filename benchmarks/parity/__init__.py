@@ -1,0 +1,1 @@
+"""What works with NOLA, PRANC and MCNC of what works with LoRA: `python -m benchmarks.parity`."""
