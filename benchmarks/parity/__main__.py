@@ -22,7 +22,7 @@ import transformers
 import peft_ext
 
 from . import libraries, places, quantized, saving, several, training  # noqa: F401  they fill ROWS
-from .rows import METHODS, NOT_RUN, ROWS, WRONG, WORKS, run
+from .rows import METHODS, NOT_RUN, ROWS, WORKS, WRONG, run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "parity.jsonl"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import models
-from .models import X, llama, logits
+from .models import llama, logits
 from .rows import Method, close, dense, different, folder, need, row
 
 DIFFUSERS = "diffusers"
@@ -57,10 +57,11 @@ def unet_weights(method: Method) -> None:
     adapted = copy.deepcopy(base)
     adapted.add_adapter(method.config(target_modules=["to_q", "to_v"]), "one")
     adapted.add_adapter(method.config(target_modules=["to_v", "conv1"]), "two")
+    both, one = denoised(dense(base, adapted, one=0.5, two=-2.0)), denoised(dense(base, adapted, one=3.0))
     adapted.set_adapters(["one", "two"], [0.5, -2.0])
-    close(denoised(adapted), denoised(dense(base, adapted, one=0.5, two=-2.0)))
+    close(denoised(adapted), both)
     adapted.set_adapters("one", 3.0)
-    close(denoised(adapted), denoised(dense(base, adapted, one=3.0)))
+    close(denoised(adapted), one)
 
 
 @row(DIFFUSERS, '`cross_attention_kwargs={"scale": ...}`')
@@ -135,9 +136,7 @@ def setfit(method: Method) -> None:
 
 
 def trained(method: Method, trainer_class: Any, arguments: Any, rows: Any, model: Any, **options: Any) -> Any:
-    trainer = trainer_class(
-        model=model, args=arguments, train_dataset=rows, processing_class=tokenizer(), **options
-    )
+    trainer = trainer_class(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer(), **options)
     trainer.train()
     return trainer
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import models
-from .models import X, llama, logits
+from .models import llama, logits
 from .rows import Method, adapted_layers, close, dense, different, row
 
 GROUP = "Layers"

@@ -2,120 +2,94 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
+from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from .models import X, llama, logits
-from .rows import Method, NotRun, adapted_layers, close, different, folder, need, row
+from .rows import Method, NotRun, adapted_layers, close, different, first_words, folder, need, row
 from .training import alike, gradients, trainable
 
 GROUP = "Quantized and offloaded"
 PROCESSES = "Several processes"
 
 
-def bits_and_bytes(four: bool) -> Any:
-    bnb = need("bitsandbytes")
-    base = llama(hidden_size=64, intermediate_size=64)
-    for layer in base.model.layers:
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            old = getattr(layer.self_attn, name)
-            if four:
-                new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
-                new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
-            else:
-                new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
-                new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
-            setattr(layer.self_attn, name, new.to("cpu"))
-    return base
+def loaded(library: str, configuration: str, **options: Any) -> Any:
+    """A model that transformers quantizes while loading it."""
+    need(library)
+    with folder() as path:
+        llama(hidden_size=64, intermediate_size=64).save_pretrained(path)
+        config = getattr(transformers, configuration)(**options)
+        try:
+            return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map={"": "cpu"}).eval()
+        except (ImportError, RuntimeError) as error:
+            raise NotRun(f"{library} cannot quantize here: {first_words(str(error), 100)}") from error
 
 
-def check_quantized(method: Method, base: Any) -> None:
-    """The adapted model is the quantized one plus the dense updates, before and, roughly, after merging."""
+def check(method: Method, base: Any) -> None:
+    """An adapted layer is the quantized one plus the dense update, and so, up to quantizing again, is the merged one."""
     plain, name = logits(base), "model.layers.0.self_attn.q_proj"
-    adapted = method.adapt(base)
-    layer = adapted_layers(adapted)[name]
-    x = torch.randn(6, layer.get_base_layer().in_features)  # type: ignore[arg-type]
+    x = torch.randn(6, 64, dtype=base.dtype)
     with torch.no_grad():
-        own = base.get_submodule(name)(x)
-        delta = x @ layer.get_delta_weight("default").detach().float().T  # type: ignore[operator]
-        close(layer(x), own + delta, 0.02)
-    different(logits(adapted), plain)
-    assert gradients(adapted)
+        own = base.get_submodule(name)(x).float()
+    adapted = get_peft_model(base, method.config()).eval()
+    layer = adapted_layers(adapted)[name]
+    with torch.no_grad():
+        expected = own + x.float() @ layer.get_delta_weight("default").detach().float().T  # type: ignore[operator]
+        different(expected, own)
+        close(layer(x), expected, 0.03)
     found = logits(adapted)
+    different(found, plain)
+    assert gradients(adapted)
     merged = adapted.merge_and_unload()
     with torch.no_grad():
-        close(merged.get_submodule(name)(x), own + delta, 0.15)
+        close(merged.get_submodule(name)(x), expected, 0.2)
     different(logits(merged), plain)
-    close(logits(merged), found, 0.3)
 
 
 @row(GROUP, "bitsandbytes, 8 bits, on a CPU")
 def eight_bits(method: Method) -> None:
-    check_quantized(method, bits_and_bytes(False))
+    check(method, loaded("bitsandbytes", "BitsAndBytesConfig", load_in_8bit=True))
 
 
 @row(GROUP, "bitsandbytes, 4 bits, on a CPU")
 def four_bits(method: Method) -> None:
-    check_quantized(method, bits_and_bytes(True))
+    check(method, loaded("bitsandbytes", "BitsAndBytesConfig", load_in_4bit=True, bnb_4bit_quant_type="nf4"))
 
 
 @row(GROUP, "torchao, int8 weights")
 def torchao(method: Method) -> None:
-    quantization = need("torchao.quantization")
-    base = llama()
-    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
-    check_quantized(method, base)
+    kind = need("torchao.quantization").Int8WeightOnlyConfig()
+    check(method, loaded("torchao", "TorchAoConfig", quant_type=kind))
 
 
 @row(GROUP, "optimum-quanto, int8 weights")
 def quanto(method: Method) -> None:
-    library = need("optimum.quanto")
-    base = llama()
-    library.quantize(base, weights=library.qint8)
-    library.freeze(base)
-    check_quantized(method, base)
+    check(method, loaded("optimum.quanto", "QuantoConfig", weights="int8"))
 
 
 @row(GROUP, "HQQ, 8 bits")
 def hqq(method: Method) -> None:
-    core = need("hqq.core.quantize")
-    base = llama()
-    config = core.BaseQuantizeConfig(nbits=8, group_size=16)
-    for layer in base.model.layers:
-        for name in ("q_proj", "v_proj"):
-            old = getattr(layer.self_attn, name)
-            new = core.HQQLinear(old, config, compute_dtype=torch.float32, device="cpu")
-            new.in_features, new.out_features = old.in_features, old.out_features
-            setattr(layer.self_attn, name, new)
-    check_quantized(method, base)
-
-
-def offloaded(method: Method, **options: Any) -> None:
-    accelerate = need("accelerate")
-    base = llama()
-    expected_of = method.adapt(base)
-    with folder() as path:
-        if options.get("offload_folder"):
-            options["offload_dir"] = str(path)
-        options.pop("offload_folder", None)
-        dispatched = accelerate.dispatch_model(
-            copy.deepcopy(base), {"": "cpu", "model.layers.1": options.pop("place")}, main_device="cpu", **options
-        )
-        from peft import PeftModel
-
-        expected_of.save_pretrained(str(path / "adapter"))
-        loaded = PeftModel.from_pretrained(dispatched, str(path / "adapter"))
-        close(logits(loaded.eval()), logits(expected_of))
+    check(method, loaded("hqq", "HqqConfig", nbits=8, group_size=16))
 
 
 @row(GROUP, "a layer offloaded to disk by accelerate")
 def on_disk(method: Method) -> None:
-    offloaded(method, place="disk", offload_folder=True)
+    accelerate = need("accelerate")
+    expected = method.adapt(llama())
+    with folder() as path:
+        expected.save_pretrained(str(path / "adapter"))
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        base = accelerate.dispatch_model(llama(), places, main_device="cpu", offload_dir=str(path), force_hooks=True)
+        adapted = PeftModel.from_pretrained(base, str(path / "adapter"), device_map=places, offload_dir=str(path))
+        close(logits(adapted.eval()), logits(expected))
 
 
 @row(PROCESSES, "FSDP2 (`fully_shard`, the whole model one unit)", slow=True)

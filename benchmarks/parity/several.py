@@ -73,7 +73,9 @@ def status(method: Method) -> None:
     expected = adapted_layers(adapted).keys() | adapted_layers(adapted, "second").keys()
     assert {name.removeprefix("model.") for name in expected} == layers.keys(), f"layers: {sorted(layers)}"
     for name, each in layers.items():
-        names = (["default"] if "q_proj" in name or "v_proj" in name else []) + (["second"] if "q_proj" not in name else [])
+        names = (["default"] if "q_proj" in name or "v_proj" in name else []) + (
+            ["second"] if "q_proj" not in name else []
+        )
         assert sorted(each.available_adapters) == names, f"{name}: {each.available_adapters}, expected {names}"
         assert each.active_adapters == ["default"] and each.merged_adapters == []
         assert each.requires_grad == {key: key == "default" for key in names}, f"{name}: {each.requires_grad}"
@@ -221,7 +223,10 @@ def merged_both(method: Method) -> None:
     close(logits(adapted), expected)
     adapted.unmerge_adapter()
     close(logits(adapted), plain)
-    close(adapted.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight, base.model.layers[0].self_attn.q_proj.weight)
+    close(
+        adapted.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight,
+        base.model.layers[0].self_attn.q_proj.weight,
+    )
 
 
 @row(MERGING, "`safe_merge` of a broken adapter")
