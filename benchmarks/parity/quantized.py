@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -28,12 +28,12 @@ def loaded(library: str, configuration: str, **options: Any) -> Any:
         config = getattr(transformers, configuration)(**options)
         try:
             return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map={"": "cpu"}).eval()
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             raise NotRun(f"{library} cannot quantize here: {first_words(str(error), 100)}") from error
 
 
-def check(method: Method, base: Any) -> None:
-    """An adapted layer is the quantized one plus the dense update, and so, up to quantizing again, is the merged one."""
+def check(method: Method, base: Any, coarse: float = 0.05) -> None:
+    """An adapted layer is the quantized one plus the dense update; so is the merged one, up to quantizing again."""
     plain, name = logits(base), "model.layers.0.self_attn.q_proj"
     x = torch.randn(6, 64, dtype=base.dtype)
     with torch.no_grad():
@@ -46,10 +46,11 @@ def check(method: Method, base: Any) -> None:
         close(layer(x), expected, 0.03)
     found = logits(adapted)
     different(found, plain)
-    assert gradients(adapted)
+    assert gradients(adapted.train())
     merged = adapted.merge_and_unload()
     with torch.no_grad():
-        close(merged.get_submodule(name)(x), expected, 0.2)
+        error = float((merged.get_submodule(name)(x).float() - expected).norm() / expected.norm())
+        assert error < coarse, f"merging changes the output by {error:.0%}"
     different(logits(merged), plain)
 
 
@@ -60,7 +61,7 @@ def eight_bits(method: Method) -> None:
 
 @row(GROUP, "bitsandbytes, 4 bits, on a CPU")
 def four_bits(method: Method) -> None:
-    check(method, loaded("bitsandbytes", "BitsAndBytesConfig", load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    check(method, loaded("bitsandbytes", "BitsAndBytesConfig", load_in_4bit=True, bnb_4bit_quant_type="nf4"), 0.2)
 
 
 @row(GROUP, "torchao, int8 weights")
@@ -79,16 +80,15 @@ def hqq(method: Method) -> None:
     check(method, loaded("hqq", "HqqConfig", nbits=8, group_size=16))
 
 
-@row(GROUP, "a layer offloaded to disk by accelerate")
+@row(GROUP, "a base model offloaded to disk by accelerate")
 def on_disk(method: Method) -> None:
     accelerate = need("accelerate")
     expected = method.adapt(llama())
     with folder() as path:
         expected.save_pretrained(str(path / "adapter"))
-        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-        places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-        base = accelerate.dispatch_model(llama(), places, main_device="cpu", offload_dir=str(path), force_hooks=True)
-        adapted = PeftModel.from_pretrained(base, str(path / "adapter"), device_map=places, offload_dir=str(path))
+        base = accelerate.disk_offload(llama(), str(path / "base"), execution_device=torch.device("cpu"))
+        adapted = get_peft_model(base, method.config(zero=True))
+        set_peft_model_state_dict(adapted, get_peft_model_state_dict(expected))
         close(logits(adapted.eval()), logits(expected))
 
 

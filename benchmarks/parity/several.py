@@ -73,9 +73,8 @@ def status(method: Method) -> None:
     expected = adapted_layers(adapted).keys() | adapted_layers(adapted, "second").keys()
     assert {name.removeprefix("model.") for name in expected} == layers.keys(), f"layers: {sorted(layers)}"
     for name, each in layers.items():
-        names = (["default"] if "q_proj" in name or "v_proj" in name else []) + (
-            ["second"] if "q_proj" not in name else []
-        )
+        names = [] if "o_proj" in name else ["default"]
+        names += [] if "q_proj" in name else ["second"]
         assert sorted(each.available_adapters) == names, f"{name}: {each.available_adapters}, expected {names}"
         assert each.active_adapters == ["default"] and each.merged_adapters == []
         assert each.requires_grad == {key: key == "default" for key in names}, f"{name}: {each.requires_grad}"
