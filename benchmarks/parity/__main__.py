@@ -54,8 +54,8 @@ def stored() -> dict[tuple[str, str], dict[str, Any]]:
 def table(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The document."""
     versions: dict[str, str] = {}
-    for each in cells.values():
-        versions.update(each["versions"])
+    for cell in cells.values():
+        versions.update(cell["versions"])
     lines = [HEAD.format(versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())))]
     notes: dict[str, int] = {}
     for group in dict.fromkeys(each.group for each in ROWS.values()):

@@ -173,7 +173,7 @@ def patterns(method: Method) -> None:
     for name, layer in adapted_layers(adapted).items():
         rank, alpha = (3, 2) if "q_proj" in name else (2, 6)
         assert torch.linalg.matrix_rank(layer.get_delta_weight("default")) == rank
-        assert layer.scaling["default"] == alpha / rank  # type: ignore[index]
+        assert layer.scaling["default"] == alpha / rank
     close(logits(adapted), logits(dense(base, adapted)))
 
 
@@ -189,7 +189,7 @@ def rslora(method: Method) -> None:
     base = llama()
     adapted = method.adapt(base, use_rslora=True)
     for layer in adapted_layers(adapted).values():
-        assert abs(layer.scaling["default"] - 2 / 2**0.5) < 1e-6  # type: ignore[index]
+        assert abs(layer.scaling["default"] - 2 / 2**0.5) < 1e-6
 
 
 # Experts: the parameters of all experts of a block are one tensor of three dimensions.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -71,7 +71,7 @@ class Method:
     def is_lora(self) -> bool:
         return self.config_class is LoraConfig
 
-    def adapt(self, base: nn.Module, **options: Any) -> PeftModel:
+    def adapt(self, base: nn.Module, **options: Any) -> Any:
         """A copy of a model with a random adapter, in evaluation mode."""
         return get_peft_model(copy.deepcopy(base), self.config(**options)).eval()
 
@@ -195,7 +195,7 @@ def different(found: torch.Tensor, other: torch.Tensor) -> None:
     assert error > 1e-3, "no effect"
 
 
-def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, BaseTunerLayer]:
+def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
     """The layers of a model that an adapter adapts, by the names that they have in the base model."""
     return {
         name.removeprefix("base_model.model."): module
@@ -216,5 +216,5 @@ def dense(base: nn.Module, model: nn.Module, **weights: float) -> Any:
         assert layers, f"{adapter!r} adapts nothing"
         for name, layer in layers.items():
             weight = combined.get_submodule(name).weight
-            weight.data += times * layer.get_delta_weight(adapter).detach().to(weight)  # type: ignore[operator]
+            weight.data += times * layer.get_delta_weight(adapter).detach().to(weight)
     return combined

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 
 import peft_ext
@@ -21,7 +20,7 @@ MERGING = "Merging"
 NAMES = ["default", "__base__", "second", "default"]
 
 
-def two(method: Method, **options: Any) -> tuple[Any, PeftModel]:
+def two(method: Method, **options: Any) -> tuple[Any, Any]:
     """A base model, and a copy with the adapters "default" (active) and "second" on other modules."""
     base = llama()
     adapted = method.adapt(base)
@@ -153,7 +152,7 @@ def weighted(method: Method) -> str | None:
             factors = [factors_of(parts[each][name], each) for each in ("default", "second")]
             A = sum(w**0.5 * each[0] for w, each in zip((0.7, 0.3), factors))
             B = sum(w**0.5 * each[1] for w, each in zip((0.7, 0.3), factors))
-            close(found, parts["both"][name].scaling["default"] * B @ A)  # type: ignore[index,operator]
+            close(found, parts["both"][name].scaling["default"] * B @ A)
     close(logits(adapted), logits(dense(base, adapted, both=1.0)))
     if method.name == "PRANC":
         return "the combination of the updates is exact; LoRA's is of the factors, which is another weight"
