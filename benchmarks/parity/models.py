@@ -37,22 +37,8 @@ def gpt2() -> Any:
 
 def bert(**options: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=48, **options)).eval()
-
-
-def vit() -> Any:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        image_size=16,
-        patch_size=8,
-        num_labels=3,
-    )
-    return transformers.ViTForImageClassification(config).eval()
 
 
 def siglip() -> Any:
@@ -72,9 +58,8 @@ def mixtral() -> Any:
 
 def qwen3_moe() -> Any:
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8, decoder_sparse_step=1
-    )
+    sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    config = transformers.Qwen3MoeConfig(**sizes, decoder_sparse_step=1)
     return transformers.Qwen3MoeForCausalLM(config).eval()
 
 
