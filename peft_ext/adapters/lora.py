@@ -127,6 +127,11 @@ def to_lora(
 
 def _check_size(config: SeededConfig, rank: int | None, error: float | None) -> None:
     """Verifies that a size is asked for where one is needed, and nowhere else."""
+    if config.ensure_weight_tying:
+        raise ValueError(
+            "`ensure_weight_tying` must be False for an adapter that becomes one of LoRA: its readers take two updates "
+            "for what is one. Merge the adapter into the model instead."
+        )
     if getattr(config, "r", None) and getattr(config, "apply_to", "factors") == "factors":
         if rank is not None or error is not None:
             raise ValueError(

@@ -331,6 +331,15 @@ class SeededConfig(CheckpointedConfig):
         default=None,
         metadata={"help": "Name of the nn.ModuleList that layers_to_transform indexes, such as 'layers' or 'h'."},
     )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Where input and output embeddings share their weight and one of them is a target, or is in "
+                "modules_to_save: adapt, or train, the input embedding and let the output embedding have the same."
+            )
+        },
+    )
     generator_version: int = field(
         default=randomness.GENERATOR_VERSION,
         metadata={"help": "Version of the random number specification. Leave it alone.", "generates": True},
@@ -366,6 +375,10 @@ class SeededConfig(CheckpointedConfig):
             raise ValueError(
                 f"`layers_pattern` needs `layers_to_transform` to say which layers, got {self.layers_pattern!r} alone."
             )
+
+    def generating(self) -> dict[str, Any]:
+        tied = {"ensure_weight_tying": True} if self.ensure_weight_tying else {}
+        return {**super().generating(), **tied}
 
     def generators(self, target: Target) -> tuple[Generator, ...]:
         """What makes the weights of an adapted module; each reads the next part of the module's coefficients."""

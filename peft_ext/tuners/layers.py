@@ -111,7 +111,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
             cls.adapter_layer_names = (f"{method}_coefficients", *cls.more_layer_names)
             names = (*cls.record_names, "dropout", "expansions")
             named = (f"{method}_{name}" for name in names)
-            cls.other_param_names = ("scaling", "initial_scaling", *named, *cls.more_param_names)
+            cls.other_param_names = ("scaling", "initial_scaling", "tied_to", *named, *cls.more_param_names)
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         nn.Module.__init__(self)
@@ -125,6 +125,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         self._measure()
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
+        self.tied_to: dict[str, SeededLayer] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -154,7 +155,12 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
 
     def container(self, adapter: str) -> Coefficients | None:
         """What holds the coefficients of an adapter, by its name; `None` if the adapter does not adapt this layer."""
+        if adapter in self.tied_to:
+            return self.tied_to[adapter].container(adapter)
         return self.coefficients if adapter in self.coefficients else None
+
+    def _get_available_adapters(self) -> set[str]:
+        return super()._get_available_adapters() | self.tied_to.keys()
 
     def make_container(self, adapter: str, coefficients: torch.Tensor) -> Coefficients:
         """Puts the first coefficients of an adapter into this layer's own container, which it returns."""
@@ -208,7 +214,28 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         """M, and what is added to the bias, of shape `(fan_out,)`, if anything is; in the dtype of the coefficients."""
         container = self.container(adapter)
         assert container is not None
-        return self.assemble(adapter, [expand(container) for expand in self.expansions[adapter]])
+        return self._assembled(adapter, [expand(container) for expand in self.expansions[adapter]])
+
+    def _assembled(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
+        """What `assemble` makes of weights, of a tied layer the transpose of what its source makes of them."""
+        source = self.tied_to.get(adapter)
+        if source is None:
+            return self.assemble(adapter, weights)
+        update, _ = source.assemble(adapter, weights)
+        return ((update[1].mT, update[0].mT) if isinstance(update, tuple) else update.mT), None
+
+    def tie(self, adapter: str, source: SeededLayer, dropout: float) -> None:
+        """Gives an adapter of a layer to another one, whose base weight is the same: the update stays one and the same.
+
+        Args:
+            source: an embedding; this is the linear layer that has its weight.
+        """
+        self.tied_to[adapter] = source
+        self.scaling[adapter], self.initial_scaling[adapter] = source.scaling[adapter], source.initial_scaling[adapter]
+        self.dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.expansions[adapter] = source.expansions[adapter]
+        self.provenances[adapter] = source.provenances[adapter]
+        self.set_adapter(self.active_adapters)
 
     @abstractmethod
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
@@ -334,6 +361,9 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
                 self._add_to_base(adapter, -1, False)
 
     def _add_to_base(self, adapter: str, sign: int, safe: bool) -> None:
+        source = self.tied_to.get(adapter)
+        if source is not None and source.get_base_layer().weight is self.get_base_layer().weight:
+            return  # the source does it for both
         weight = self.get_base_weight()
         update, bias_update = self.update(adapter)
         delta = sign * self._delta_weight(adapter, update)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -215,6 +216,8 @@ class SeededModel(CheckpointedModel):
             if kind in self.layer_classes:
                 adaptable.add(name.rpartition(".")[-1])
             if self._check_target_module_exists(peft_config, name):
+                if self._check_tied_module_exists(peft_config, name):  # it gets what the input embedding gets
+                    continue
                 if name in parameters:  # a name of the module that holds experts stands for them
                     continue
                 if kind not in self.layer_classes:
@@ -277,6 +280,9 @@ class SeededModel(CheckpointedModel):
         module_name = current_key.removeprefix("_orig_mod.")
         if parameter_name is None and any(place.module_name == current_key for place in self._places):
             return  # its parameters follow, one by one
+        if parameter_name is None and self._check_tied_module_exists(peft_config, current_key):
+            self._tie(peft_config, adapter_name, target, target_name, parent)
+            return
         saved_name = self._saved_names.get(module_name, module_name)
         existing = target
         if parameter_name is not None and isinstance(target, SeededExperts):
@@ -304,6 +310,21 @@ class SeededModel(CheckpointedModel):
             layer.requires_grad_(False)  # an additional adapter is not trainable before it is activated
         self._replace_module(parent, target_name, layer, target)
 
+    def _tie(self, config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module) -> None:
+        """Gives the output embedding the update of the input embedding."""
+        source = self.model.get_input_embeddings()  # type: ignore[operator]
+        if not isinstance(source, SeededLayer) or source.container(adapter_name) is None:
+            raise ValueError(
+                f"`ensure_weight_tying` needs the input embedding to be adapted, whose weight {name!r} has: take "
+                "it out of `exclude_modules`."
+            )
+        layer = target if isinstance(target, SeededLayer) else self.layer_classes["linear"](target)
+        if layer is not target:
+            layer._active_adapter = adapter_name
+        layer.tie(adapter_name, source, config.dropout)
+        if layer is not target:
+            self._replace_module(parent, name, layer, target)
+
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
@@ -315,10 +336,20 @@ class SeededModel(CheckpointedModel):
                 )
         return [place.name for place in self._places]
 
+    # PEFT calls these for LoRA alone; they change the targets of the configuration.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+    _add_targets_to_tie = LoraModel._add_targets_to_tie
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         # A weight that two modules share (tied embeddings) would get the updates of both, or one that it has not got.
+        # Where all adapters are tied too, the weight stays one.
         owners = Counter(id(weight) for module in self.modules() for weight in module._parameters.values())
+        for layer in self.modules():
+            if isinstance(layer, SeededLayer):
+                for source in layer.tied_to.values():
+                    if layer.expansions.keys() == source.expansions.keys() == layer.tied_to.keys():
+                        owners[id(source.get_base_layer().weight)] = 1
         for layer in self.modules():
             if isinstance(layer, SeededLayer):
                 base_layer = layer.get_base_layer()

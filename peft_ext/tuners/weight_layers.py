@@ -69,7 +69,7 @@ class SeededWeightLayer(SeededLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for part in batch.parts(self):
-            update, bias = self.assemble(part.adapters[0], part.weights)
+            update, bias = self._assembled(part.adapters[0], part.weights)
             chosen = x if part.rows is None else x[part.rows]
             output = self._output_by_row(part.adapters[0], chosen, update, bias)
             scaling = self._scaling_of(part)
@@ -142,7 +142,7 @@ class SeededLinear(SeededWeightLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # Of weights that are stored as (in, out), the conversion turns back those of Conv1D alone.
         turned = self.fan_in_fan_out and not isinstance(self.get_base_layer(), Conv1D)
-        return self.container(adapter_name) is not None and not turned
+        return self.container(adapter_name) is not None and not turned and adapter_name not in self.tied_to
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta

@@ -39,7 +39,7 @@ class PrancLayer(SeededLayer):
         self.pranc_containers: dict[str, Coefficients] = {}
 
     def container(self, adapter: str) -> Coefficients | None:
-        return self.pranc_containers.get(adapter)
+        return super().container(adapter) if adapter in self.tied_to else self.pranc_containers.get(adapter)
 
     @property
     def _pranc_vectors(self) -> nn.ModuleDict:
@@ -55,7 +55,9 @@ class PrancLayer(SeededLayer):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.pranc_containers)  # PEFT looks for parameters, which this layer may not own
+        return (
+            self.pranc_containers.keys() | self.tied_to.keys()
+        )  # PEFT looks for parameters, which this layer may not own
 
     def add_adapter(
         self, adapter_name: str, config: PrancConfig, target: Target, expansions: dict[Generator, SharedExpansion]
