@@ -174,22 +174,21 @@ class AdapterPool:
         if any(before in layer.merged_adapters for layer in self._layers):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self._tuner.unmerge_adapter()
-        parameters = self._provenance.parameters()
-        self._write_back(parameters)
+        self._write_back()
         for layer, modules, dictionaries in self._places:
             attributes = layer.__dict__  # read anew: a dictionary can have been replaced
             for names in (*modules, *(attributes[each] for each in dictionaries)):
                 names[name] = names.pop(before)
             active = layer.active_adapters
-            if before in active:
-                layer._active_adapter = [name if each == before else each for each in active]
+            if before in active:  # past nn.Module's `__setattr__`, which takes longer than all else here
+                attributes["_active_adapter"] = [name if each == before else each for each in active]
         for expansion in self._expansions:
             expansion.adapter_name = name
         self._provenance.adapter_name = name
         if self._tuner.active_adapter in (before, [before]):
             self._tuner.active_adapter = name
         self._held, self._tuner._mixed = name, None
-        self._fill(parameters)
+        self._fill()
 
     def drop(self, name: str) -> bool:
         """Removes an adapter. Returns whether the layers hold it still, since there is no other to put in its place."""
@@ -230,24 +229,28 @@ class AdapterPool:
         self._provenance: Provenance = self._layers[0].provenances[name]
         expansions = {id(each): each for layer in self._layers for each in layer.expansions[name]}
         self._expansions: list[SharedExpansion] = list(expansions.values())
-        ends = torch.tensor([parameter.numel() for parameter in self._provenance.parameters()]).cumsum(0).tolist()
+        self._holders = [container.get_submodule(name)._parameters for container in self._provenance.containers]
+        self._sizes = [parameter.numel() for parameter in self._provenance.parameters()]
+        ends = torch.tensor(self._sizes).cumsum(0).tolist()
         self._slots = {
             container: slice(start, end) for container, start, end in zip(self._provenance.containers, [0, *ends], ends)
         }
         self._held, self._tuner._mixed = name, None
-        self._fill(self._provenance.parameters())
+        self._fill()
         if self._tuner.active_adapters != active:
             self._tuner.set_adapter(active)
 
-    def _fill(self, parameters: list[nn.Parameter]) -> None:
-        parts = self._rows[self.held].split([parameter.numel() for parameter in parameters])
-        with torch.no_grad():
-            torch._foreach_copy_(list[torch.Tensor](parameters), parts)
+    def _parameters(self) -> list[torch.Tensor]:
+        return [each["values"] for each in self._holders]  # type: ignore[misc]
 
-    def _write_back(self, parameters: list[nn.Parameter]) -> None:
+    @torch.no_grad()
+    def _fill(self) -> None:
+        torch._foreach_copy_(self._parameters(), self._rows[self.held].split(self._sizes))
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
         """Keeps what has become of the coefficients in the layers; a cast to half precision is no change."""
-        row = self._rows[self.held]
-        now = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        row, now = self._rows[self.held], torch.cat(self._parameters())
         if not torch.equal(now, row.to(now)):
             row.copy_(now)
 
