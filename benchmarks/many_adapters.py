@@ -44,6 +44,9 @@ WAYS = {
 }
 
 
+LABELS = {"pool": "NOLA,\na pool", "nola": "NOLA,\nPEFT", "lora": "LoRA r=8,\nPEFT"}  # under the bars of a plot
+
+
 @dataclass
 class Arguments(ModelArguments):
     pooled: int = field(default=1000, metadata={"help": "Adapters in the pool."})
@@ -146,11 +149,10 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
         ("switch", lambda row: 1000 * row["switch_seconds"], "ms to switch"),
     )
     for axis, (_, value, title) in zip(axes, shown):
-        bars = axis.bar(
-            [WAYS[row["way"]].replace(" ", "\n", 1) for row in rows], [value(row) for row in rows], color=COLOURS
-        )
+        bars = axis.bar([LABELS[row["way"]] for row in rows], [value(row) for row in rows], color=COLOURS)
         axis.bar_label(bars, fmt="%.3g", padding=2)
         axis.set_title(title, fontsize=10)
+        axis.margins(y=0.15)
         axis.tick_params(axis="x", labelsize=8)
         tidy(axis, "y")
     figure.suptitle(

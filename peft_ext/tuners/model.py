@@ -96,7 +96,7 @@ class SeededModel(CheckpointedModel):
                 )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        known = model_config["model_type"] in self.target_module_mapping
+        known = model_config.get("model_type") in self.target_module_mapping
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             peft_config.target_modules = set()
         return super()._prepare_adapter_config(peft_config, model_config)
