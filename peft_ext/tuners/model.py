@@ -336,6 +336,10 @@ class SeededModel(CheckpointedModel):
                 )
         return [place.name for place in self._places]
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # Of a module that another adapter adapts, PEFT gives the name of what is inside, and would leave it untied.
+        return [name.removesuffix(".base_layer") for name in super()._get_module_names_tied_with_embedding()]
+
     # PEFT calls these for LoRA alone; they change the targets of the configuration.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie

@@ -111,6 +111,7 @@ def test_several_adapters_and_deleting_one() -> None:
     model.add_adapter("alone", config_of("NOLA", target_modules=["embed_tokens"], seed=2))
     model.add_adapter("other", config_of("NOLA", target_modules=["lm_head"], ensure_weight_tying=True, seed=3))
     model.eval()
+    assert model.base_model.model.lm_head.tied_to.keys() == {"default", "other"}
     model.set_adapter("other")
     with_other = logits(model)
     found = logits(model, adapter_names=["default", "other"])
@@ -124,6 +125,26 @@ def test_several_adapters_and_deleting_one() -> None:
     assert "other" not in model.base_model.model.lm_head.tied_to
     model.set_adapter("default")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_a_second_adapter_is_tied_as_the_first(method: str, tmp_path: Path) -> None:
+    config = config_of(method, target_modules=["embed_tokens"], ensure_weight_tying=True, seed=5)
+    alone = get_peft_model(tiny_models.llama(tie_word_embeddings=True), copy.deepcopy(config)).eval()
+    model = tied(method, target_modules=["embed_tokens"])
+    model.add_adapter("second", config)
+    model.eval()
+    model.set_adapter("second")
+    for name, parameter in alone.named_parameters():
+        if "_coefficients." in name:
+            model.get_parameter(name.replace(".default.", ".second.")).data.copy_(parameter)
+    torch.testing.assert_close(logits(model), logits(alone), rtol=1e-5, atol=1e-6)
+    alone.save_pretrained(str(tmp_path))
+    base = tiny_models.llama(tie_word_embeddings=True)
+    for name in ("first", "second"):  # through transformers
+        base.load_adapter(str(tmp_path), adapter_name=name)
+        base.set_adapter(name)
+        torch.testing.assert_close(logits(base), logits(alone), rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_tied(tmp_path: Path) -> None:
