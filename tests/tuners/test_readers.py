@@ -175,6 +175,7 @@ def test_norms_that_are_read() -> None:
     check_gradients(model, inputs().double())
 
 
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' leaves out")  # the routers of Jamba
 @one_of_each
 @pytest.mark.parametrize("kind", STATE_SPACE)
 def test_state_space_models(kind: str, method: str) -> None:
