@@ -697,7 +697,7 @@ def test_deleting_and_adding_again(gone: str, method: str) -> None:
         if isinstance(layer, SeededLayer):
             names = {*layer.adapter_layer_names, *layer.other_param_names}
             assert names == {name for name in vars(layer) | layer._modules if name.startswith(lower(method))} | (
-                {"r", "alpha", "scaling", "initial_scaling", "tied_to", "pranc_vectors"} & names
+                {"r", "alpha", "scaling", "initial_scaling", "tied_to", "_pranc_vectors"} & names
             )
             assert all(gone not in getattr(layer, name) for name in names)
             assert gone not in layer._get_available_adapters()

@@ -31,7 +31,7 @@ class PrancLayer(SeededLayer):
     """
 
     config_class = PrancConfig
-    more_layer_names = ("pranc_vectors",)
+    more_layer_names = ("_pranc_vectors",)
     more_param_names = ("pranc_containers",)
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class PrancLayer(SeededLayer):
         return super().container(adapter) if adapter in self.tied_to else self.pranc_containers.get(adapter)
 
     @property
-    def pranc_vectors(self) -> nn.ModuleDict:
+    def _pranc_vectors(self) -> nn.ModuleDict:
         """What holds the vectors that this layer reads, by adapter name, its own and those of other layers.
 
         PEFT asks here whether they are trained and where they are. They are not this layer's submodules by it.
