@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,15 +43,3 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "peft": peft.__version__,
     }
-
-
-def paired(baseline: Callable[[], float], candidate: Callable[[], float], pairs: int) -> tuple[float, float]:
-    """(median of the candidate, median ratio to the baseline) of two measurements in turn, after a warm-up pair."""
-    found, ratios = [], []
-    for pair in range(pairs + 1):
-        order = (0, 1) if pair % 2 else (1, 0)
-        values = {which: (baseline, candidate)[which]() for which in order}
-        if pair:
-            found.append(values[1])
-            ratios.append(values[1] / values[0])
-    return statistics.median(found), statistics.median(ratios)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from transformers import HfArgumentParser
 import peft_ext
 from peft_ext.tuners.layers import SeededLayer
 
-from .models import ModelArguments, load_model, machine, paired
+from .models import ModelArguments, load_model, machine
 
 BASELINE = "LoRA r=8"
 
@@ -138,6 +139,18 @@ class Runner:
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             return os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
+
+
+def paired(baseline: Callable[[], float], candidate: Callable[[], float], pairs: int) -> tuple[float, float]:
+    """(median of the candidate, median ratio to the baseline) of two measurements in turn, after a warm-up pair."""
+    found, ratios = [], []
+    for pair in range(pairs + 1):
+        order = (0, 1) if pair % 2 else (1, 0)
+        values = {which: (baseline, candidate)[which]() for which in order}
+        if pair:
+            found.append(values[1])
+            ratios.append(values[1] / values[0])
+    return statistics.median(found), statistics.median(ratios)
 
 
 def main() -> None:

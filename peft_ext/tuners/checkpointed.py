@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import CheckpointedConfig, Target
-from .mixed import MixedBatch, copies_of, mixed_batch
+from .mixed import MixedBatch, Pool, copies_of, mixed_batch
 from .provenance import CheckpointedLayer, Provenance
 from .surroundings import Keys, saved_modules
 
@@ -60,8 +60,8 @@ class CheckpointedModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         provenance = provenance_of(model, adapter_name)
-        pool = getattr(getattr(model, "base_model", None), "pool", None)
-        if provenance is None and pool is not None and adapter_name in pool:
+        pool = _pool_with(model, adapter_name)
+        if provenance is None and pool is not None:
             with pool.holding(adapter_name):
                 own = {key: value for key, value in model.state_dict().items() if f".{adapter_name}." in key}
                 sealed = cls._get_adapter_state_dict(model, config, adapter_name, own, unwanted_adapter_names)
@@ -78,8 +78,7 @@ class CheckpointedModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         provenance = provenance_of(model, adapter_name)
-        pool = getattr(getattr(model, "base_model", None), "pool", None)
-        if pool is not None and adapter_name in pool:
+        if _pool_with(model, adapter_name) is not None:
             raise ValueError(
                 f"{adapter_name!r} is in the model's pool: delete it first, or load the file under another name."
             )
@@ -94,6 +93,12 @@ class CheckpointedModel(BaseTuner):
             raise
         config.coefficient_dtype = provenance.config.coefficient_dtype
         return opened
+
+
+def _pool_with(model: nn.Module, adapter_name: str) -> Pool | None:
+    """The pool of a model, if the adapter is in it."""
+    pool = getattr(getattr(model, "base_model", None), "pool", None)
+    return pool if pool is not None and adapter_name in pool else None
 
 
 def provenance_of(model: nn.Module, adapter_name: str) -> Provenance | None:

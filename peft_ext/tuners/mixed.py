@@ -155,19 +155,18 @@ class MixedBatch:
         size = len(columns) * len(group) * generator.size * 4
         if size > self._room:
             columns = [own]
-        stack = self._stack(group, columns, span)
-        if torch.is_grad_enabled() and stack.requires_grad:
-            stack = stack if len(columns) == 1 else self._stack(group, [own], span)
-            return generator.expand(stack)[0].view(len(group), *shape), False
+        if torch.is_grad_enabled() and any(
+            container[adapter].requires_grad for column in columns for adapter, container in zip(group.values(), column)
+        ):
+            return generator.expand(self._stack(group, [own], span))[0].view(len(group), *shape), False
         with torch.inference_mode(False), torch.no_grad():  # the weights must outlive an inference mode
             stack = self._stack(group, columns, span)
             check_finite(stack)
             weights = generator.expand(stack).view(len(columns), len(group), *shape)
+        self._remember(group, columns, span, stack)
         if len(columns) == 1:
-            self._remember(group, columns, span)
             return weights[0], False
         self._room -= size
-        self._remember(group, columns, span)
         self._joint[generator, tuple(group)] = {column[0]: i for i, column in enumerate(columns)}, weights
         return weights[next(i for i, column in enumerate(columns) if column[0] is own[0])], True
 
@@ -195,16 +194,14 @@ class MixedBatch:
                 read.append(values[span])
         return torch.stack(read).view(len(columns), len(group), -1)
 
-    def _remember(self, group: dict[str, str], columns: list[list[Container]], span: slice) -> None:
-        pairs = [
-            (adapter, container)
-            for column in columns
-            for (name, adapter), container in zip(group.items(), column)
-            if name == adapter
-        ]
+    def _remember(
+        self, group: dict[str, str], columns: list[list[Container]], span: slice, stack: torch.Tensor
+    ) -> None:
+        held = [place for place, (name, adapter) in enumerate(group.items()) if name == adapter]
+        adapters = list(group.values())
+        pairs = [(adapters[place], column[place]) for column in columns for place in held]
         if pairs:
-            stack = torch.stack([container[adapter].detach()[span] for adapter, container in pairs])
-            self._read.append((pairs, span, stack))
+            self._read.append((pairs, span, stack[:, held].flatten(0, 1)))
 
 
 @contextmanager
@@ -228,14 +225,13 @@ def mixed_batch(tuner: Any, names: Any, copies: int) -> Iterator[None]:
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
     encoder = _get_encoder(tuner.model) if copies > 1 else None  # it sees the rows before they are copied
-    batches = {1: tuner.mixed_batch_of(names)}
-    if copies > 1:
-        batches[copies] = tuner.mixed_batch_of([name for name in names for _ in range(copies)])
+    copied = tuner.mixed_batch_of([name for name in names for _ in range(copies)])
     inside = set(encoder.modules()) if encoder is not None else set()
+    as_given = MixedBatch(names, copied.pool) if inside else copied
     handles, layers = [], []
     try:
         for module in tuner.modules():
-            batch = batches[1 if module in inside else copies]
+            batch = as_given if module in inside else copied
             if isinstance(module, tuner.tuner_layer_cls):
                 module.mixed = batch
                 layers.append(module)

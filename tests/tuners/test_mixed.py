@@ -190,6 +190,24 @@ def test_gradients_reach_the_coefficients_of_their_rows(method: str) -> None:
                 torch.testing.assert_close(found[key], parameter.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_gradients_where_other_layers_are_frozen() -> None:
+    """The layers that are expanded together need not all be trained: those that are have their gradients."""
+    model = adapted(tiny_models.llama(), "NOLA", target_modules=["q_proj"])
+    parameters = [parameter for name, parameter in model.named_parameters() if ".default." in name]
+    for parameter in parameters:
+        parameter.requires_grad_(parameter is parameters[-1])
+    names = ["default", "default", "__base__"]
+    x = tiny_models.tokens(3)
+    with torch.no_grad():
+        model(input_ids=x, adapter_names=["__base__"] * 3)
+    model(input_ids=x, adapter_names=names).logits.sum().backward()
+    found = parameters[-1].grad
+    assert parameters[0].grad is None and found is not None
+    parameters[-1].grad = None
+    model(input_ids=x[:2]).logits.sum().backward()
+    torch.testing.assert_close(found, parameters[-1].grad, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["NOLA", "PRANC", "MCNC"])
 def test_wrong_requests_have_the_errors_of_lora(method: str) -> None:
     x = tiny_models.tokens(2)
