@@ -34,6 +34,7 @@ from recipes.unlearning.settings import (
     check_arguments,
     check_quickstart,
     load_images,
+    load_labelled_texts,
     load_texts,
     parse_adapter,
     parse_unlearning_methods,
@@ -78,7 +79,8 @@ class Unlearn(Recipe[UnlearningResult]):
             self.setting = load_images(self.model, self.data, self.comparison, self.adapter)
         else:
             assert self.adapter is not None
-            self.setting = load_texts(self.model, self.data, self.adapter)
+            load = load_texts if self.comparison.task == "text" else load_labelled_texts
+            self.setting = load(self.model, self.data, self.adapter)
 
     def try_out(self) -> None:
         self.setting.fresh(self.seeds[0])

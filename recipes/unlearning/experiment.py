@@ -271,6 +271,6 @@ def notes(setting: Setting, cases: Sequence[Case], args: UnlearnArguments, seeds
             "trainings on random halves (Feldman & Zhang 2020)."
         )
     if args.relearn_limit:
-        what = "forget accuracy is within a point" if args.task == "image" else f"forget loss is within {_NATS} nats"
+        what = "forget accuracy is within a point" if args.task != "text" else f"forget loss is within {_NATS} nats"
         lines.append(f"Relearn steps: fine-tuning on the forget set until the {what} of the original's.")
     return "\n".join(f"- {line}" for line in lines)
