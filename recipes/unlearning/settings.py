@@ -33,6 +33,7 @@ from recipes.tasks.base import adapt
 from recipes.tasks.resnet import load_resnet20
 from recipes.tasks.toys import refuse_other_inputs
 from recipes.unlearning.cases import Samples
+from recipes.unlearning.same_time import LABELS, NONE
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -113,6 +114,27 @@ class UnlearnArguments:
             "training minimises."
         },
     )
+    stop_training_after: float = field(
+        default=1.0,
+        metadata={
+            "help": "Stop the training of original and gold after this share of its planned optimizer steps, such as "
+            "0.25: the learning rate is cut where its schedule stands. What methods train themselves is not cut."
+        },
+    )
+    same_time: list[str] = field(
+        default_factory=lambda: ["finetune"],
+        metadata={
+            "help": f"Baselines with as many optimizer steps as fit into the seconds that another method took in the "
+            f"same run: {', '.join(map(repr, LABELS))} (the whole schedule in fewer steps), or {NONE!r}."
+        },
+    )
+    same_time_as: str | None = field(
+        default=None,
+        metadata={
+            "help": "Label of the method whose seconds these baselines get. Default: the first gauss_newton of "
+            "--methods; without one there are no such baselines."
+        },
+    )
     relearn_limit: int = field(
         default=50,
         metadata={
@@ -151,6 +173,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArg
         raise UserError(f"data_seeds: one run has one training set, give one seed, not {data.data_seeds}")
     if not args.ridge >= 0:
         raise UserError(f"ridge is {args.ridge}; it must be at least 0")
+    if not 0 < args.stop_training_after <= 1:
+        raise UserError(f"stop_training_after is {args.stop_training_after}; it must be above 0 and at most 1")
     if args.relearn_limit < 0:
         raise UserError(f"relearn_limit is {args.relearn_limit}; it must be at least 0")
     inputs.check_counts(data, "max_retain_eval_samples", "max_train_samples")
@@ -194,7 +218,7 @@ def parse_unlearning_methods(texts: Sequence[str]) -> dict[str, UnlearningMethod
     """Reads ``--methods``: the methods by their labels."""
     known = {name: {f.name for f in dataclasses.fields(kind) if f.init} for name, kind in METHODS.items()}  # type: ignore[arg-type]
     found: dict[str, UnlearningMethod] = {}
-    for spec in parse_specs(texts, known, reserved=[ORIGINAL]):
+    for spec in parse_specs(texts, known, reserved=[ORIGINAL, *LABELS.values()]):
         if spec.name == GOLD:
             raise UserError(f"methods: {GOLD!r} always runs, it is the gold; leave it out")
         if spec.folder == folder_name(GOLD):
