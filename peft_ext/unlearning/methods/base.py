@@ -347,7 +347,9 @@ def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None)
     elif solution.ended == "steps":
         notes.append(f"Stopped after {kept} steps, with the objective still falling.")
     elif solution.ended == "distance":
-        notes.append("Stopped short: a further step led further from the trained weights than the training had moved them.")
+        notes.append(
+            "Stopped short: a further step led further from the trained weights than the training had moved them."
+        )
     return notes
 
 
