@@ -230,7 +230,7 @@ def survey(folder: Path) -> dict[str, Any]:
         "chain": list(chain),
         "state": name,
         "verified": [
-            f"{FILE} is as it was written (SHA-256); each of its {len(chain)} entries holds the hash of the one before.",
+            f"{FILE} is as it was written (SHA-256); each of {len(chain)} entries holds the hash of the one before.",
             f"{name} is the state of the last entry (SHA-256), with {len(state.quadratic.keys):,} hashes of samples.",
         ],
         "problems": [

@@ -213,18 +213,17 @@ def problems_of(record: Mapping[str, Any], chain: Sequence[Entry]) -> list[str]:
     try:
         number, own, salt, forgotten = (record[name] for name in ("number", "chain", "salt", "forgotten"))
         entry = own[number]
-        told = {name: record[name] for name in ("time", "samples", "shift")}
-        broken = broken_links(own)
-        found = [f"the record's own log is broken: {text}" for text in broken]
+        found = [f"the record's own log is broken: {text}" for text in broken_links(own)]
         if number != len(own) - 1 or number < 1:
             found.append(f"the record is about request {number}, and its log has {len(own) - 1}")
-        found += [f"the record says {name} {value!r}, its log {entry[name]!r}" for name, value in told.items()
-                  if value != entry[name]]  # fmt: skip
+        logged = {**entry, "bounds": {name: own[0]["settings"][name] for name in record["bounds"]}}
+        for name in ("time", "samples", "shift", "bounds"):
+            if record[name] != logged[name]:
+                found.append(f"the record says {name} {record[name]!r}, its log {logged[name]!r}")
         if list(own) != list(chain[: len(own)]):
             found.append("the ledger's log does not begin with that of the record")
-        if forgotten is not None and (
-            len(forgotten) != told["samples"] or commitment(salt, forgotten) != entry["forgotten"]
-        ):
+        bound = forgotten is None or commitment(salt, forgotten) == entry["forgotten"]
+        if not bound or (forgotten is not None and len(forgotten) != record["samples"]):
             found.append("the hashes of the forgotten samples are not those that the log was bound to")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"The record is none of a request that a ledger served: {error!r}.") from error
