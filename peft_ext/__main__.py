@@ -245,13 +245,14 @@ def _show_exported(found: dict[str, Any], console: Console) -> None:
 
 def _show_ledger(found: dict[str, Any], console: Console) -> None:
     shown = Table(title=f"Ledger in {_plain(found['folder'])}", title_justify="left")
-    for column in ("entry", "time", "forgotten", "remaining", "change", "hash"):
-        shown.add_column(column, justify="left" if column in ("time", "hash") else "right")
+    for column in ("entry", "time", "forgotten", "remaining", "change", "hash begins"):
+        shown.add_column(column, justify="left" if column in ("time", "hash begins") else "right")
     for number, entry in enumerate(found["entries"]):
         change = "-" if entry["shift"] is None else f"{entry['shift']:.4g}"
         numbers = (f"{entry['forgotten']:,}", f"{entry['remaining']:,}", change)
-        shown.add_row(f"{number:,}", _plain(entry["time"]), *numbers, _plain(entry["hash"]))
+        shown.add_row(f"{number:,}", _plain(entry["time"]), *numbers, entry["hash"][:16])
     console.print(shown)
+    console.print(f"Head: {found['head']}")
     for sentence in found["verified"]:
         console.print(_plain(sentence))
 
