@@ -346,7 +346,7 @@ def edited(value: Any, chance: random.Random) -> None:
 def edited_field(files: Files, chance: random.Random, older: list[Files]) -> None:
     record = json.loads(files[FILE])
     edited(record, chance)
-    layout = chance.choice([{"indent": 1}, {"separators": (",", ":")}, {}])
+    layout: Any = chance.choice([{"indent": 1}, {"separators": (",", ":")}, {}])
     files[FILE] = json.dumps(record, **layout).encode()
 
 

@@ -35,7 +35,7 @@ def result(model: torch.nn.Module, method: str, seed: int = 0) -> UnlearningResu
 
 
 def served(folder: Path) -> tuple[UnlearningLedger, list[Any], list[UnlearningResult]]:
-    """A ledger of two requests, what `forget` returned, and what the models say before and after the first, and gold."""
+    """A ledger of two requests, what `forget` returned, and what models say: before and after the first, golds."""
     model = linear()
     ledger = UnlearningLedger.create(folder, model, loader(ROWS), damping=0.1)
     results = [result(model, "original")]
@@ -72,8 +72,8 @@ def test_a_record_says_what_was_done_and_measured(tmp_path):
         assert f"- `{key}`" in text
     for expected in (
         deletions[0].hash,
-        "| original |",
-        "| ledger |",
+        "| original ",
+        "| ledger ",
         "JS forget",
         "per-example AUC",
         "Nothing in them",
