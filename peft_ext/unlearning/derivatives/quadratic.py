@@ -174,6 +174,20 @@ def ridge_gradient(
     return gradient / targets + ridge * (weights - reference)
 
 
+def furthest(weights: torch.Tensor, reference: torch.Tensor | None) -> float:
+    """Returns how far from trained weights those may be that forgetting some samples leads to.
+
+    It is as far as the whole training had moved them: no part of the data is taken to have done more. In the flat
+    directions of an adapter that was hardly trained, the curvature bounds nothing.
+
+    Args:
+        weights: `(size,)`.
+        reference: weights before the training, `(size,)`; None where they are not known: then the length of the trained
+            weights is the bound.
+    """
+    return float((weights if reference is None else weights - reference).norm())
+
+
 @dataclass
 class Quadratic:
     """The quadratic model of an objective, a mean loss with a ridge, around some weights.
