@@ -63,6 +63,9 @@ class Alignment:
     def split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The arguments of the model without the labels, and the labels.
 
+        The label of a text's first token is left out where padding stands before it: what a causal language model says
+        at padding is no prediction, and without padding the first token has none either.
+
         Raises:
             ValueError: no labels, labels of another kind than the model's, or no `decoder_input_ids` for a model that
                 needs them.
@@ -77,6 +80,10 @@ class Alignment:
                 f"{', '.join(map(repr, batch))}. DataCollatorForSeq2Seq(tokenizer, model=model) adds them."
             )
         self._check(labels)
+        mask = arguments.get("attention_mask")
+        if self.kind == "next token" and isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+            first = torch.cat((torch.zeros_like(mask[:, :1]), (mask[:, 1:] != 0) & (mask[:, :-1] == 0)), 1)
+            labels = labels.masked_fill(first.bool(), IGNORED)
         return arguments, labels
 
     def _check(self, labels: torch.Tensor) -> None:
