@@ -17,6 +17,7 @@ from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...targets import IGNORED, Alignment
+from ...training.modes import no_input_gradients
 from .data import Batch, Loader, batches, gathered, total, unit_uniform
 from .losses import Loss
 from .prefix import FrozenPrefix
@@ -144,7 +145,10 @@ class AdapterFunction:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Puts the model in eval mode, with gradients for the parameters alone, and back afterwards."""
+        """Puts the model in eval mode, with gradients for the parameters alone, and back afterwards.
+
+        Gradient checkpointing rests in eval mode.
+        """
         training = [module for module in self.model.modules() if module.training]
         required = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         chosen = set(self.parameters.values())
@@ -152,7 +156,8 @@ class AdapterFunction:
         for parameter in required:
             parameter.requires_grad_(parameter in chosen)
         try:
-            yield
+            with no_input_gradients(self.model):
+                yield
         finally:
             for module in training:
                 module.training = True
