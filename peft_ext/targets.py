@@ -20,6 +20,13 @@ _PERMUTATION = ("XLNetLMHeadModel", "XLMWithLMHeadModel")  # their labels stand 
 _PEFT_TASKS = {"SEQ_CLS": "sample", "CAUSAL_LM": "next token", "TOKEN_CLS": "token", "SEQ_2_SEQ_LM": "token"}
 
 
+def _not_classes(config: Any) -> str:
+    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    if problem in ("regression", "multi_label_classification"):
+        return f"problem_type={problem!r}"
+    return "num_labels=1, which transformers takes for a regression" if labels == 1 else ""
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How the outputs of a model and its labels belong together.
@@ -32,11 +39,13 @@ class Alignment:
             have labels `(n,)` alone.
         model: Class of the model, for messages.
         encoder_decoder: Whether the model also needs `decoder_input_ids`.
+        not_classes: What its configuration says it gives in place of one class a sample; empty if it does not.
     """
 
     kind: Literal["sample", "next token", "token"] | None
     model: str
     encoder_decoder: bool = False
+    not_classes: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Alignment:
@@ -58,7 +67,8 @@ class Alignment:
             kind = "sample"
         elif isinstance(model, PeftModel):
             kind = _PEFT_TASKS.get(str(getattr(model.active_peft_config, "task_type", None)))
-        return cls(kind, name, encoder_decoder and kind == "token")
+        not_classes = "" if inner is None or kind != "sample" else _not_classes(inner.config)
+        return cls(kind, name, encoder_decoder and kind == "token", not_classes)
 
     def split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The arguments of the model without the labels, and the labels.
@@ -87,10 +97,17 @@ class Alignment:
         return arguments, labels
 
     def _check(self, labels: torch.Tensor) -> None:
+        if self.not_classes:
+            raise ValueError(
+                f"{self.model} must choose one of several classes for every sample; its configuration has "
+                f"{self.not_classes}. Regression and several labels a sample are not supported where classes are meant "
+                "(derivatives, wrong labels, attacks): Retrain and Finetune take the loss of any model."
+            )
         if labels.is_floating_point() or labels.dim() not in (1, 2):
             raise ValueError(
                 f"`labels` must be numbers of classes or tokens, of shape (n,) or (n, length), got {labels.dtype} of "
-                f"shape {tuple(labels.shape)}: regression and several labels a sample are not supported."
+                f"shape {tuple(labels.shape)}: regression and several labels a sample are not supported where classes "
+                "are meant (derivatives, wrong labels, attacks). Retrain and Finetune take the loss of any model."
             )
         if labels.dim() != {"next token": 2, "token": 2}.get(str(self.kind), 1):
             if self.kind is None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -55,3 +56,36 @@ def no_input_gradients(model: nn.Module) -> Iterator[None]:
         for hooks, number, quiet in replaced:
             if hooks.get(number) is quiet:
                 hooks[number] = quiet.hook
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raises a ValueError if adapters of a model are merged or disabled: their parameters change nothing then."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for state, found, mend in (
+        ("merged into the weights", [name for name, layer in layers if layer.merged], "model.unmerge_adapter()"),
+        (
+            "disabled",
+            [name for name, layer in layers if layer.disable_adapters],
+            "model.base_model.enable_adapter_layers()",
+        ),
+    ):
+        if found:
+            raise ValueError(
+                f"The adapter is {state} in {len(found)} layers (first: {found[0]!r}), where its parameters change "
+                f"nothing. Call `{mend}` first."
+            )
+
+
+def check_dependence(result: torch.Tensor, parameters: int) -> None:
+    """Raises a ValueError if what a model gave does not depend on any of its trainable parameters.
+
+    Args:
+        result: outputs or loss, computed with gradients.
+        parameters: how many numbers can change, for the message.
+    """
+    if not result.requires_grad:
+        raise ValueError(
+            f"None of the {parameters:,} parameters that could change has an effect on the outputs, so there is no "
+            "gradient: they may belong to an adapter that is not active (`model.set_adapter(name)` makes one active), "
+            "or to a part that the model does not use."
+        )

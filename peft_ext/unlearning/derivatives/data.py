@@ -93,8 +93,13 @@ def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
         device: where the samples are wanted.
 
     Raises:
-        ValueError: a batch is no dict, or has no `labels`.
+        ValueError: a batch is no dict, or has no `labels`; or the loader can be read only once.
     """
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"The loader must be one that can be read several times, such as a DataLoader or a list of batches, got a "
+            f"{type(loader).__name__}, which is empty after the first time."
+        )
     gradient_state = GradientState()
     for values in loader:
         if isinstance(values, Batch):
@@ -180,7 +185,7 @@ def check_sets(retain: Loader, forget: Loader) -> tuple[int, int]:
     retained, forgotten = sample_keys(retain), sample_keys(forget)
     for name, keys in (("retain", retained), ("forget", forgotten)):
         if not keys:
-            raise ValueError(f"The {name} set is empty.")
+            raise ValueError(f"The {name} set is empty: its loader gives no sample, and at least one is needed.")
     both = set(retained) & set(forgotten)
     if both:
         raise ValueError(

@@ -17,7 +17,7 @@ from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...targets import IGNORED, Alignment
-from ...training.modes import no_input_gradients
+from ...training.modes import check_adapters, check_dependence, no_input_gradients
 from .data import Batch, Loader, batches, gathered, total, unit_uniform
 from .losses import Loss
 from .prefix import FrozenPrefix
@@ -65,7 +65,7 @@ class AdapterFunction:
             once does so within `prefix.remembering()`, which keeps the outputs of that part.
 
     Raises:
-        ValueError: there is no such parameter, or dropout is on.
+        ValueError: there is no such parameter, the adapter is merged or disabled, or dropout is on.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class AdapterFunction:
         estimator: str = "signs",
     ) -> None:
         self.model: nn.Module = extract_model_from_parallel(model)
+        check_adapters(self.model)
         self.alignment = Alignment.of(self.model)
         self.loss = loss
         self.memory = memory
@@ -191,7 +192,7 @@ class AdapterFunction:
             gradient: whether the gradient is wanted; otherwise it is zero and backward passes are saved.
 
         Raises:
-            ValueError: there is no target.
+            ValueError: there is no target, or the gradient is wanted and the parameters have no effect.
         """
         sums = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
         with self.evaluation(), torch.set_grad_enabled(gradient):
@@ -203,6 +204,7 @@ class AdapterFunction:
                 sums[0] += loss.detach()
                 sums[1] += (targets != IGNORED).sum()
                 if gradient:
+                    check_dependence(outputs, self.size)
                     sums[2:] += self._flat_gradient(loss)
         sums = total(sums)
         if not sums[1] and sums[0] <= limit:
@@ -360,6 +362,8 @@ class AdapterFunction:
 
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 outputs, _ = self._call(batch.select(slice(0, 1)))
+            if torch.is_grad_enabled():
+                check_dependence(outputs, self.size)
             self._measured[shapes] = (outputs.shape[1], outputs.shape[2], kept)
         return self._measured[shapes]
 

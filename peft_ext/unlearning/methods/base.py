@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from ...checks import check_not_negative
 from ...training.callbacks import Ridge, trainable_parameters
+from ...training.modes import check_adapters
 from ...training.trainer import EvaluationTrainer, fit
 from ..derivatives.data import Loader
 from ..derivatives.quadratic import CurvatureEstimate
@@ -40,7 +41,8 @@ class Request:
             `fit` does. Only `Retrain` asks: what the other methods do always runs in evaluation mode.
 
     Raises:
-        ValueError: the model has nothing to train, a set is empty, the sets share samples, or `initial` does not fit.
+        ValueError: the model has nothing to train, its adapter is merged or disabled, a set is empty, the sets share
+            samples, or `initial` does not fit.
     """
 
     model: nn.Module
@@ -54,12 +56,16 @@ class Request:
 
     def __post_init__(self) -> None:
         check_not_negative("ridge", self.ridge)
+        check_adapters(self.model)
         parameters = trainable_parameters(self.model)
         if not parameters:
-            raise ValueError("the model has no trainable parameters: none has requires_grad=True")
-        for name in ("retain", "forget"):
+            raise ValueError(
+                "the model has no trainable parameters: none has requires_grad=True (a loaded adapter needs "
+                "`is_trainable=True`)"
+            )
+        for name, wanted in (("retain", "the samples that stay"), ("forget", "the samples that go")):
             if _length(getattr(self, name)) == 0:
-                raise ValueError(f"the {name} set is empty")
+                raise ValueError(f"the {name} set is empty: it must hold {wanted}, at least one")
         shared = _shared_rows(self.retain, self.forget)
         if shared:
             raise ValueError(

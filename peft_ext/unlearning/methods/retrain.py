@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ...training.trainer import EvaluationTrainer
+from ...training.trainer import CheckedTrainer, EvaluationTrainer
 from ..derivatives.data import Loader
 from .base import Request, Tuned, UnlearningReport
 from .tuning import TrainingMethod
@@ -27,7 +27,7 @@ class Retrain(TrainingMethod):
 
     def train(self, request: Request) -> Trainer:
         request.restore_initial()
-        trainer_class = EvaluationTrainer if request.eval_mode else Trainer
+        trainer_class = EvaluationTrainer if request.eval_mode else CheckedTrainer
         return request.fit(request.retain, request.training, trainer_class)
 
     def facts(self, trainer: Trainer) -> Tuned:
