@@ -174,10 +174,26 @@ def test_the_retain_loss_stays_below_the_bound():
 def test_a_model_that_nothing_can_improve_is_left_alone():
     model, initial, retain, forget = trained()
     before = trainable(model)
-    report = GaussNewton(draws=None, damping=1e-12, retain_tolerance=0.0).fit(model, loader(retain), loader(forget))
+    far = {name: value + 1e9 for name, value in before.items()}  # without a ridge a reference only bounds the distance
+    method = GaussNewton(draws=None, damping=1e-12, retain_tolerance=0.0)
+    report = method.fit(model, loader(retain), loader(forget), reference=far)
     assert report.solution.ended == "rejections" and len(report.solution.steps) == 6
     assert report.notes()[-1] == "No step was kept: the model is unchanged."
     assert all(torch.equal(value, before[name]) for name, value in trainable(model).items())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 10])
+@pytest.mark.parametrize("known", [True, False])
+def test_no_step_leads_further_than_the_training_did(steps, known):
+    model, initial, retain, forget = trained(steps=steps)
+    before = trainable(model)
+    method = GaussNewton(damping=1e-9, retain_tolerance=1e9, max_steps=3)
+    report = method.fit(model, loader(retain), loader(forget), reference=initial if known else None)
+    furthest = sum(float((value - known * initial[name]).square().sum()) for name, value in before.items()) ** 0.5
+    assert report.shift <= furthest * (1 + 1e-6)
+    if known and not steps:
+        assert report.solution.ended == "distance"
+        assert report.notes()[-1] == "No step was kept: the model is unchanged."
 
 
 def test_estimates_state_their_error():

@@ -146,7 +146,8 @@ class Solution:
         steps: the steps that were tried, if the method takes steps.
         retain_tolerance: how far above its start the retain loss may be after a step, in nats.
         ended: why no further step was tried: `"steps"`, as many were kept as were allowed; `"gain"`, the last one
-            gained too little; `"rejections"`, too many in a row were undone. None if the method takes no steps.
+            gained too little; `"rejections"`, too many in a row were undone; `"distance"`, it would have led further
+            from the trained weights than the training had led from the initial ones. None if the method takes no steps.
     """
 
     form: str
@@ -344,6 +345,8 @@ def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None)
         notes.append("No step was kept: the model is unchanged.")
     elif solution.ended == "steps":
         notes.append(f"Stopped after {kept} steps, with the objective still falling.")
+    elif solution.ended == "distance":
+        notes.append("Stopped short: a further step led further from the trained weights than the training had moved them.")
     return notes
 
 

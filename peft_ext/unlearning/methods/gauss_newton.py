@@ -18,6 +18,7 @@ from .base import Solution, Step, UnlearningReport
 from .solver import Problem, Solver, mean_losses
 
 _REJECTIONS = 6  # in a row, each with four times the damping
+_SHORTENED = 24  # likewise: steps in a row that led too far
 
 
 @dataclass
@@ -30,7 +31,10 @@ class GaussNewton(Solver):
     training left unfinished on all data stays unfinished on the retain set. Levenberg and Marquardt's damping is
     steered by the retain loss. A step that takes it more than `retain_tolerance` above where it was at the start is
     undone, and so is one after the first that raises the objective. (The first is an influence function, and may cost
-    what the others repair.)
+    what the others repair.) No step leads further from the trained weights than training had led from the initial ones
+    (or than the trained weights are long, where nobody gave the initial ones): a part of the data has not moved the
+    weights further than all of it, and an adapter that was hardly trained has flat directions in which the loss bounds
+    nothing.
 
     With `form="matrix_free"` (memory O(p)) the steps are solved for by conjugate gradients to a relative residual of
     1e-4; `form="auto"` falls back on it where no matrix fits `memory`.
@@ -108,14 +112,23 @@ class GaussNewton(Solver):
     def _descend(self, problem: Problem, objective: Objective, at: Point, solution: Solution) -> Point:
         """Takes steps from a point, and returns the last one that was kept; the model has its weights."""
         limit = at.retain_loss + self.retain_tolerance
+        start, furthest = at.weights, _furthest(at.weights, problem.reference)
         model = self._quadratic(problem, at, solution)
-        moved, damping, kept, rejections = False, self.damping, 0, 0
+        moved, damping, kept, rejections, shortened = False, self.damping, 0, 0, 0
         solution.ended = "steps"
         while kept < self.max_steps:
             if rejections == _REJECTIONS:
                 solution.ended = "rejections"
                 break
             step = model.newton_step(damping * model.curvature.mean)
+            if float((at.weights + step - start).norm()) > furthest:
+                shortened += 1
+                if shortened > _SHORTENED or not furthest:
+                    solution.ended = "distance"
+                    break
+                damping *= 4
+                continue
+            shortened = 0
             predicted = model.decrease(step)
             # The first step leaves the neighbourhood of the trained weights, where no quadratic model is right; what it
             # costs the retain set within the bound, the others repair.
@@ -150,6 +163,11 @@ class GaussNewton(Solver):
         options = (solution.form, samples, self.draws, self.curvature_samples)
         curvature, solution.curvature = estimated_curvature(function, problem.retain, *options, along=at.gradient)
         return Quadratic(curvature, at.gradient, problem.ridge)
+
+
+def _furthest(weights: torch.Tensor, reference: torch.Tensor | None) -> float:
+    """Returns how far from the trained weights a solution may be."""
+    return float((weights if reference is None else weights - reference).norm())
 
 
 @dataclass
