@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import TrainingArguments
@@ -24,8 +25,10 @@ from recipes.support.arguments import run_main
 from recipes.support.methods import Method
 from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits
+from recipes.unlearning import same_time
 from recipes.unlearning.cases import Case, CaseArguments, CaseSpec, choose, parse_cases
 from recipes.unlearning.experiment import FILES, Experiment, notes
+from recipes.unlearning.same_time import SameTime, parse_same_time
 from recipes.unlearning.settings import (
     DataArguments,
     ModelArguments,
@@ -34,6 +37,7 @@ from recipes.unlearning.settings import (
     check_arguments,
     check_quickstart,
     load_images,
+    load_labelled_texts,
     load_texts,
     parse_adapter,
     parse_unlearning_methods,
@@ -52,6 +56,7 @@ class Unlearn(Recipe[UnlearningResult]):
     quickstart: digits.QuickstartArguments
     training: TrainingArguments
     methods: dict[str, UnlearningMethod] = field(init=False)
+    baselines: dict[str, SameTime] = field(init=False)
     specs: list[CaseSpec] = field(init=False)
     adapter: Method | None = field(init=False)
     setting: Setting = field(init=False)
@@ -66,6 +71,7 @@ class Unlearn(Recipe[UnlearningResult]):
         if self.quickstart.digits:
             check_quickstart(self.model, self.data, self.comparison)
         self.methods = parse_unlearning_methods(self.comparison.methods)
+        self.baselines = parse_same_time(self.comparison.same_time, self.comparison.same_time_as, self.methods)
         self.specs = parse_cases(self.case, self.comparison.task == "text")
         self.adapter = parse_adapter(self.comparison, self.training, self.seeds[0])
 
@@ -78,7 +84,8 @@ class Unlearn(Recipe[UnlearningResult]):
             self.setting = load_images(self.model, self.data, self.comparison, self.adapter)
         else:
             assert self.adapter is not None
-            self.setting = load_texts(self.model, self.data, self.adapter)
+            load = load_texts if self.comparison.task == "text" else load_labelled_texts
+            self.setting = load(self.model, self.data, self.adapter)
 
     def try_out(self) -> None:
         self.setting.fresh(self.seeds[0])
@@ -92,11 +99,12 @@ class Unlearn(Recipe[UnlearningResult]):
         memorisation = partial(experiment.memorisation, self.case.memorised_pairs, self.case.forget_seed)
         train, test = self.setting.train, self.setting.test
         self.cases = [choose(spec, self.case, train, test, memorisation) for spec in self.specs]
-        everything: dict[str, UnlearningMethod | None] = {ORIGINAL: None, GOLD: Retrain(), **self.methods}
+        everything: dict[str, Any] = {ORIGINAL: None, GOLD: Retrain(), **self.methods, **self.baselines}
         return experiment.runs(self.cases, everything, self.seeds)
 
     def report(self, results: list[UnlearningResult], folder: Path) -> list[str]:
-        write_report(results, folder, "Unlearning", notes(self.setting, self.cases, self.comparison, self.seeds))
+        said = notes(self.setting, self.cases, self.comparison, self.seeds, same_time.notes(self.baselines))
+        write_report(results, folder, "Unlearning", said)
         return ["report.md", "report.json", "accuracy.png", "losses.png", "tradeoff.png"]
 
 

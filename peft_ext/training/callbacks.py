@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..checks import check_share
+
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters with `requires_grad`, by name."""
@@ -44,6 +46,28 @@ class Ridge(TrainerCallback):
         for parameter, reference in self.pairs:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter - reference.to(parameter.device), alpha=self.strength)
+
+
+class StopAfter(TrainerCallback):
+    """Ends a training after a share of its planned optimizer steps.
+
+    The learning rate is cut there: it follows the schedule of the whole training, unlike that of a training that was
+    planned with fewer steps.
+
+    Args:
+        share: above 0 and at most 1; the number of steps is rounded, and at least 1.
+
+    Raises:
+        ValueError: `share` is something else.
+    """
+
+    def __init__(self, share: float) -> None:
+        check_share("share", share)
+        self.share = share
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= max(1, round(self.share * state.max_steps)):
+            control.should_training_stop = True
 
 
 class KeepMasked(TrainerCallback):

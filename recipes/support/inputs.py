@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +90,14 @@ def load_splits(args: DataArguments, columns: list[str]) -> list[datasets.Datase
                     f"it has {', '.join(map(repr, split.column_names))}"
                 )
     return splits
+
+
+def check_strings(args: DataArguments, splits: Sequence[datasets.Dataset], columns: Sequence[str]) -> None:
+    """Refuses splits, as `load_splits` returns them, with columns that hold anything but text."""
+    for name, split in zip((args.train_split, args.eval_split), splits):
+        for column in columns:
+            if any(not isinstance(value, str) for value in split[column]):
+                raise UserError(f"column {column!r} of split {name!r} of {args.dataset_name} holds more than strings")
 
 
 def random_subset(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:

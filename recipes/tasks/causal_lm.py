@@ -122,10 +122,7 @@ def load_splits(args: DataArguments) -> list[datasets.Dataset]:
     if len(named) < len(columns) or (args.text_column and (args.source_column or args.target_column)):
         raise UserError("name the columns: either --source_column and --target_column, or --text_column")
     splits = inputs.load_splits(args, named)
-    for name, split in zip((args.train_split, args.eval_split), splits):
-        for column in named:
-            if any(not isinstance(value, str) for value in split[column]):
-                raise UserError(f"column {column!r} of split {name!r} of {args.dataset_name} holds more than strings")
+    inputs.check_strings(args, splits, named)
     return splits
 
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from peft_ext.files import write_whole
-from peft_ext.training.callbacks import Ridge, trainable_state
+from peft_ext.training.callbacks import Ridge, StopAfter, trainable_state
 from peft_ext.training.trainer import fit
 from peft_ext.unlearning.evaluation.metrics import Outcome, observe, truth_ratio
 from peft_ext.unlearning.evaluation.results import ORIGINAL, UnlearningResult
@@ -33,10 +33,14 @@ from recipes.support.methods import folder_name
 from recipes.support.runs import reading
 from recipes.support.usage import Usage
 from recipes.unlearning.cases import Case, memorisation_scores
+from recipes.unlearning.same_time import SameTime
 from recipes.unlearning.settings import Setting, UnlearnArguments
 
 FILES = (f"{ORIGINAL}-seed*.safetensors", "memorisation.npy")
 """What all runs of an experiment share on disk, as patterns below the output folder."""
+
+Method = UnlearningMethod | SameTime | None
+"""What makes a model of the original; None leaves it as it is."""
 
 _WRONG_ANSWERS = 3
 # The accuracy counts as back this close below the original's; texts, which have none, by their loss in nats.
@@ -86,9 +90,10 @@ class Experiment:
         return training
 
     def train(self, model: nn.Module, rows: Any, seed: int) -> None:
-        """Trains a model on some rows, pulled to where it starts."""
+        """Trains a model on some rows, pulled to where it starts, as far as is asked for."""
         ridge = Ridge(model, trainable_state(model), self.args.ridge)
-        fit(model, rows, self.setting.collator, self.arguments(seed), ridge=ridge)
+        callbacks = [StopAfter(self.args.stop_training_after)] if self.args.stop_training_after < 1 else []
+        fit(model, rows, self.setting.collator, self.arguments(seed), ridge=ridge, callbacks=callbacks)
 
     def request(self, seed: int, forget: Sequence[int]) -> Request:
         """Returns a model as it is before the training, with the samples that are to go and those that stay."""
@@ -104,6 +109,7 @@ class Experiment:
             self.arguments(seed),
             trainable_state(model),
             self.args.ridge,
+            stopped_after=self.args.stop_training_after,
         )
 
     def original(self, seed: int) -> tuple[dict[str, torch.Tensor], float]:
@@ -177,7 +183,7 @@ class Experiment:
         request.fit(request.forget, training, callbacks=[stop])
         return stop.step
 
-    def run(self, case: Case, label: str, method: UnlearningMethod | None, seed: int, folder: Path) -> UnlearningResult:
+    def run(self, case: Case, label: str, method: Method, seed: int, folder: Path) -> UnlearningResult:
         """Makes a model forget with one method, measures it and prints a line.
 
         Args:
@@ -185,7 +191,7 @@ class Experiment:
             label: the method's label.
             method: None measures the original.
             seed: the run's seed.
-            folder: not used; all runs of a recipe have one.
+            folder: of this run's result.
         """
         state, seconds = self.original(seed)
         request = self.request(seed, case.forget)
@@ -200,10 +206,13 @@ class Experiment:
         if method is None:
             result.seconds = seconds
         else:
+            asked = request
+            if isinstance(method, SameTime):
+                asked, method = method.plan(request, folder)
             try:
-                method.prepare(request)
+                method.prepare(asked)
                 with Usage(device) as usage:
-                    result.report = method.unlearn(request).to_dict()
+                    result.report = method.unlearn(asked).to_dict()
             except ValueError as error:
                 raise UserError(f"method {label!r}, {case.name}: {error}") from error
             result.seconds, result.peak_memory = usage.seconds, usage.peak_memory
@@ -215,7 +224,7 @@ class Experiment:
         return result
 
     def runs(
-        self, cases: Sequence[Case], methods: Mapping[str, UnlearningMethod | None], seeds: Sequence[int]
+        self, cases: Sequence[Case], methods: Mapping[str, Method], seeds: Sequence[int]
     ) -> dict[str, Callable[[Path], UnlearningResult]]:
         """Returns a run of every method with every seed in every case, by the names of their folders."""
         return {
@@ -255,14 +264,22 @@ def _line(result: UnlearningResult) -> str:
     return f"{result.case}, {result.method}, seed {result.seed}: {', '.join(parts)}; {result.seconds:.1f} s"
 
 
-def notes(setting: Setting, cases: Sequence[Case], args: UnlearnArguments, seeds: Sequence[int]) -> str:
-    """Returns Markdown that says what was run."""
+def notes(
+    setting: Setting, cases: Sequence[Case], args: UnlearnArguments, seeds: Sequence[int], baselines: Sequence[str]
+) -> str:
+    """Returns Markdown that says what was run, with a sentence for each of the baselines."""
     trained = args.adapter if args.trainable_parameters is None else f"parameters named {args.trainable_parameters!r}"
     lines = [
         f"Trained: {trained}; {len(setting.train):,} training samples, {len(setting.test):,} test samples; seeds "
         f"{', '.join(map(str, seeds))}. The same samples are forgotten with every seed.",
         "Seconds of the original are those of its training. Peak memory is what a method added to what was in use.",
     ]
+    if args.stop_training_after < 1:
+        lines.append(
+            f"Original and gold were stopped after {100 * args.stop_training_after:g} % of the planned steps, with the "
+            "learning rate that the schedule has there."
+        )
+    lines += baselines
     if any(case.name.startswith("class ") for case in cases):
         lines.append("Where a class is forgotten, the test set is that of the other classes.")
     if any(case.name.startswith("memorised ") for case in cases):
@@ -271,6 +288,6 @@ def notes(setting: Setting, cases: Sequence[Case], args: UnlearnArguments, seeds
             "trainings on random halves (Feldman & Zhang 2020)."
         )
     if args.relearn_limit:
-        what = "forget accuracy is within a point" if args.task == "image" else f"forget loss is within {_NATS} nats"
+        what = "forget accuracy is within a point" if args.task != "text" else f"forget loss is within {_NATS} nats"
         lines.append(f"Relearn steps: fine-tuning on the forget set until the {what} of the original's.")
     return "\n".join(f"- {line}" for line in lines)

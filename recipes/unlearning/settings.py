@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
     TrainingArguments,
     ViTImageProcessorPil,
     default_data_collator,
@@ -27,18 +28,19 @@ from peft_ext.unlearning.methods import METHODS, UnlearningMethod
 from recipes.support import inputs
 from recipes.support.arguments import UserError
 from recipes.support.methods import HEAD, Method, folder_name, parse_methods, parse_specs
-from recipes.tasks import causal_lm, image_classification
+from recipes.tasks import causal_lm, image_classification, text_classification
 from recipes.tasks.base import adapt
 from recipes.tasks.resnet import load_resnet20
 from recipes.tasks.toys import refuse_other_inputs
 from recipes.unlearning.cases import Samples
+from recipes.unlearning.same_time import LABELS, NONE
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 
 @dataclass
-class ModelArguments(image_classification.ModelArguments, causal_lm.ModelArguments):
-    """Which model is fine-tuned, and made to forget."""
+class ImageModelArguments(image_classification.ModelArguments):
+    """Which image classifier is fine-tuned, and made to forget."""
 
     network: Literal["pretrained", "resnet20"] = field(
         default="pretrained",
@@ -54,9 +56,18 @@ class ModelArguments(image_classification.ModelArguments, causal_lm.ModelArgumen
 
 
 @dataclass
-class DataArguments(image_classification.DataArguments, causal_lm.DataArguments):
+class ModelArguments(ImageModelArguments, causal_lm.ModelArguments):
+    """Which model is fine-tuned, and made to forget."""
+
+
+@dataclass
+class DataArguments(image_classification.DataArguments, text_classification.DataArguments, causal_lm.DataArguments):
     """What the model is trained on; --eval_split is the test set."""
 
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the texts to classify; for a language model, in place of source and target."},
+    )
     max_retain_eval_samples: int | None = field(
         default=None, metadata={"help": "Measure on a random subset of the retain set of this size. Default: all."}
     )
@@ -66,13 +77,17 @@ class DataArguments(image_classification.DataArguments, causal_lm.DataArguments)
 class UnlearnArguments:
     """What is trained, and the methods that are compared."""
 
-    task: Literal["image", "text"] = field(
-        default="image", metadata={"help": "'image': an image classifier; 'text': a causal language model."}
+    task: Literal["image", "text", "text-classification"] = field(
+        default="image",
+        metadata={
+            "help": "'image': an image classifier; 'text': a causal language model; 'text-classification': a sequence "
+            "classifier, with --text_column and --label_column."
+        },
     )
     adapter: str | None = field(
         default=None,
         metadata={
-            "help": "The PEFT method that is trained, beside the head of an image classifier: a name or a YAML mapping "
+            "help": "The PEFT method that is trained, beside the head of a classifier: a name or a YAML mapping "
             "of name and options, as --methods of the other recipes; 'head' for the head alone."
         },
     )
@@ -99,6 +114,27 @@ class UnlearnArguments:
             "training minimises."
         },
     )
+    stop_training_after: float = field(
+        default=1.0,
+        metadata={
+            "help": "Stop the training of original and gold after this share of its planned optimizer steps, such as "
+            "0.25: the learning rate is cut where its schedule stands. What methods train themselves is not cut."
+        },
+    )
+    same_time: list[str] = field(
+        default_factory=lambda: ["finetune"],
+        metadata={
+            "help": f"Baselines with as many optimizer steps as fit into the seconds that another method took in the "
+            f"same run: {', '.join(map(repr, LABELS))} (the whole schedule in fewer steps), or {NONE!r}."
+        },
+    )
+    same_time_as: str | None = field(
+        default=None,
+        metadata={
+            "help": "Label of the method whose seconds these baselines get. Default: the first gauss_newton of "
+            "--methods; without one there are no such baselines."
+        },
+    )
     relearn_limit: int = field(
         default=50,
         metadata={
@@ -108,12 +144,22 @@ class UnlearnArguments:
     )
 
 
+# What a task takes of all that there is.
+_MODELS = {"image": ImageModelArguments, "text": causal_lm.ModelArguments, "text-classification": inputs.ModelArguments}
+_DATA = {
+    "image": image_classification.DataArguments,
+    "text": causal_lm.DataArguments,
+    "text-classification": text_classification.DataArguments,
+}
+_EVERY_TASK = {"max_train_samples", "max_retain_eval_samples"}
+
+
 def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArguments, seeds: Sequence[int]) -> None:
     """Raises a UserError for what shows without model and data."""
     if (args.adapter is None) == (args.trainable_parameters is None):
         raise UserError("give either --adapter, such as nola, or --trainable_parameters, such as 'bn|linear'")
     if args.trainable_parameters is not None:
-        if args.task == "text":
+        if args.task != "image":
             raise UserError("trainable_parameters is for image classifiers; give --adapter")
         try:
             re.compile(args.trainable_parameters)
@@ -121,15 +167,29 @@ def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArg
             raise UserError(
                 f"trainable_parameters: {args.trainable_parameters!r} is no regular expression: {error}"
             ) from error
+    _refuse_unused(model, _MODELS, args.task)
+    _refuse_unused(data, _DATA, args.task)
     if len(data.data_seeds) > 1:
         raise UserError(f"data_seeds: one run has one training set, give one seed, not {data.data_seeds}")
     if not args.ridge >= 0:
         raise UserError(f"ridge is {args.ridge}; it must be at least 0")
+    if not 0 < args.stop_training_after <= 1:
+        raise UserError(f"stop_training_after is {args.stop_training_after}; it must be above 0 and at most 1")
     if args.relearn_limit < 0:
         raise UserError(f"relearn_limit is {args.relearn_limit}; it must be at least 0")
     inputs.check_counts(data, "max_retain_eval_samples", "max_train_samples")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds: {seeds} has one twice")
+
+
+def _refuse_unused(given: Any, kinds: Mapping[str, Any], task: str) -> None:
+    """Raises a UserError for an option that another task would use, and this one would ignore."""
+    names = {kind: {f.name for f in dataclasses.fields(each)} for kind, each in kinds.items()}
+    default = type(given)()
+    for f in dataclasses.fields(given):
+        if f.name not in names[task] | _EVERY_TASK and getattr(given, f.name) != getattr(default, f.name):
+            others = " or ".join(kind for kind in names if f.name in names[kind])
+            raise UserError(f"{f.name} is for --task {others}, this is --task {task}; leave it out")
 
 
 def check_quickstart(model: ModelArguments, data: DataArguments, args: UnlearnArguments) -> None:
@@ -145,11 +205,11 @@ def parse_adapter(args: UnlearnArguments, training: TrainingArguments, seed: int
     """Reads ``--adapter``, checks it, and gives the training its learning rate, if it has one of its own."""
     if args.adapter is None:
         return None
-    (adapter,) = parse_methods([args.adapter], extra=[HEAD] if args.task == "image" else [], flag="adapter")
+    (adapter,) = parse_methods([args.adapter], extra=[] if args.task == "text" else [HEAD], flag="adapter")
     if args.task == "text":
         causal_lm.check_method(adapter, seed, training.label_smoothing_factor)
     else:
-        adapter.config(None, seed)
+        adapter.config("SEQ_CLS" if args.task == "text-classification" else None, seed)
     training.learning_rate = adapter.learning_rate or training.learning_rate
     return adapter
 
@@ -158,7 +218,7 @@ def parse_unlearning_methods(texts: Sequence[str]) -> dict[str, UnlearningMethod
     """Reads ``--methods``: the methods by their labels."""
     known = {name: {f.name for f in dataclasses.fields(kind) if f.init} for name, kind in METHODS.items()}  # type: ignore[arg-type]
     found: dict[str, UnlearningMethod] = {}
-    for spec in parse_specs(texts, known, reserved=[ORIGINAL]):
+    for spec in parse_specs(texts, known, reserved=[ORIGINAL, *LABELS.values()]):
         if spec.name == GOLD:
             raise UserError(f"methods: {GOLD!r} always runs, it is the gold; leave it out")
         if spec.folder == folder_name(GOLD):
@@ -301,4 +361,29 @@ def load_texts(model_args: ModelArguments, data_args: DataArguments, adapter: Me
         test,
         DataCollatorForSeq2Seq(tokenizer),
         wrong_answers=data_args.text_column is None,
+    )
+
+
+def load_labelled_texts(model_args: ModelArguments, data_args: DataArguments, adapter: Method) -> Setting:
+    """Loads a sequence classifier and its data.
+
+    Args:
+        model_args: which classifier.
+        data_args: which data.
+        adapter: what is trained beside the head.
+    """
+    data = text_classification.load_text_data(data_args)
+    classifier = text_classification.load_classifier(model_args, data.labels)
+    text_classification.check_length(classifier, data_args)
+
+    def samples(split: datasets.Dataset) -> Samples:
+        rows: Any = data.encoded(split, classifier.tokenizer)
+        return Samples(rows, [data.labels[row["labels"]] for row in rows])
+
+    train = inputs.random_subset(data.training_set(data_args.data_seeds[0]), data_args.max_train_samples)
+    return Setting(
+        partial(adapt, classifier.fresh_model, adapter, head=classifier.head, task_type="SEQ_CLS"),
+        samples(train),
+        samples(data.validation),
+        DataCollatorWithPadding(classifier.tokenizer),
     )

@@ -295,7 +295,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: 
     finally:
         torch.set_num_threads(threads)
     names = {path.parent.name for path in tmp_path.glob("out/class-7/*/unlearning.json")}
-    assert names == {f"{name}-seed0" for name in ("original", *METHODS)}
+    assert names == {f"{name}-seed0" for name in ("original", "fine-tuning-same-time", *METHODS)}
 
 
 @pytest.mark.parametrize(
@@ -322,6 +322,13 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: 
         (["--network", "resnet20"], ["--network_weights"]),
         (["--data_seeds", "1", "2"], ["data_seeds"]),
         (["--relearn_limit", "-1"], ["relearn_limit is -1"]),
+        (["--stop_training_after", "0"], ["stop_training_after is 0", "at most 1"]),
+        (["--same_time", "finetun"], ["'finetun'", "did you mean 'finetune'?"]),
+        (["--same_time", "none", "retrain"], ["'none' goes with no other"]),
+        (["--same_time_as", "Newton"], ["no method is called 'Newton'", "finetune", "gauss_newton"]),
+        (["--methods", "{name: salun, label: 'fine-tuning, same time'}"], ["'label' of its own"]),
+        (["--source_column", "text"], ["source_column is for --task text", "--task image"]),
+        (["--max_length", "9"], ["max_length is for --task text-classification"]),
         (["--forget_filter", "red"], ["'filter'", "--forget_filter", "both"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",

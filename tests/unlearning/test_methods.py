@@ -26,7 +26,7 @@ from method_cases import (
     text_row,
 )
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from peft_ext.training.callbacks import Ridge, trainable_state
 from peft_ext.training.trainer import EvaluationTrainer, fit
@@ -115,6 +115,33 @@ def test_retrain_is_the_training_without_the_forget_set(request_: Request) -> No
     expected, found = never_saw_it.state_dict(), request_.model.state_dict()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert loss(request_, request_.forget) > 1
+
+
+def test_retrain_stops_where_the_training_was_stopped(request_: Request) -> None:
+    """With the learning rates of the whole schedule, unlike a training that is planned with fewer steps."""
+    rates: list[float] = []
+    states: list[dict[str, torch.Tensor]] = []
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, lr_scheduler: Any, **_: Any) -> None:
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+            rates.extend(lr_scheduler.get_last_lr())
+
+    torch.manual_seed(0)
+    fit(Network(), request_.retain, request_.collator, request_.training, callbacks=[Remember()])
+    stopped = dataclasses.replace(request_, stopped_after=0.25)
+    report = Retrain().unlearn(stopped)
+    assert report.training is not None and report.training.ended == "share"
+    steps = report.training.steps
+    assert steps == round(0.25 * len(states)) and rates[steps - 1] > rates[-1]
+    found = request_.model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in states[steps - 1].items())
+    assert "where the original's training was stopped too" in report.notes()[0]
+    tuned = Finetune(max_steps=8).unlearn(stopped).training
+    assert tuned is not None and tuned.steps == 8, "what a method plans it does to the end"
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match="`stopped_after` must be a number above 0 and at most 1"):
+            dataclasses.replace(request_, stopped_after=share)
 
 
 def test_retrain_in_training_mode_is_the_plain_trainers(request_: Request) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer, TrainingArguments
 
-from ...checks import check_not_negative
+from ...checks import check_not_negative, check_share
 from ...training.callbacks import Ridge, trainable_parameters
 from ...training.modes import check_adapters
 from ...training.trainer import EvaluationTrainer, fit
@@ -39,10 +39,13 @@ class Request:
             go on training add it too.
         eval_mode: whether that training ran in evaluation mode, without dropout and with batch-norm statistics kept, as
             `fit` does. Only `Retrain` asks: what the other methods do always runs in evaluation mode.
+        stopped_after: the share of its planned optimizer steps after which that training was stopped, where the
+            schedule of the learning rate stood at the time (`StopAfter`). Only `Retrain` asks: what the other methods
+            plan they do to the end.
 
     Raises:
         ValueError: the model has nothing to train, its adapter is merged or disabled, a set is empty, the sets share
-            samples, or `initial` does not fit.
+            samples, `initial` does not fit, or a number is out of range.
     """
 
     model: nn.Module
@@ -53,9 +56,11 @@ class Request:
     initial: Mapping[str, torch.Tensor]
     ridge: float = 0.0
     eval_mode: bool = True
+    stopped_after: float = 1.0
 
     def __post_init__(self) -> None:
         check_not_negative("ridge", self.ridge)
+        check_share("stopped_after", self.stopped_after)
         check_adapters(self.model)
         parameters = trainable_parameters(self.model)
         if not parameters:
@@ -164,7 +169,8 @@ class Tuned:
     Attributes:
         steps: number of optimizer steps.
         learning_rate: the highest one.
-        ended: why it ended: `"steps"`, all planned steps were taken; `"bound"`, the loss reached its bound.
+        ended: why it ended: `"steps"`, all planned steps were taken; `"bound"`, the loss reached its bound; `"share"`,
+            the model's own training was stopped there, too.
         last_loss: loss of the last batch, where the method looks at it.
         from_initial: whether it began at the parameters from before the model's training.
     """
@@ -346,7 +352,9 @@ def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None)
     elif solution.ended == "steps":
         notes.append(f"Stopped after {kept} steps, with the objective still falling.")
     elif solution.ended == "distance":
-        notes.append("Stopped short: a further step led further from the trained weights than the training had moved them.")
+        notes.append(
+            "Stopped short: a further step led further from the trained weights than the training had moved them."
+        )
     return notes
 
 
@@ -365,7 +373,8 @@ def _curvature_note(solution: Solution) -> str:
 
 def _training_note(training: Tuned) -> str:
     if training.from_initial:
-        return f"{training.steps} steps from the initial parameters"
+        where = ", where the original's training was stopped too" if training.ended == "share" else ""
+        return f"{training.steps} steps from the initial parameters{where}"
     note = f"{training.steps} steps, learning rate {training.learning_rate:g}"
     if training.last_loss is None:
         return note

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ...training.callbacks import StopAfter
 from ...training.trainer import CheckedTrainer, EvaluationTrainer
 from ..derivatives.data import Loader
 from .base import Request, Tuned, UnlearningReport
@@ -20,6 +21,7 @@ from .tuning import TrainingMethod
 class Retrain(TrainingMethod):
     """Puts the initial parameters back and trains on the retain set, with the arguments of the model's training.
 
+    Where that training was stopped early, `Request.stopped_after` of the planned steps, so is this one.
     It is what the other methods try to come close to at less cost.
     """
 
@@ -28,10 +30,12 @@ class Retrain(TrainingMethod):
     def train(self, request: Request) -> Trainer:
         request.restore_initial()
         trainer_class = EvaluationTrainer if request.eval_mode else CheckedTrainer
-        return request.fit(request.retain, request.training, trainer_class)
+        callbacks = [StopAfter(request.stopped_after)] if request.stopped_after < 1 else []
+        return request.fit(request.retain, request.training, trainer_class, callbacks=callbacks)
 
     def facts(self, trainer: Trainer) -> Tuned:
-        return Tuned(trainer.state.global_step, trainer.args.learning_rate, from_initial=True)
+        ended = "steps" if trainer.state.global_step >= trainer.state.max_steps else "share"
+        return Tuned(trainer.state.global_step, trainer.args.learning_rate, ended, from_initial=True)
 
     def fit(
         self,
