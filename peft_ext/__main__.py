@@ -1,19 +1,23 @@
 """The command line: looks at saved adapters and networks, verifies them, and saves them in fewer bits or as LoRA.
 
+It verifies unlearning ledgers too.
+
     peft-ext inspect FOLDER
     peft-ext verify FOLDER --base MODEL
     peft-ext quantize FOLDER OUT --dtype int4
     peft-ext export FOLDER OUT
+    peft-ext ledger verify FOLDER
 
-A folder can also be the id of a repository on the hub, `user/name`. `--json` prints one JSON object:
+A folder of a checkpoint can also be the id of a repository on the hub, `user/name`. `--json` prints one JSON object:
 
 - inspect: what `peft_ext.adapters.inspection.inspect` returns;
 - verify: `folder`, `identity`, `verified` (sentences) and `unexplained` (names of tensors that only `--base` explains);
 - quantize: what `peft_ext.adapters.conversion.quantize` returns;
-- export: what `peft_ext.to_lora` returns.
+- export: what `peft_ext.to_lora` returns;
+- ledger verify: what `peft_ext.unlearning.ledger_state.survey` returns, `verified` and `problems` (sentences) among it.
 
-Exit codes: 0 fine; 1 the checkpoint fails verification, or cannot be exported as asked; 2 wrong arguments, or a file or
-repository is missing. What is wrong is one line on stderr.
+Exit codes: 0 fine; 1 the checkpoint or ledger fails verification, or cannot be exported as asked; 2 wrong arguments, or
+a file or repository is missing. What is wrong is one line on stderr, and one each for all problems of a ledger.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -51,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(found, indent=2))
     else:
         options.show(found, Console(soft_wrap=True, highlight=False))
-    return FINE
+    for problem in found.get("problems", ()):
+        _fail(ValueError(problem), REFUSED)
+    return REFUSED if found.get("problems") else FINE
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -97,6 +104,16 @@ def _parser() -> argparse.ArgumentParser:
         "--base", help="base model, of which the configuration is read: a folder, or its id on the hub"
     )
     exporting.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    ledgers = commands.add_parser("ledger", help="about unlearning ledgers").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    text = "verify checksums, log and state of an unlearning ledger, and that nothing of former states is left"
+    checking = ledgers.add_parser("verify", help=text, description=text)
+    checking.add_argument("folder", help="of the ledger")
+    checking.add_argument("--head", help="hash of an entry that the log must hold, as it was published")
+    checking.add_argument("--record", help="record of a request (JSON) that must fit the log")
+    checking.add_argument("--json", action="store_true", help="print one JSON object")
+    checking.set_defaults(run=_verify_ledger, show=_show_ledger)
     return parser
 
 
@@ -137,6 +154,27 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
         revision=options.revision,
         overwrite=options.overwrite,
     )
+
+
+def _verify_ledger(options: argparse.Namespace) -> dict[str, Any]:
+    # With unlearning comes the Trainer, which the other commands do without.
+    from .unlearning.evaluation.audit import problems_of
+    from .unlearning.ledger_state import survey
+
+    found = survey(Path(options.folder))
+    if options.head is not None:
+        held = [entry["hash"] for entry in found["entries"]]
+        if options.head in held:
+            found["verified"].append(f"The log holds {options.head}: it is entry {held.index(options.head)}.")
+        else:
+            found["problems"].append(f"the log does not hold {options.head}: it was rewritten, or is an older copy")
+    if options.record is not None:
+        record = json.loads(Path(options.record).read_text(encoding="utf-8"))
+        problems = problems_of(record, found["chain"])
+        found["problems"] += problems
+        if not problems:
+            found["verified"].append(f"The record fits request {record['number']} of the log.")
+    return found
 
 
 def _table(title: str, rows: Sequence[tuple[str, Any]]) -> Table:
@@ -203,6 +241,20 @@ def _show_exported(found: dict[str, Any], console: Console) -> None:
     console.print(_table(f"LoRA of {found['method']}", rows))
     for note in found["notes"]:
         console.print(_plain(note))
+
+
+def _show_ledger(found: dict[str, Any], console: Console) -> None:
+    shown = Table(title=f"Ledger in {_plain(found['folder'])}", title_justify="left")
+    for column in ("entry", "time", "forgotten", "remaining", "change", "hash begins"):
+        shown.add_column(column, justify="left" if column in ("time", "hash begins") else "right")
+    for number, entry in enumerate(found["entries"]):
+        change = "-" if entry["shift"] is None else f"{entry['shift']:.4g}"
+        numbers = (f"{entry['forgotten']:,}", f"{entry['remaining']:,}", change)
+        shown.add_row(f"{number:,}", _plain(entry["time"]), *numbers, entry["hash"][:16])
+    console.print(shown)
+    console.print(f"Head: {found['head']}")
+    for sentence in found["verified"]:
+        console.print(_plain(sentence))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from torch import nn
@@ -20,7 +21,10 @@ from .derivatives.data import Loader, Selection, batches, gathered, sample_keys,
 from .derivatives.function import AdapterFunction
 from .derivatives.losses import LOSSES
 from .derivatives.quadratic import DRAWS, MEMORY, SampledQuadratic, smaller_form
-from .ledger_state import FILE, Deletion, LedgerState
+from .ledger_chain import Chain, Entry, commitment, entry_hash
+from .ledger_folder import exists, leftovers, read_record, remove_leftovers, warn_of_leftover
+from .ledger_lock import alone, locked, on_main
+from .ledger_state import Deletion, LedgerState
 
 RETAIN_TOLERANCE = 0.05
 """How far trial deletions may raise the loss of what remains, in nats per target, unless the user says otherwise."""
@@ -47,28 +51,32 @@ class UnlearningLedger:
     The curvature is kept as its rows, a few for every sample, or as their sum of outer products `p x p`, whichever is
     smaller. Rows of forgotten samples are deleted, their outer products are subtracted.
 
-    The folder holds `ledger.json` (settings, checksum, log of requests) and one `state-*.safetensors` (tensors and the
-    hashes of the remaining samples; never samples, but the trained weights are those before any request: keep it as
-    confidential as the adapter). A request writes a new state and then replaces `ledger.json`, so that an interruption
-    leaves the ledger as it was or as it is to be; `restore` brings an adapter that was not saved in time up to it.
+    The folder holds `ledger.json` (the log: settings, and an entry for every request with the hash of the one before),
+    one `state-*.safetensors` (tensors and the hashes of the remaining samples; never samples, but the trained weights
+    are those before any request: keep it as confidential as the adapter) and `ledger.lock`. A request writes a new
+    state and then replaces `ledger.json`, so that an interruption leaves the ledger as it was or as it is to be;
+    `restore` brings an adapter that was not saved in time up to it. docs/ledger.md says what the log proves.
 
-    `create` makes a ledger, and the constructor opens one.
+    `create` makes a ledger, and the constructor opens one, which deletes what an interrupted request left. A ledger may
+    be open several times, in several processes: requests are served one after the other, each from what is on disk.
 
     Args:
         folder: where the ledger is.
         memory: bytes for the derivatives of a chunk of samples, and for matrices.
-        state: what the ledger holds, if it has been read already.
 
     Raises:
         ValueError: there is no ledger, or it is damaged.
+
+    Warns:
+        UserWarning: a file with hashes of forgotten samples could not be deleted.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], memory: float = MEMORY, *, state: LedgerState | None = None
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], memory: float = MEMORY) -> None:
         self.folder = Path(folder)
         self.memory = memory
-        self._state = LedgerState.read(self.folder) if state is None else state
+        self._record, self._state = LedgerState.read(self.folder)
+        self._left = self._state.weights  # what this holder left adapters with
+        self._clean()
 
     @classmethod
     def create(
@@ -109,6 +117,7 @@ class UnlearningLedger:
         Raises:
             ValueError: an argument holds what it cannot, there is a ledger already, or matrices of p x p for p
                 parameters do not fit `memory`.
+            OSError: the ledger could not be written.
 
         Warns:
             UserWarning: a trial deletion raised the loss of what remains by more with every damping. The ledger is
@@ -119,8 +128,7 @@ class UnlearningLedger:
         check_choice("loss", loss, tuple(LOSSES))
         check_options(damping, retain_tolerance, draws, memory)
         check_not_negative("ridge", ridge)
-        if (folder / FILE).exists():
-            raise ValueError(f"There is a ledger in {str(folder)!r} already: open it, or choose another folder.")
+        _check_absent(folder)
         function = AdapterFunction(model, LOSSES[loss](), parameters, memory / 4)
         samples = len(sample_keys(data))
         if not samples:
@@ -147,14 +155,22 @@ class UnlearningLedger:
                 parameters=parameters,
                 created=_now(),
                 seconds=0.0,
+                retain_tolerance=retain_tolerance if damping is None else None,
             )
             if damping is None:
                 state = _least_damped(state, function, data, loss_sum, retain_tolerance)
             else:
                 state = state.damped(damping)
         state = replace(state, seconds=time.perf_counter() - start)
-        state.write(folder)
-        return cls(folder, memory, state=state)
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                _check_absent(folder)
+                state.write(folder, {"time": state.created, "seconds": state.seconds})
+
+        on_main(write)
+        return cls(folder, memory)
 
     @property
     def damping(self) -> float:
@@ -168,66 +184,130 @@ class UnlearningLedger:
 
     @property
     def requests(self) -> list[Deletion]:
-        """What was forgotten so far."""
-        return list(self._state.requests)
+        """What was forgotten so far, as this holder knows: others may have served requests since its last one."""
+        return self._state.requests
+
+    @property
+    def chain(self) -> list[Entry]:
+        """The log, an entry for the creation and one for every request; see `peft_ext.unlearning.ledger_chain`."""
+        return [dict(entry) for entry in self._state.chain]
+
+    @property
+    def head(self) -> str:
+        """SHA-256 of the last entry of the log. Where it is published, nobody can rewrite what came before."""
+        return entry_hash(self._state.chain[-1])
 
     def __len__(self) -> int:
-        """Returns the number of samples that were learned and not forgotten."""
+        """Returns the number of samples that were learned and not forgotten, as this holder knows."""
         return len(self._state.quadratic.keys)
 
     def forget(self, model: nn.Module, data: Loader) -> Deletion:
         """Serves a request: changes the model in place and writes the ledger that follows.
 
+        If other holders of the ledger have served requests since, the model is brought up to them too.
+
         Args:
             model: the adapter as this ledger left it.
             data: batches of the samples to forget, as they were learned.
 
+        Returns:
+            What was done, with the hashes of what was forgotten: nothing else keeps them.
+
         Raises:
             ValueError: the ledger belongs to another model, the adapter has changed since, there is no sample, a
-                sample was never learned or is forgotten already, or none would remain. Nothing has changed then.
+                sample was never learned or is forgotten already, none would remain, the step is not finite, or the
+                folder holds another ledger by now. Nothing has changed then.
+            TimeoutError: another process has been changing the ledger for ten minutes. Nothing has changed.
+            OSError: the ledger could not be written. Nothing has changed.
+
+        Warns:
+            UserWarning: the former state, which has hashes of what is forgotten, could not be deleted.
         """
         start = time.perf_counter()
-        function, state = self._function(model), self._state
-        before = function.vector
-        if not torch.equal(before.cpu(), _as_stored(function, state.weights)):
-            raise ValueError(
-                "The adapter has other weights than the ledger left it with: it was trained on, or not saved after the "
-                "last request. `restore` gives it the ledger's."
-            )
-        keys = sample_keys(data)
-        if not keys:
-            raise ValueError("The forget set is empty.")
-        unknown = Counter(keys) - Counter(state.quadratic.keys)
-        if unknown:
-            raise ValueError(
-                f"{unknown.total()} of {len(keys)} samples were never learned, or are forgotten already (SHA-256 of "
-                f"the first: {next(iter(unknown))}). A sample is known by the exact tensors that the model was "
-                "trained with."
-            )
-        if len(keys) == len(self):
-            raise ValueError("No sample would remain: take the adapter off the model instead.")
-        function.vector = state.quadratic.trained.to(function.device)
-        try:
-            remaining, _ = state.quadratic.without(function, data, Counter(keys))
-        finally:
-            function.vector = before
-        weights = state.weights_after(remaining)
-        shift = float((weights - state.weights).norm())
-        deletion = Deletion(_now(), len(keys), time.perf_counter() - start, shift)
-        after = replace(state, quadratic=remaining, weights=weights, requests=(*state.requests, deletion))
-        after.write(self.folder)
-        self._state = after
-        function.vector = weights.to(function.device)
-        return replace(deletion, seconds=time.perf_counter() - start)
+        with alone(self.folder):
+            self._refresh()
+            function, state = self._function(model), self._state
+            before = function.vector
+            if not any(torch.equal(before.cpu(), _as_stored(function, left)) for left in (state.weights, self._left)):
+                raise ValueError(
+                    "The adapter has other weights than the ledger left it with: it was trained on, or not saved after "
+                    "the last request. `restore` gives it the ledger's."
+                )
+            keys = sample_keys(data)
+            if not keys:
+                raise ValueError("The forget set is empty.")
+            unknown = Counter(keys) - Counter(state.quadratic.keys)
+            if unknown:
+                raise ValueError(
+                    f"{unknown.total()} of {len(keys)} samples were never learned, or are forgotten already (SHA-256 "
+                    f"of the first: {next(iter(unknown))}). A sample is known by the exact tensors that the model was "
+                    "trained with."
+                )
+            if len(keys) == len(self):
+                raise ValueError("No sample would remain: take the adapter off the model instead.")
+            function.vector = state.quadratic.trained.to(function.device)
+            try:
+                remaining, _ = state.quadratic.without(function, data, Counter(keys))
+            finally:
+                function.vector = before
+            weights = state.weights_after(remaining)
+            if not torch.isfinite(weights).all():
+                raise ValueError("The step is not finite: what remains does not determine it. Nothing has changed.")
+            shift = float((weights - state.weights).norm())
+            served = {"time": _now(), "samples": len(keys), "seconds": time.perf_counter() - start, "shift": shift}
+            after = replace(state, quadratic=remaining, weights=weights)
+
+            def write() -> tuple[str, bytes, Chain]:
+                salt = token_hex(32)
+                chain = after.write(self.folder, {**served, "forgotten": commitment(salt, keys)})
+                return salt, read_record(self.folder), chain
+
+            salt, self._record, chain = on_main(write)
+            self._state = replace(after, chain=chain)
+            function.vector = weights.to(function.device)
+            self._left = weights
+        done = time.perf_counter() - start
+        return replace(self.requests[-1], seconds=done, forgotten=tuple(sorted(keys)), salt=salt)
 
     def restore(self, model: nn.Module) -> None:
-        """Gives an adapter the weights that the ledger left it with.
+        """Gives an adapter the weights that the ledger, as it is on disk, left it with.
 
         Raises:
-            ValueError: the ledger belongs to another model.
+            ValueError: the ledger belongs to another model, or the folder holds another ledger by now.
         """
+        self._refresh()
         function = self._function(model)
         function.vector = self._state.weights.to(function.device)
+        self._left = self._state.weights
+
+    def _refresh(self) -> None:
+        """Reads again what others have changed."""
+        if read_record(self.folder) == self._record:
+            return
+        record, state = LedgerState.read(self.folder)
+        known = self._state.chain
+        if state.chain[: len(known)] != known:
+            raise ValueError(
+                f"The ledger in {str(self.folder)!r} was replaced by another one, or by an older copy, after it was "
+                f"opened: its log no longer holds {self.head}, the head it had. Open it anew if that is meant."
+            )
+        self._record, self._state = record, state
+
+    def _clean(self) -> None:
+        """Deletes what an interruption left, unless a request is being served, which will."""
+        chain = self._state.chain
+        if not leftovers(self.folder, chain):
+            return
+        try:
+            with locked(self.folder, 0):
+                record, state = LedgerState.read(self.folder)
+                self._record, self._state, self._left = record, state, state.weights
+                remove_leftovers(self.folder, state.chain)
+        except TimeoutError:
+            return
+        except OSError as error:  # such as a folder that may only be read
+            for path in leftovers(self.folder, chain):
+                warn_of_leftover(path, error)
 
     def _function(self, model: nn.Module) -> AdapterFunction:
         state = self._state
@@ -240,6 +320,11 @@ class UnlearningLedger:
                 "the parameters that can change, differ."
             )
         return function
+
+
+def _check_absent(folder: Path) -> None:
+    if exists(folder):
+        raise ValueError(f"There is a ledger in {str(folder)!r} already: open it, or choose another folder.")
 
 
 def check_options(damping: float | None, retain_tolerance: float, draws: int | None, memory: float) -> None:

@@ -1,24 +1,25 @@
-"""What a ledger holds, and the two files that hold it on disk."""
+"""What a ledger holds, and how it becomes the entries and the tensors on disk."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..files import write_whole
+from ..checks import check_choice, check_types
+from . import ledger_folder
+from .derivatives.losses import LOSSES
 from .derivatives.quadratic import SampledQuadratic
+from .ledger_chain import Chain, Entry, entry_hash, extended
+from .ledger_folder import FILE, MARK, state_name
 
-FILE = "ledger.json"
-_VERSION = 2
 _TERMS = {"kernel": "rows", "parameter": "gram"}  # the name on disk, by the form
+_SETTINGS = ("damping", "mean_curvature", "fingerprint", "loss", "parameters", "retain_tolerance")
 
 
 @dataclass
@@ -30,12 +31,23 @@ class Deletion:
         samples: number of samples that were forgotten.
         seconds: wall time.
         shift: length of the change of the parameters.
+        remaining: number of samples that were learned and not forgotten.
+        number: its place in the ledger's log, from 1 on.
+        hash: SHA-256 of its entry in the log; see `peft_ext.unlearning.ledger_chain`.
+        forgotten: SHA-256 of the samples, in alphabetical order. The ledger does not keep them: only the object that
+            `forget` returns has them, None elsewhere.
+        salt: random digits, with which the log's entry for `forgotten` can be verified; neither kept by the ledger.
     """
 
     time: str
     samples: int
     seconds: float
     shift: float
+    remaining: int
+    number: int
+    hash: str
+    forgotten: tuple[str, ...] | None = None
+    salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,9 @@ class LedgerState:
         parameters: regular expression of the names of the parameters, or None.
         created: when, in UTC.
         seconds: wall time of that.
-        requests: what was forgotten.
+        retain_tolerance: how far trial deletions were to raise the loss of what remains, in nats per target; None if
+            there were none.
+        chain: the log; empty if nothing is on disk yet.
     """
 
     quadratic: SampledQuadratic
@@ -66,7 +80,18 @@ class LedgerState:
     parameters: str | None
     created: str
     seconds: float
-    requests: tuple[Deletion, ...] = ()
+    retain_tolerance: float | None = None
+    chain: Chain = ()
+
+    @property
+    def requests(self) -> list[Deletion]:
+        """What was forgotten."""
+        names = ("time", "samples", "seconds", "shift", "remaining")
+        return [
+            Deletion(**{name: entry[name] for name in names}, number=number, hash=entry_hash(entry))
+            for number, entry in enumerate(self.chain)
+            if number
+        ]
 
     @property
     def shift(self) -> float:
@@ -83,39 +108,23 @@ class LedgerState:
         return self.quadratic.trained + remaining.newton_step(self.shift) - self.full_step
 
     @classmethod
-    def read(cls, folder: Path) -> LedgerState:
-        """Reads what `write` wrote.
+    def read(cls, folder: Path) -> tuple[bytes, LedgerState]:
+        """Reads what `write` wrote: the bytes of `ledger.json`, and what the ledger holds.
 
         Raises:
-            ValueError: there is nothing, or it is damaged.
+            ValueError: there is nothing, or it is damaged; the message names the file.
         """
-        path = folder / FILE
-        if not path.is_file():
-            raise ValueError(f"There is no ledger in {str(folder)!r}: {FILE} is missing. `create` makes one.")
+        record, chain, data = ledger_folder.read(folder)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version, name, expected = (record[key] for key in ("version", "state", "sha256"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error!r}.") from error
-        if version != _VERSION:
-            raise ValueError(f"{str(path)!r} has version {version!r}; this release of peft_ext reads {_VERSION}.")
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{str(path)!r} names the state {name!r}, which is no file name.")
-        try:
-            data = (folder / name).read_bytes()
-            found = hashlib.sha256(data).hexdigest()
-            if found != expected:
-                raise ValueError(f"its SHA-256 is {found}, and {expected} was written")
-            tensors = load(data)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"The state {name!r} of the ledger in {str(folder)!r} is damaged: {error}.") from error
-        try:
-            return cls._of(record, tensors)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error!r}.") from error
+            return record, cls._of(chain, load(data))
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{str(folder / FILE)!r} and {state_name(chain)!r} do not hold a ledger together: {error!r}."
+            ) from error
 
     @classmethod
-    def _of(cls, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LedgerState:
+    def _of(cls, chain: Chain, tensors: dict[str, torch.Tensor]) -> LedgerState:
+        settings, last = chain[0]["settings"], chain[-1]
         form = next(form for form, name in _TERMS.items() if name in tensors or form == "parameter")
         quadratic = SampledQuadratic(
             form,
@@ -123,56 +132,113 @@ class LedgerState:
             tensors["gradient"],
             tensors["trained"],
             tensors["reference"],
-            record["weight_decay"],
+            settings["ridge"],
             [bytes(row).hex() for row in tensors["samples"].numpy()],
-            record["targets"],
-            record["draws"],
+            last["targets"],
+            settings["draws"],
         )
-        names = ("damping", "mean_curvature", "fingerprint", "loss", "parameters", "created", "seconds")
-        settings = {name: record[name] for name in names}
-        requests = tuple(Deletion(**request) for request in record["requests"])
-        return cls(quadratic, tensors["weights"], tensors["full_step"], **settings, requests=requests)
+        state = cls(
+            quadratic,
+            tensors["weights"],
+            tensors["full_step"],
+            **{name: settings[name] for name in _SETTINGS},
+            created=chain[0]["time"],
+            seconds=chain[0]["seconds"],
+            chain=chain,
+        )
+        check_types(quadratic)
+        check_types(state)
+        check_choice("loss", state.loss, tuple(LOSSES))
+        size, count = (len(state.weights),), last["remaining"]
+        shapes = {name: tuple(tensors[name].shape) for name in ("gradient", "trained", "reference", "full_step")}
+        terms = tuple(quadratic.terms.shape)
+        fits = terms == size * 2 if form == "parameter" else len(terms) == 3 and terms[::2] == (count, *size)
+        if len(quadratic.keys) != count or not fits or any(shape != size for shape in shapes.values()):
+            raise ValueError(f"{count} samples, {len(quadratic.keys)} hashes, tensors of the shapes {terms}, {shapes}")
+        return state
 
-    def write(self, folder: Path) -> None:
-        """Makes the state on disk this one: `ledger.json` is replaced last, in one step."""
-        process = PartialState()
-        if process.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            quadratic = self.quadratic
-            tensors = {
-                _TERMS[quadratic.form]: quadratic.terms,
-                "gradient": quadratic.gradient,
-                "trained": quadratic.trained,
-                "reference": quadratic.reference,
-                "weights": self.weights,
-                "samples": _packed(quadratic.keys),
-                "full_step": self.full_step,
-            }
-            data = save({name: tensor.clone() for name, tensor in tensors.items()})
-            name = f"state-{len(self.requests):06d}.safetensors"
-            record = {
-                "version": _VERSION,
-                "fingerprint": self.fingerprint,
-                "loss": self.loss,
-                "draws": quadratic.draws,
-                "parameters": self.parameters,
-                "weight_decay": quadratic.ridge,
-                "mean_curvature": self.mean_curvature,
-                "targets": quadratic.targets,
-                "created": self.created,
-                "seconds": self.seconds,
-                "requests": [asdict(request) for request in self.requests],
-                "damping": self.damping,
-                "ridge": self.shift,
-                "state": name,
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
-            write_whole(folder / name, data)
-            write_whole(folder / FILE, json.dumps(record, indent=1) + "\n")
-            for old in folder.glob("state-*"):
-                if old.name != name:
-                    old.unlink()
-        process.wait_for_everyone()
+    def write(self, folder: Path, event: Entry) -> Chain:
+        """Makes the state on disk this one, and returns its chain. The caller holds the lock.
+
+        Args:
+            folder: of the ledger, which is there.
+            event: what the new entry of the chain says beside the settings, the numbers of samples and targets that
+                remain, and the hash of the state.
+
+        Raises:
+            OSError: something could not be written; the ledger is as it was.
+        """
+        quadratic = self.quadratic
+        tensors = {
+            _TERMS[quadratic.form]: quadratic.terms,
+            "gradient": quadratic.gradient,
+            "trained": quadratic.trained,
+            "reference": quadratic.reference,
+            "weights": self.weights,
+            "samples": _packed(quadratic.keys),
+            "full_step": self.full_step,
+        }
+        data = save({name: tensor.clone() for name, tensor in tensors.items()}, {"format": MARK})
+        entry = {
+            **event,
+            "remaining": len(quadratic.keys),
+            "targets": quadratic.targets,
+            "state": hashlib.sha256(data).hexdigest(),
+        }
+        if not self.chain:
+            own = {name: getattr(self, name) for name in _SETTINGS}
+            entry["settings"] = {**own, "ridge": quadratic.ridge, "draws": quadratic.draws}
+        chain = extended(self.chain, entry)
+        ledger_folder.commit(folder, chain, data)
+        return chain
+
+
+def survey(folder: Path) -> dict[str, Any]:
+    """Verifies a ledger as far as that can be done without the adapter, and changes nothing.
+
+    Args:
+        folder: of the ledger.
+
+    Returns:
+        What JSON can hold: `folder`; `entries`, for the creation and every request the `time`, the numbers of samples
+        `forgotten` and `remaining`, `shift` (None for the creation) and `hash`; `head`, the last hash; `chain`, the log
+        itself; `state`, the name of the file of the tensors; `verified` and `problems`, sentences.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no ledger, or it is damaged; the message names the file.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
+    _, state = LedgerState.read(folder)
+    chain, left = state.chain, ledger_folder.leftovers(folder, state.chain)
+    entries = [
+        {
+            "time": entry["time"],
+            "forgotten": entry.get("samples", 0),
+            "remaining": entry["remaining"],
+            "shift": entry.get("shift"),
+            "hash": entry_hash(entry),
+        }
+        for entry in chain
+    ]
+    name = state_name(chain)
+    return {
+        "folder": str(folder),
+        "entries": entries,
+        "head": entries[-1]["hash"],
+        "chain": list(chain),
+        "state": name,
+        "verified": [
+            f"{FILE} is as it was written (SHA-256); each of {len(chain)} entries holds the hash of the one before.",
+            f"{name} is the state of the last entry (SHA-256), with {len(state.quadratic.keys):,} hashes of samples.",
+        ],
+        "problems": [
+            f"{path.name} is left from an interruption, or from a request that is being served now, and may hold "
+            "hashes of forgotten samples: opening the ledger deletes it"
+            for path in left
+        ],
+    }
 
 
 def _packed(keys: list[str]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -50,21 +49,31 @@ def test_requests_are_exact_for_a_linear_model(tmp_path, draws):
     assert torch.allclose(matrix(model), gold, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["ViT, NOLA and head", "CNN, batch-norm", "GPT-2, NOLA"])
-def test_the_order_of_requests_does_not_matter(name, tmp_path):
+@pytest.mark.parametrize("draws", [3, None])
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("ViT, NOLA and head", torch.float64, 1e-9),
+        ("CNN, batch-norm", torch.float64, 1e-9),
+        ("GPT-2, NOLA", torch.float64, 1e-9),
+        ("ViT, NOLA and head", torch.float32, 1e-6),
+    ],
+)
+def test_the_order_of_requests_does_not_matter(name, dtype, tolerance, draws, tmp_path):
     make, samples = PROBLEMS[name]
-    rows = samples(10, 1)
+    rows = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in row.items()} for row in samples(10, 1)]
     found = []
     for i, requests in enumerate([[rows[:2], rows[2:3], rows[5:7]], [rows[5:7], rows[:3]], [rows[:3] + rows[5:7]]]):
-        model = make()
-        UnlearningLedger.create(tmp_path / str(i), model, loader(rows), damping=0.1)
+        model = make().to(dtype)
+        UnlearningLedger.create(tmp_path / str(i), model, loader(rows), damping=0.1, draws=draws)
         for request in requests:
-            UnlearningLedger(tmp_path / str(i)).forget(model, loader(request))  # opened again every time
+            # Opened again every time; single precision rounds otherwise in batches of other sizes.
+            UnlearningLedger(tmp_path / str(i)).forget(model, loader(request, 1))
         found.append(weights(model))
         assert len(UnlearningLedger(tmp_path / str(i)).requests) == len(requests)
-    assert torch.allclose(found[0], found[1], rtol=1e-9, atol=1e-9)
-    assert torch.allclose(found[0], found[2], rtol=1e-9, atol=1e-9)
-    assert (found[0] - weights(make())).norm() > 1e-3
+    assert torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance)
+    assert torch.allclose(found[0], found[2], rtol=tolerance, atol=tolerance)
+    assert (found[0] - weights(make().to(dtype))).norm() > 1e-3
 
 
 def test_a_request_raises_the_loss_on_what_is_forgotten(tmp_path):
@@ -156,7 +165,8 @@ def test_what_is_forgotten_leaves_no_hash(tmp_path):
     ledger.forget(model, loader(rows[:8]))
     content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert sum(key in content for key in gone) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger.json", "state-000001.safetensors"]
+    names = ["ledger.json", "ledger.lock", "state-000001.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_unknown_samples_are_refused(tmp_path, snapshot):
@@ -236,9 +246,8 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_state(tmp_path
         patch.setattr(Path, "unlink", watched("unlink", Path.unlink))
         ledger.forget(model, loader(rows[:2]))
         new, number = weights(model), len(calls)
-        assert calls == 2 * ["unlink", "fsync", "replace"] + [
-            "unlink"
-        ]  # what a crash left, file by file; the old state
+        # What a crash left, the file, its name, and the name in the folder; then the old state goes.
+        assert calls == 2 * ["unlink", "fsync", "replace", "fsync"] + ["unlink"]
         outcomes = set()
         for i in range(number):
             for after in (False, True):
@@ -250,6 +259,7 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_state(tmp_path
                     ledger.forget(model, loader(rows[:2]))
                 crash_at = None
                 found = UnlearningLedger(folder)
+                assert len(list(folder.glob("state-*"))) == 1  # what was left is gone
                 found.restore(model)
                 forgotten = len(found) == 7
                 assert torch.equal(weights(model), new if forgotten else old)
@@ -260,35 +270,6 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_state(tmp_path
                 found.forget(model, loader(rows[2:3]))  # and it goes on
                 assert len(list(folder.glob("state-*"))) == 1
         assert outcomes == {False, True}
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "ledger.json").unlink(), "There is no ledger in"),
-        (lambda folder: (folder / "ledger.json").write_text("{"), "is damaged"),
-        (lambda folder: next(folder.glob("state-*")).unlink(), "is damaged"),
-        (lambda folder: edit(folder, version=1), "has version 1; this release of peft_ext reads 2"),
-        (lambda folder: edit(folder, state="../state"), "is no file name"),
-        (lambda folder: flip(next(folder.glob("state-*"))), "its SHA-256 is [0-9a-f]+, and [0-9a-f]+ was written"),
-    ],
-)
-def test_damage_is_seen(damage, message, tmp_path):
-    made(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        UnlearningLedger(tmp_path)
-
-
-def edit(folder: Path, **fields) -> None:
-    path = folder / "ledger.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 def test_wrong_arguments(tmp_path):
@@ -304,6 +285,8 @@ def test_wrong_arguments(tmp_path):
         with pytest.raises(ValueError, match=message):
             UnlearningLedger.create(tmp_path, model, loader(rows), **arguments)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="The training set is empty"):
+        UnlearningLedger.create(tmp_path, model, [])
     made(tmp_path)
     with pytest.raises(ValueError, match="There is a ledger in .* already"):
         made(tmp_path)

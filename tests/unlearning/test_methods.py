@@ -40,6 +40,7 @@ from peft_ext.unlearning import (
     RandomLabels,
     Request,
     Retrain,
+    Rewind,
     SalUn,
     UnlearningReport,
 )
@@ -61,6 +62,27 @@ class TestRetrain(MethodCases):
         for context in ({"reference": request_.initial}, {"training": request_.training}):
             with pytest.raises(ValueError, match="needs `reference`.* and `training`"):
                 Retrain().fit(request_.model, *loaders(request_), **context)
+
+
+class TestRewind(MethodCases):
+    method, trains, wrong = Rewind, True, [{"keep": -0.1}, {"keep": 1}, {"share": 0}, {"share": 1.5}]
+
+    def test_nothing_kept_and_all_passes_is_retraining(self, request_: Request) -> None:
+        rewound, retrained = changed(request_), changed(request_)
+        Rewind(keep=0, share=1).unlearn(rewound)
+        Retrain().unlearn(retrained)
+        states = [trainable_state(request.model) for request in (rewound, retrained)]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    def test_it_starts_on_the_way_and_never_reads_the_forget_set(self, request_: Request) -> None:
+        training = copy.copy(request_.training)
+        training.learning_rate = 0.0
+        request = changed(request_, training=training, forget=Unreadable())
+        report = Rewind(keep=0.25, share=0.5).unlearn(request)
+        for name, value in trainable_state(request.model).items():
+            trained, start = trainable_state(request_.model)[name], request_.initial[name]
+            torch.testing.assert_close(value, start + 0.25 * (trained - start))
+        assert report.training.steps == 4 * math.ceil(len(request.retain) / 8)
 
 
 class TestFinetune(MethodCases):

@@ -20,7 +20,7 @@ from peft_ext.training.callbacks import trainable_state
 from peft_ext.unlearning import METHODS, GaussNewton, Request, UnlearningLedger
 
 ADAPTER = {"r": 2, "num_basis": 6, "init_weights": False}
-ANY_LOSS = ("retrain", "finetune")  # these take whatever loss the model has
+ANY_LOSS = ("retrain", "finetune", "rewind")  # these take whatever loss the model has
 
 
 def classifier(changed: Callable[[Any], None], head: bool = True) -> nn.Module:

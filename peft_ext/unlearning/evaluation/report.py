@@ -80,7 +80,7 @@ def write_report(
     rows = table(results)
     title, found = title or "Unlearning", warnings(rows)
     content = {"title": title, "notes": notes, "warnings": found, "rows": rows}
-    write_whole(folder / "report.json", json.dumps(_finite(content), indent=1) + "\n")
+    write_whole(folder / "report.json", json.dumps(finite(content), indent=1) + "\n")
     write_whole(folder / "report.md", _markdown(rows, title, notes, found))
     write_whole(folder / "accuracy.png", _png(accuracy_figure(rows)))
     write_whole(folder / "losses.png", _png(losses_figure(results)))
@@ -105,12 +105,12 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Returns a value with None in place of what is not finite: JSON knows no NaN."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -130,7 +130,7 @@ def _markdown(rows: Sequence[dict[str, Any]], title: str, notes: str, found: Seq
         for heading, names in tables.items():
             names = [name for name in names if any(name in row for row in of_case)]
             if names:
-                blocks += [f"### {heading}", _markdown_table(of_case, names)]
+                blocks += [f"### {heading}", markdown_table(of_case, names)]
         said = dict.fromkeys(
             f"- {row['method']}: {sentence}"
             for row in of_case
@@ -145,7 +145,8 @@ def _markdown(rows: Sequence[dict[str, Any]], title: str, notes: str, found: Seq
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _markdown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+def markdown_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Returns some metrics of some rows of `table` as a table in Markdown."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -8,9 +8,10 @@ from .gradient_ascent import GradientAscent
 from .ledger import Ledger
 from .random_labels import RandomLabels
 from .retrain import Retrain
+from .rewind import Rewind
 from .salun import SalUn
 
-_ALL = (Retrain, Finetune, GradientAscent, RandomLabels, SalUn, FastNTK, GaussNewton, Ledger)
+_ALL = (Retrain, Rewind, Finetune, GradientAscent, RandomLabels, SalUn, FastNTK, GaussNewton, Ledger)
 METHODS: dict[str, type[UnlearningMethod]] = {method.name: method for method in _ALL}
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RandomLabels",
     "Request",
     "Retrain",
+    "Rewind",
     "SalUn",
     "Solution",
     "Step",

@@ -54,7 +54,7 @@ class Retrain(TrainingMethod):
         """
         if reference is None or training is None:
             raise ValueError(
-                "Retraining needs `reference`, the trainable parameters before the training (`trainable_state(model)` "
-                "copies them), and `training`, the TrainingArguments of the training."
+                f"{type(self).__name__} needs `reference`, the trainable parameters before the training "
+                "(`trainable_state(model)` copies them), and `training`, the TrainingArguments of the training."
             )
         return super().fit(model, retain, forget, reference=reference, ridge=ridge, training=training)

@@ -1,0 +1,57 @@
+"""Taking most of a training back and going on without the forget set."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from transformers import Trainer
+
+from ...checks import check_probability, check_share
+from ...training.callbacks import trainable_parameters
+from .base import Request, Tuned
+from .retrain import Retrain
+from .tuning import TrainingMethod
+
+
+@dataclass
+class Rewind(Retrain):
+    """Takes the parameters back towards their initial values and trains on the retain set from there.
+
+    What the training had moved is shrunk to a share of it, as Ash & Adams 2020 ("On warm-starting neural network
+    training") shrink weights before a training goes on. What the forget set alone had taught shrinks with it, and the
+    retain set does not bring it back. No step looks at the forget set, and nothing is linearised: adapters in every
+    layer or an unfinished training make no difference. A share of nothing is retraining in fewer epochs, a share of all
+    is fine-tuning.
+
+    Attributes:
+        keep: the share of the way from the initial parameters that is left, from 0 to below 1.
+        share: passes over the retain set, as a share of those that the training had made; above 0 and at most 1. The
+            schedule of the learning rate is that of the training, squeezed.
+    """
+
+    name: ClassVar[str] = "rewind"
+    keep: float = 0.3
+    share: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_probability("keep", self.keep)
+        check_share("share", self.share)
+
+    def train(self, request: Request) -> Trainer:
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(request.model).items():
+                start = request.initial[name].to(parameter)
+                parameter.copy_(start + self.keep * (parameter - start))
+        training, share = copy.copy(request.training), self.share * request.stopped_after
+        training.num_train_epochs *= share
+        if training.max_steps > 0:
+            training.max_steps = max(1, round(share * training.max_steps))
+        if training.warmup_steps >= 1:  # below 1 it is a share of the steps
+            training.warmup_steps = round(share * training.warmup_steps)
+        return request.fit(request.retain, training)
+
+    def facts(self, trainer: Trainer) -> Tuned:
+        return TrainingMethod.facts(self, trainer)
