@@ -20,6 +20,13 @@ _PERMUTATION = ("XLNetLMHeadModel", "XLMWithLMHeadModel")  # their labels stand 
 _PEFT_TASKS = {"SEQ_CLS": "sample", "CAUSAL_LM": "next token", "TOKEN_CLS": "token", "SEQ_2_SEQ_LM": "token"}
 
 
+def _not_classes(config: Any) -> str:
+    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    if problem in ("regression", "multi_label_classification"):
+        return f"problem_type={problem!r}"
+    return "num_labels=1, which transformers takes for a regression" if labels == 1 else ""
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How the outputs of a model and its labels belong together.
@@ -32,11 +39,13 @@ class Alignment:
             have labels `(n,)` alone.
         model: Class of the model, for messages.
         encoder_decoder: Whether the model also needs `decoder_input_ids`.
+        not_classes: What its configuration says it gives in place of one class a sample; empty if it does not.
     """
 
     kind: Literal["sample", "next token", "token"] | None
     model: str
     encoder_decoder: bool = False
+    not_classes: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Alignment:
@@ -58,10 +67,14 @@ class Alignment:
             kind = "sample"
         elif isinstance(model, PeftModel):
             kind = _PEFT_TASKS.get(str(getattr(model.active_peft_config, "task_type", None)))
-        return cls(kind, name, encoder_decoder and kind == "token")
+        not_classes = "" if inner is None or kind != "sample" else _not_classes(inner.config)
+        return cls(kind, name, encoder_decoder and kind == "token", not_classes)
 
     def split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The arguments of the model without the labels, and the labels.
+
+        The label of a text's first token is left out where padding stands before it: what a causal language model says
+        at padding is no prediction, and without padding the first token has none either.
 
         Raises:
             ValueError: no labels, labels of another kind than the model's, or no `decoder_input_ids` for a model that
@@ -77,13 +90,24 @@ class Alignment:
                 f"{', '.join(map(repr, batch))}. DataCollatorForSeq2Seq(tokenizer, model=model) adds them."
             )
         self._check(labels)
+        mask = arguments.get("attention_mask")
+        if self.kind == "next token" and isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+            first = torch.cat((torch.zeros_like(mask[:, :1]), (mask[:, 1:] != 0) & (mask[:, :-1] == 0)), 1)
+            labels = labels.masked_fill(first.bool(), IGNORED)
         return arguments, labels
 
     def _check(self, labels: torch.Tensor) -> None:
+        if self.not_classes:
+            raise ValueError(
+                f"{self.model} must choose one of several classes for every sample; its configuration has "
+                f"{self.not_classes}. Regression and several labels a sample are not supported where classes are meant "
+                "(derivatives, wrong labels, attacks): Retrain and Finetune take the loss of any model."
+            )
         if labels.is_floating_point() or labels.dim() not in (1, 2):
             raise ValueError(
                 f"`labels` must be numbers of classes or tokens, of shape (n,) or (n, length), got {labels.dtype} of "
-                f"shape {tuple(labels.shape)}: regression and several labels a sample are not supported."
+                f"shape {tuple(labels.shape)}: regression and several labels a sample are not supported where classes "
+                "are meant (derivatives, wrong labels, attacks). Retrain and Finetune take the loss of any model."
             )
         if labels.dim() != {"next token": 2, "token": 2}.get(str(self.kind), 1):
             if self.kind is None:

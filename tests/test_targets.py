@@ -145,3 +145,15 @@ def test_a_batch_without_what_it_needs_is_refused():
     del batch["decoder_input_ids"]
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration must have 'decoder_input_ids'.*adds them"):
         Alignment.of(t5()).split(batch)
+
+
+def test_the_first_token_behind_padding_is_no_target():
+    batch = {
+        "input_ids": torch.ones(3, 4, dtype=torch.long),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1]]),
+        "labels": torch.tensor([[-100, -100, 5, 6], [5, 6, 7, -100], [-100, 5, 6, 7]]),
+    }
+    _, labels = Alignment.of(tiny_models.gpt2(vocab_size=24)).split(batch)
+    assert labels.tolist() == [[-100, -100, -100, 6], [5, 6, 7, -100], [-100, -100, 6, 7]]
+    _, labels = Alignment.of(bert("BertForMaskedLM")).split(batch)
+    assert torch.equal(labels, batch["labels"])

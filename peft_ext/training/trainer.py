@@ -10,10 +10,23 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .callbacks import Ridge
+from .callbacks import Ridge, trainable_parameters
+from .modes import check_dependence
 
 
-class EvaluationTrainer(Trainer):
+class CheckedTrainer(Trainer):
+    """A Trainer that says so if there is nothing to train."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        loss = found[0] if return_outputs else found
+        check_dependence(loss, sum(parameter.numel() for parameter in trainable_parameters(model).values()))
+        return found
+
+
+class EvaluationTrainer(CheckedTrainer):
     """A Trainer that keeps the model in evaluation mode: no dropout, batch-norm statistics as they are.
 
     Gradient checkpointing rests in that mode, as transformers has it.

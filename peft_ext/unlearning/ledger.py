@@ -44,9 +44,10 @@ class UnlearningLedger:
         `b = g / N + ridge (w - reference)`,
 
     the difference between the damped Newton steps with and without the samples: an influence function with the softmax
-    curvature (Koh & Liang 2017, "Understanding black-box predictions via influence functions"). It is always taken from
-    the trained weights, so the order of requests does not matter. It is one step of `GaussNewton`, linearised once;
-    retain data is what it takes to do better.
+    curvature (Koh & Liang 2017, "Understanding black-box predictions via influence functions"), shortened to the
+    distance between `reference` and w where it is longer (to the length of w if they are equal). It is always taken
+    from the trained weights, so the order of requests does not matter. It is one step of `GaussNewton`, linearised
+    once; retain data is what it takes to do better.
 
     The curvature is kept as its rows, a few for every sample, or as their sum of outer products `p x p`, whichever is
     smaller. Rows of forgotten samples are deleted, their outer products are subtracted.

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from ..checks import check_choice, check_types
 from . import ledger_folder
 from .derivatives.losses import LOSSES
-from .derivatives.quadratic import SampledQuadratic
+from .derivatives.quadratic import SampledQuadratic, furthest
 from .ledger_chain import Chain, Entry, entry_hash, extended
 from .ledger_folder import FILE, MARK, state_name
 
@@ -104,8 +104,14 @@ class LedgerState:
         return replace(state, full_step=self.quadratic.newton_step(state.shift))
 
     def weights_after(self, remaining: SampledQuadratic) -> torch.Tensor:
-        """Returns the parameters that the difference of two damped Newton steps leads to, `(size,)`."""
-        return self.quadratic.trained + remaining.newton_step(self.shift) - self.full_step
+        """Returns the parameters that the difference of two damped Newton steps leads to, `(size,)`.
+
+        The difference is shortened to what the training had moved; see `furthest`.
+        """
+        trained, reference = self.quadratic.trained, self.quadratic.reference
+        step = remaining.newton_step(self.shift) - self.full_step
+        most = furthest(trained, None if torch.equal(trained, reference) else reference)
+        return trained + step * min(1.0, most / max(float(step.norm()), 1e-300))
 
     @classmethod
     def read(cls, folder: Path) -> tuple[bytes, LedgerState]:

@@ -20,7 +20,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from peft_ext.files import write_whole
-from peft_ext.presentation import COLOURS, spread, tidy
+from peft_ext.presentation import colours, spread, tidy
 
 _FILE = "result.json"
 
@@ -118,7 +118,7 @@ def plot_losses(results: Sequence[RunResult], path: Path, unit: str) -> None:
             untrained = runs[0]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, kind in zip(axes, ("training", "validation")):
-        for colour, (label, runs) in zip(COLOURS * len(groups), groups.items()):
+        for colour, (label, runs) in zip(colours(len(groups)), groups.items()):
             curves = [getattr(run, f"{kind}_curve") for run in runs]
             if kind == "validation" and untrained is not None and untrained.validation_loss is not None:
                 curves = [[(0, untrained.validation_loss), *curve] for curve in curves]
@@ -159,7 +159,7 @@ def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
     """
     groups = by_label(results)
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.5 * len(groups)), layout="constrained")
-    for place, (colour, runs) in enumerate(zip(COLOURS * len(groups), groups.values())):
+    for place, (colour, runs) in enumerate(zip(colours(len(groups)), groups.values())):
         values = [run.metrics[name] for run in runs]
         axis.barh(place, mean(values), color=colour, alpha=0.35, height=0.6)
         # Spread over the bar's width in the order of the runs, so that equal values stay apart.

@@ -71,7 +71,7 @@ def test_rows_of_signs_leave_less_to_chance_the_more_there_are(loss):
         error = 0.0
         for _ in range(50):
             u = torch.rand(1, 7, dtype=torch.float64)
-            found = LOSSES[loss]().sign_probes(outputs, present, u, draws)
+            found = LOSSES[loss]().sign_probes(outputs, present, u, draws, own=draws)
             assert found.shape == (draws, 1, 7)
             error += float((found[:, 0].T @ found[:, 0] - expected).norm() / expected.norm()) / 50
         errors.append(error)

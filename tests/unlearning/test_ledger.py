@@ -76,6 +76,17 @@ def test_the_order_of_requests_does_not_matter(name, dtype, tolerance, draws, tm
     assert (found[0] - weights(make().to(dtype))).norm() > 1e-3
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_no_request_leads_further_than_the_training_did(tmp_path, known):
+    model, initial, retain, forget = trained(steps=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    reference = initial if known else None
+    ledger = UnlearningLedger.create(tmp_path, model, loader(retain + forget), damping=1e-7, reference=reference)
+    deletion = ledger.forget(model, loader(forget))
+    most = sum(float((value - known * initial[name]).square().sum()) for name, value in before.items()) ** 0.5
+    assert deletion.shift == pytest.approx(most, rel=1e-6)  # without a bound it is hundreds of times as long
+
+
 def test_a_request_raises_the_loss_on_what_is_forgotten(tmp_path):
     model, initial, retain, forget = trained()
 

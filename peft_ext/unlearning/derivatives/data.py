@@ -13,8 +13,10 @@ from accelerate.state import GradientState
 from accelerate.utils import gather_object, reduce
 
 from ...randomness import uniform
+from ...targets import IGNORED
 
-_LENGTH_MASK = "attention_mask"
+_LENGTH_MASK, _DECODER_MASK = "attention_mask", "decoder_attention_mask"
+_WIDE = ("inputs_embeds", "decoder_inputs_embeds", "bbox")  # tensors with several numbers a token
 
 
 @dataclass
@@ -41,16 +43,23 @@ class Batch:
     def keys(self) -> list[str]:
         """Returns a SHA-256 of each sample's content without its padding: the same in whatever batch it comes.
 
-        Padding is what `attention_mask` leaves out, in all tensors of its shape.
+        Padding is what `attention_mask` leaves out, left and right, in all tensors of its shape. The tensors of a
+        decoder, with `labels` among them, have `decoder_attention_mask` for it, or end with the last label.
         """
         tensors = {name: tensor.cpu().contiguous() for name, tensor in sorted(self.tensors.items())}
-        mask = tensors.pop(_LENGTH_MASK, None)
+        masks = {_LENGTH_MASK: tensors.pop(_LENGTH_MASK, None)}
+        decoder = {name for name in tensors if name.startswith("decoder_")}
+        if decoder:
+            decoder.add("labels")
+            mask = tensors.pop(_DECODER_MASK, None)
+            masks[_DECODER_MASK] = _up_to_the_last(tensors["labels"]) if mask is None else mask
         found = []
         for row in range(len(self)):
             digest = hashlib.sha256()
             for name, tensor in tensors.items():
                 value = tensor[row]
-                if mask is not None and tensor.shape == mask.shape:
+                mask = masks[_DECODER_MASK if name in decoder else _LENGTH_MASK]
+                if mask is not None and tensor.shape[: mask.dim()] == mask.shape and _has_tokens(name, tensor):
                     value = value[mask[row].bool()]
                 if value.dtype == torch.bfloat16:
                     value = value.float()
@@ -58,6 +67,16 @@ class Batch:
                 digest.update(value.numpy().tobytes())
             found.append(digest.hexdigest())
         return found
+
+
+def _up_to_the_last(labels: torch.Tensor) -> torch.Tensor | None:
+    """Returns a mask of the places up to the last target of every sample, `(n, length)`; None for a target a sample."""
+    return None if labels.dim() == 1 else (labels != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0
+
+
+def _has_tokens(name: str, tensor: torch.Tensor) -> bool:
+    """Returns whether the second dimension of a tensor is one of tokens, if it is as long as theirs."""
+    return tensor.dim() == 2 or name in _WIDE
 
 
 Loader = Iterable[Mapping[str, Any] | Batch]
@@ -74,8 +93,13 @@ def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
         device: where the samples are wanted.
 
     Raises:
-        ValueError: a batch is no dict, or has no `labels`.
+        ValueError: a batch is no dict, or has no `labels`; or the loader can be read only once.
     """
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"The loader must be one that can be read several times, such as a DataLoader or a list of batches, got a "
+            f"{type(loader).__name__}, which is empty after the first time."
+        )
     gradient_state = GradientState()
     for values in loader:
         if isinstance(values, Batch):
@@ -161,7 +185,7 @@ def check_sets(retain: Loader, forget: Loader) -> tuple[int, int]:
     retained, forgotten = sample_keys(retain), sample_keys(forget)
     for name, keys in (("retain", retained), ("forget", forgotten)):
         if not keys:
-            raise ValueError(f"The {name} set is empty.")
+            raise ValueError(f"The {name} set is empty: its loader gives no sample, and at least one is needed.")
     both = set(retained) & set(forgotten)
     if both:
         raise ValueError(

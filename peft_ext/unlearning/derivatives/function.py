@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,19 +17,22 @@ from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...targets import IGNORED, Alignment
-from .data import Batch, Loader, batches, total, unit_uniform
+from ...training.modes import check_adapters, check_dependence, no_input_gradients
+from .data import Batch, Loader, batches, gathered, total, unit_uniform
 from .losses import Loss
 from .prefix import FrozenPrefix
 
 
 @dataclass
 class Linearised:
-    """What `AdapterFunction.linearise` finds for n samples of some places with c outputs each.
+    """What `AdapterFunction.linearise` finds for n samples of at most t targets, with c outputs for each.
+
+    Places without a target are left out, so that nothing depends on how a sample is padded.
 
     Attributes:
         rows: probes of the loss times the Jacobian, `(n, probes, size)` in float64.
-        outputs: of the model, `(n, places, c)`.
-        targets: `(n, places)`, -100 where there is none.
+        outputs: of the model at the targets, `(n, t, c)`.
+        targets: `(n, t)`, in their order; -100 behind those of a sample that has fewer than t.
         keys: hashes of the samples.
     """
 
@@ -62,7 +65,7 @@ class AdapterFunction:
             once does so within `prefix.remembering()`, which keeps the outputs of that part.
 
     Raises:
-        ValueError: there is no such parameter, or dropout is on.
+        ValueError: there is no such parameter, the adapter is merged or disabled, or dropout is on.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class AdapterFunction:
         estimator: str = "signs",
     ) -> None:
         self.model: nn.Module = extract_model_from_parallel(model)
+        check_adapters(self.model)
         self.alignment = Alignment.of(self.model)
         self.loss = loss
         self.memory = memory
@@ -142,7 +146,10 @@ class AdapterFunction:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Puts the model in eval mode, with gradients for the parameters alone, and back afterwards."""
+        """Puts the model in eval mode, with gradients for the parameters alone, and back afterwards.
+
+        Gradient checkpointing rests in eval mode.
+        """
         training = [module for module in self.model.modules() if module.training]
         required = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         chosen = set(self.parameters.values())
@@ -150,7 +157,8 @@ class AdapterFunction:
         for parameter in required:
             parameter.requires_grad_(parameter in chosen)
         try:
-            yield
+            with no_input_gradients(self.model):
+                yield
         finally:
             for module in training:
                 module.training = True
@@ -184,7 +192,7 @@ class AdapterFunction:
             gradient: whether the gradient is wanted; otherwise it is zero and backward passes are saved.
 
         Raises:
-            ValueError: there is no target.
+            ValueError: there is no target, or the gradient is wanted and the parameters have no effect.
         """
         sums = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
         with self.evaluation(), torch.set_grad_enabled(gradient):
@@ -196,6 +204,7 @@ class AdapterFunction:
                 sums[0] += loss.detach()
                 sums[1] += (targets != IGNORED).sum()
                 if gradient:
+                    check_dependence(outputs, self.size)
                     sums[2:] += self._flat_gradient(loss)
         sums = total(sums)
         if not sums[1] and sums[0] <= limit:
@@ -216,21 +225,19 @@ class AdapterFunction:
 
         Args:
             loader: what `batches` takes.
-            draws: random probes for every sample, which depend on its content alone; all probes if None.
+            draws: random probes for every sample, which depend on its content alone; all probes if None, c for every
+                target, of which those for targets that a sample does not have are zero.
             share: share of the samples that is used, chosen by their content.
         """
         with self.evaluation():
             for batch, keys in self._chosen(loader, share):
                 # What a forward pass keeps, as much again for every vector on the way back, and rows in two precisions.
-                places, classes, kept = self.prefix.call(batch, self._measure)
-                probes = self._at_most(draws, places * classes) or places * classes
-                need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 16 * places * classes)
+                probes, outputs, kept = self.prefix.call(batch, partial(self._sizes, draws=draws))
+                need = kept * (1 + min(probes, self.size)) + probes * (12 * self.size + 16 * outputs)
                 chunk = max(1, int(self.memory / need))
                 for start in range(0, len(batch), chunk):
                     part, part_keys = batch.select(slice(start, start + chunk)), keys[start : start + chunk]
-                    rows, outputs = self.prefix.call(part, partial(self._rows, keys=part_keys, draws=draws))
-                    targets = self.alignment.targets(part.tensors["labels"], outputs.shape[1])
-                    yield Linearised(rows, outputs, targets, part_keys)
+                    yield self.prefix.call(part, partial(self._rows, keys=part_keys, draws=draws))
 
     def _chosen(self, loader: Loader, share: float) -> Iterator[tuple[Batch, list[str]]]:
         """Yields the samples of a share of a loader, and their hashes."""
@@ -242,22 +249,27 @@ class AdapterFunction:
             if keys:
                 yield batch, keys
 
-    def _rows(self, batch: Batch, keys: list[str], draws: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the rows `(n, probes, size)` and the outputs `(n, places, c)` of a few samples."""
+    def _rows(self, batch: Batch, keys: list[str], draws: int | None) -> Linearised:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        labels = self._labels(batch)
         places, classes, _ = self._measure(batch)
-        draws = self._at_most(draws, places * classes)
-        forward_mode = self.size < (draws or places * classes)
+        targets, where = self._at_targets(labels, places)
+        draws = self._at_most(draws, labels, classes)
+        forward_mode = self.size < (draws or where.shape[1] * classes)
+        own = draws if draws and labels.dim() == 1 else 1
 
-        def one(sample: dict[str, torch.Tensor], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            function = self._one(sample, batch.options)
-            present = (self.alignment.targets(sample["labels"][None], places)[0] != IGNORED).to(torch.float32)
+        def one(
+            sample: dict[str, torch.Tensor], where: torch.Tensor, present: torch.Tensor, u: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            def function(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+                single = Batch({name: tensor[None] for name, tensor in sample.items()}, batch.options)
+                return self._call(single, parameters)[0][0][where]
 
             def probe(outputs: torch.Tensor) -> torch.Tensor:
                 if draws is None:
                     return self.loss.exact_probes(outputs, present)
                 if self.estimator == "signs":
-                    return self.loss.sign_probes(outputs, present, u, draws)
+                    return self.loss.sign_probes(outputs, present, u, draws, own)
                 return self.loss.label_probes(outputs, present, u)
 
             if forward_mode:
@@ -268,8 +280,8 @@ class AdapterFunction:
             (found,) = vmap(pull_back)(probe(outputs))
             return torch.cat([part.flatten(1) for part in found.values()], 1).double(), outputs
 
-        shape = (places, classes) if self.estimator == "signs" else (draws or 0, places, 1)
-        u = torch.stack([unit_uniform(key, self.estimator, shape=shape) for key in keys])
+        present = (targets != IGNORED).to(torch.float32)
+        each = (where, present, self._numbers(keys, present, draws, classes))
         tensors = dict(batch.tensors)
         mask = tensors.get("attention_mask")
         if self.alignment.kind == "next token" and mask is not None and (mask[:, 1:] <= mask[:, :-1]).all():
@@ -277,31 +289,65 @@ class AdapterFunction:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know neither vmap nor forward mode
             if any(name.endswith("attention_mask") for name in tensors):
                 # transformers looks at the values of a mask, which vmap does not allow.
-                singles = [one({name: tensor[i] for name, tensor in tensors.items()}, u[i]) for i in range(len(u))]
+                singles = [
+                    one({name: tensor[i] for name, tensor in tensors.items()}, *(part[i] for part in each))
+                    for i in range(len(batch))
+                ]
                 rows, outputs = (torch.stack(found) for found in zip(*singles))
-                return rows, outputs
-            return vmap(one)(tensors, u.to(self.device))
+            else:
+                rows, outputs = vmap(one)(tensors, *each)
+        return Linearised(rows, outputs, targets, keys)
 
-    def _one(self, sample: dict[str, torch.Tensor], options: dict[str, Any]) -> Callable[[Any], torch.Tensor]:
-        """Returns the outputs `(places, c)` of one sample as a function of the parameters by name."""
+    def _labels(self, batch: Batch) -> torch.Tensor:
+        return self.alignment.split({**batch.tensors, **batch.options})[1]
 
-        def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-            batch = Batch({name: tensor[None] for name, tensor in sample.items()}, options)
-            return self._call(batch, parameters)[0][0]
+    def _at_targets(self, labels: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the targets of samples and the places where they are, `(n, t)` both, for the most targets t."""
+        targets = self.alignment.targets(labels, places)
+        present = targets != IGNORED
+        first = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        where = first[:, : max(1, int(present.sum(1).max()))]
+        return targets.gather(1, where), where
 
-        return call
+    def _numbers(self, keys: list[str], present: torch.Tensor, draws: int | None, classes: int) -> torch.Tensor:
+        """Returns the random numbers of the targets of every sample, `(n, t, c)` or `(n, draws, t, 1)`.
+
+        A sample has the same ones whatever it is padded to, since those that it has no targets for are not drawn.
+        """
+        found = []
+        for key, number in zip(keys, present.sum(1).int().tolist()):
+            shape = (number, classes) if self.estimator == "signs" else (draws or 0, number, 1)
+            numbers = unit_uniform(key, self.estimator, shape=shape)
+            found.append(nn.functional.pad(numbers, (0, 0, 0, present.shape[1] - number)))
+        return torch.stack(found).to(self.device)
+
+    def _sizes(self, batch: Batch, draws: int | None) -> tuple[int, int, int]:
+        """Returns the most rows and outputs at targets that a sample has, and the bytes that a forward pass keeps."""
+        labels = self._labels(batch)
+        places, classes, kept = self._measure(batch)
+        outputs = self._at_targets(labels, places)[1].shape[1] * classes
+        return self._at_most(draws, labels, classes) or outputs, outputs, kept
 
     def rows_of_a_sample(self, loader: Loader, draws: int | None) -> int:
-        """Returns how many rows `linearise` gives for the first sample."""
+        """Returns how many rows `linearise` gives for a sample at most, over all processes.
+
+        All samples are looked at where that depends on them: for all probes of several targets a sample.
+        """
+        most = 0
         with self.evaluation():
             for batch in batches(loader, self.device):
-                places, classes, _ = self.prefix.call(batch, self._measure)
-                return self._at_most(draws, places * classes) or places * classes
-        return 0
+                most = max(most, self.prefix.call(batch, partial(self._sizes, draws=draws))[0])
+                if draws is not None or batch.tensors["labels"].dim() == 1:
+                    break
+        return max(gathered([most]))
 
-    def _at_most(self, draws: int | None, outputs: int) -> int | None:
-        """Returns None, for all probes, where as many groups are drawn as there are vectors: they are the vectors."""
-        return None if draws is not None and self.estimator == "signs" and draws >= outputs else draws
+    def _at_most(self, draws: int | None, labels: torch.Tensor, classes: int) -> int | None:
+        """Returns None, for all probes, where a sample's target has as many groups as it has vectors.
+
+        Where samples have several targets their numbers differ, and one rule must hold for all.
+        """
+        alone = self.estimator == "signs" and labels.dim() == 1
+        return None if draws is not None and alone and draws >= classes else draws
 
     def _measure(self, batch: Batch) -> tuple[int, int, int]:
         """Returns a sample's number of places, of outputs at each, and the bytes that a forward pass keeps."""
@@ -316,6 +362,8 @@ class AdapterFunction:
 
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 outputs, _ = self._call(batch.select(slice(0, 1)))
+            if torch.is_grad_enabled():
+                check_dependence(outputs, self.size)
             self._measured[shapes] = (outputs.shape[1], outputs.shape[2], kept)
         return self._measured[shapes]
 
@@ -340,7 +388,7 @@ class AdapterFunction:
 
             _, tangent = jvp(call, (parameters,), (tangents,))  # type: ignore[misc]
             outputs, pull_back = vjp(call, parameters)  # type: ignore[misc]
-            present = (self.alignment.targets(batch.tensors["labels"], outputs.shape[1]) != IGNORED)[..., None]
+            present = (self.alignment.targets(self._labels(batch), outputs.shape[1]) != IGNORED)[..., None]
             (found,) = pull_back(self.loss.hessian_product(outputs, tangent) * present)
             return torch.cat([found[name].double().flatten() for name in self.parameters])
 

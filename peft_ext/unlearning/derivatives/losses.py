@@ -75,7 +75,9 @@ class Loss(ABC):
         amounts = self.label_weights(outputs).sqrt()[:, None] * torch.eye(c).to(outputs)
         return _spread(self.directions(outputs, amounts) * present[:, None, None])
 
-    def sign_probes(self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor, draws: int) -> torch.Tensor:
+    def sign_probes(
+        self, outputs: torch.Tensor, present: torch.Tensor, u: torch.Tensor, draws: int, own: int = 1
+    ) -> torch.Tensor:
         """Returns the vectors in groups, added up with random signs: the outer products are right in expectation.
 
         What errs are products of two vectors of a group. So a classifier's longest vectors, one place, have a group of
@@ -86,12 +88,13 @@ class Loss(ABC):
             present: `(places,)`, 1 where there is a target and 0 elsewhere.
             u: uniform random numbers in [0, 1), `(places, c)`.
             draws: number of groups.
+            own: how many of them a place has: all of them for a classifier of samples, and one for every place where
+                there are several, or may be: a text must not be treated differently for having one.
 
         Returns:
             Shape `(draws, places, c)`.
         """
-        places, c = outputs.shape
-        own = draws if places == 1 else 1  # groups of a place; not the padding may decide it
+        c = outputs.shape[-1]
         signed = torch.where(u < 0.5, 1.0, -1.0).to(outputs) * self.label_weights(outputs).sqrt()
         longest = self.squared_lengths(outputs).topk(min(own - 1, c)).indices
         alone = F.one_hot(longest, c).to(outputs)

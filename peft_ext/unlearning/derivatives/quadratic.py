@@ -55,24 +55,29 @@ class RowSum:
 
     def add(self, rows: torch.Tensor) -> None:
         """Adds rows `(n, probes, size)`."""
-        flat = rows.flatten(0, 1)
         if self.form == "parameter":
+            flat = rows.flatten(0, 1)
             self._gram.addmm_(flat.T, flat)
         else:
-            self._rows.append(flat.to(self.dtype).cpu())
+            self._rows.append(rows.to(self.dtype).cpu())
 
     def total(self) -> torch.Tensor:
-        """Returns what all processes added: the sum `(size, size)`, or the rows `(n * probes, size)` in main memory."""
+        """Returns what all processes added: the sum `(size, size)`, or the rows `(n, probes, size)` in main memory.
+
+        Samples with fewer rows than others have zeros behind them.
+        """
         if self.form == "parameter":
             return total(self._gram)
-        return torch.cat(gathered(self._rows))
+        rows = gathered(self._rows)
+        most = max(part.shape[1] for part in rows)
+        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in rows])
 
 
 def mean_curvature(form: str, terms: torch.Tensor, targets: int) -> Curvature:
     """Returns the mean over targets of what a `RowSum` of a form added up."""
     if form == "parameter":
         return ParameterForm(terms / targets)
-    return KernelForm(terms.double() / math.sqrt(targets))
+    return KernelForm(terms.flatten(0, 1).double() / math.sqrt(targets))
 
 
 @dataclass
@@ -174,6 +179,20 @@ def ridge_gradient(
     return gradient / targets + ridge * (weights - reference)
 
 
+def furthest(weights: torch.Tensor, reference: torch.Tensor | None) -> float:
+    """Returns how far from trained weights those may be that forgetting some samples leads to.
+
+    It is as far as the whole training had moved them: no part of the data is taken to have done more. In the flat
+    directions of an adapter that was hardly trained, the curvature bounds nothing.
+
+    Args:
+        weights: `(size,)`.
+        reference: weights before the training, `(size,)`; None where they are not known: then the length of the trained
+            weights is the bound.
+    """
+    return float((weights if reference is None else weights - reference).norm())
+
+
 @dataclass
 class Quadratic:
     """The quadratic model of an objective, a mean loss with a ridge, around some weights.
@@ -254,7 +273,7 @@ class SampledQuadratic:
         keys, curvature = gathered(keys), terms.total().cpu()
         if form == "kernel":
             order = sorted(range(len(keys)), key=keys.__getitem__)
-            curvature = curvature.view(len(keys), -1, function.size)[order]
+            curvature = curvature[order]
         if not torch.isfinite(curvature).all() or not torch.isfinite(gradient).all():
             raise ValueError("The curvature or the gradient is not finite: the adapter or the data lead to NaN.")
         trained = function.vector.cpu()
@@ -269,9 +288,8 @@ class SampledQuadratic:
 
     def newton_step(self, shift: float) -> torch.Tensor:
         """Returns the damped Newton step from the trained weights; see `Quadratic.newton_step`."""
-        terms = self.terms.flatten(0, 1) if self.form == "kernel" else self.terms
         gradient = ridge_gradient(self.gradient, self.targets, self.trained, self.reference, self.ridge)
-        return Quadratic(mean_curvature(self.form, terms, self.targets), gradient, self.ridge).newton_step(shift)
+        return Quadratic(mean_curvature(self.form, self.terms, self.targets), gradient, self.ridge).newton_step(shift)
 
     def without(self, function: AdapterFunction, loader: Loader, keys: Counter[str]) -> tuple[SampledQuadratic, float]:
         """Returns the model less the terms of some of its samples, and the sum of the losses of those samples.

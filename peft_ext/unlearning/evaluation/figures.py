@@ -8,28 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...presentation import COLOURS, tidy
+from ...presentation import COLOURS, colours, tidy
 from .results import GOLD, ORIGINAL, SPLITS, UnlearningResult, grouped
 from .tables import METRICS, by_case, cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Their number and that of the colours have no common divisor: pairs of them repeat after 42 methods only.
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 _ORIGINAL_COLOUR, _GOLD_COLOUR = "0.55", "black"
 _GOLD_LABEL = "gold: retrained without the forget set"
 
 
 def _styles(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Returns a colour and a marker for every method, the same in all figures of a report.
-
-    No two of up to 42 methods have the same colour and the same marker.
-    """
+    """Returns a colour of its own and a marker for every method, the same in all figures of a report."""
     others = [method for method in dict.fromkeys(methods) if method not in (ORIGINAL, GOLD)]
     styles = {ORIGINAL: (_ORIGINAL_COLOUR, "o"), GOLD: (_GOLD_COLOUR, "*")}
-    for index, method in enumerate(others):
-        styles[method] = (COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)])
+    for index, (method, colour) in enumerate(zip(others, colours(len(others)))):
+        styles[method] = (colour, _MARKERS[index % len(_MARKERS)])
     return styles
 
 

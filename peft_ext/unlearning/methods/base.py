@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from ...checks import check_not_negative, check_share
 from ...training.callbacks import Ridge, trainable_parameters
+from ...training.modes import check_adapters
 from ...training.trainer import EvaluationTrainer, fit
 from ..derivatives.data import Loader
 from ..derivatives.quadratic import CurvatureEstimate
@@ -43,8 +44,8 @@ class Request:
             plan they do to the end.
 
     Raises:
-        ValueError: the model has nothing to train, a set is empty, the sets share samples, `initial` does not fit, or
-            a number is out of range.
+        ValueError: the model has nothing to train, its adapter is merged or disabled, a set is empty, the sets share
+            samples, `initial` does not fit, or a number is out of range.
     """
 
     model: nn.Module
@@ -60,12 +61,16 @@ class Request:
     def __post_init__(self) -> None:
         check_not_negative("ridge", self.ridge)
         check_share("stopped_after", self.stopped_after)
+        check_adapters(self.model)
         parameters = trainable_parameters(self.model)
         if not parameters:
-            raise ValueError("the model has no trainable parameters: none has requires_grad=True")
-        for name in ("retain", "forget"):
+            raise ValueError(
+                "the model has no trainable parameters: none has requires_grad=True (a loaded adapter needs "
+                "`is_trainable=True`)"
+            )
+        for name, wanted in (("retain", "the samples that stay"), ("forget", "the samples that go")):
             if _length(getattr(self, name)) == 0:
-                raise ValueError(f"the {name} set is empty")
+                raise ValueError(f"the {name} set is empty: it must hold {wanted}, at least one")
         shared = _shared_rows(self.retain, self.forget)
         if shared:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import nn
 from ...checks import check_positive
 from ...targets import IGNORED
 from ..derivatives.curvature import ParameterForm
-from ..derivatives.data import Loader, gathered, total
+from ..derivatives.data import Chain, Loader, gathered, total
 from ..derivatives.function import AdapterFunction
 from ..derivatives.losses import SquaredError
 from ..derivatives.quadratic import CurvatureEstimate, RowSum
@@ -50,7 +50,7 @@ class FastNTK(Solver):
         if problem.reference is not None:
             function.vector = problem.reference
         samples = problem.retained + problem.forgotten
-        form = self.fitting_form(function.size, samples * function.rows_of_a_sample(forget, None))
+        form = self.fitting_form(function.size, samples * function.rows_of_a_sample(Chain([retain, forget]), None))
         shift = self._shift_by_parameters if form == "parameter" else self._shift_by_kernel
         function.vector = trained + shift(function, retain, forget)
         after = mean_losses(function, retain, forget)
@@ -91,11 +91,9 @@ class FastNTK(Solver):
 
 def _stacked(function: AdapterFunction, loader: Loader) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns all rows of the Jacobian and all residuals, of all processes."""
-    rows, residuals = RowSum("kernel", function), []
-    for part, residual in _jacobian(function, loader):
-        rows.add(part)
-        residuals.append(residual.cpu())
-    return rows.total().to(function.device), torch.cat(gathered(residuals)).to(function.device)
+    parts = [(rows.flatten(0, 1).cpu(), residual.cpu()) for rows, residual in _jacobian(function, loader)]
+    rows, residuals = zip(*gathered(parts))
+    return torch.cat(rows).to(function.device), torch.cat(residuals).to(function.device)
 
 
 def _jacobian(function: AdapterFunction, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

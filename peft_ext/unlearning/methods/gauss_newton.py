@@ -13,7 +13,7 @@ from ...checks import check_choice, check_not_negative, check_positive, check_po
 from ..derivatives.data import Loader
 from ..derivatives.function import AdapterFunction
 from ..derivatives.losses import LOSSES
-from ..derivatives.quadratic import DRAWS, CurvatureEstimate, Quadratic, estimated_curvature, ridge_gradient
+from ..derivatives.quadratic import DRAWS, CurvatureEstimate, Quadratic, estimated_curvature, furthest, ridge_gradient
 from .base import Solution, Step, UnlearningReport
 from .solver import Problem, Solver, mean_losses
 
@@ -112,7 +112,7 @@ class GaussNewton(Solver):
     def _descend(self, problem: Problem, objective: Objective, at: Point, solution: Solution) -> Point:
         """Takes steps from a point, and returns the last one that was kept; the model has its weights."""
         limit = at.retain_loss + self.retain_tolerance
-        start, furthest = at.weights, _furthest(at.weights, problem.reference)
+        start, most_shift = at.weights, furthest(at.weights, problem.reference)
         model = self._quadratic(problem, at, solution)
         moved, damping, kept, rejections, shortened = False, self.damping, 0, 0, 0
         solution.ended = "steps"
@@ -121,9 +121,9 @@ class GaussNewton(Solver):
                 solution.ended = "rejections"
                 break
             step = model.newton_step(damping * model.curvature.mean)
-            if float((at.weights + step - start).norm()) > furthest:
+            if float((at.weights + step - start).norm()) > most_shift:
                 shortened += 1
-                if shortened > _SHORTENED or not furthest:
+                if shortened > _SHORTENED or not most_shift:
                     solution.ended = "distance"
                     break
                 damping *= 4
@@ -163,11 +163,6 @@ class GaussNewton(Solver):
         options = (solution.form, samples, self.draws, self.curvature_samples)
         curvature, solution.curvature = estimated_curvature(function, problem.retain, *options, along=at.gradient)
         return Quadratic(curvature, at.gradient, problem.ridge)
-
-
-def _furthest(weights: torch.Tensor, reference: torch.Tensor | None) -> float:
-    """Returns how far from the trained weights a solution may be."""
-    return float((weights if reference is None else weights - reference).norm())
 
 
 @dataclass

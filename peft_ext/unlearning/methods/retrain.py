@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ...training.callbacks import StopAfter
-from ...training.trainer import EvaluationTrainer
+from ...training.trainer import CheckedTrainer, EvaluationTrainer
 from ..derivatives.data import Loader
 from .base import Request, Tuned, UnlearningReport
 from .tuning import TrainingMethod
@@ -29,7 +29,7 @@ class Retrain(TrainingMethod):
 
     def train(self, request: Request) -> Trainer:
         request.restore_initial()
-        trainer_class = EvaluationTrainer if request.eval_mode else Trainer
+        trainer_class = EvaluationTrainer if request.eval_mode else CheckedTrainer
         callbacks = [StopAfter(request.stopped_after)] if request.stopped_after < 1 else []
         return request.fit(request.retain, request.training, trainer_class, callbacks=callbacks)
 

@@ -13,6 +13,7 @@ from transformers import Trainer
 from ...checks import check_share
 from ...targets import IGNORED, Alignment
 from ...training.callbacks import KeepMasked, trainable_parameters
+from ...training.modes import check_dependence
 from .base import Request
 from .random_labels import RandomLabels
 
@@ -34,6 +35,7 @@ def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
         if not count:
             continue
         loss = outputs.loss * count
+        check_dependence(loss, sum(map(torch.numel, parameters.values())))
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, part in zip(parameters, found):
             if part is not None:
@@ -72,6 +74,7 @@ class SalUn(RandomLabels):
 
     def train(self, request: Request) -> Trainer:
         request.model.to(request.training.device)  # type: ignore[arg-type]
+        data = self.data(request)
         masks = saliency_masks(forget_gradient(request), self.share)
         parameters = trainable_parameters(request.model)
         # Masked gradients too, for those outside would use up the bound on the gradient's norm.
@@ -81,7 +84,7 @@ class SalUn(RandomLabels):
         ]
         try:
             callbacks = [KeepMasked(parameters, masks)]
-            return request.fit(self.data(request), self.arguments(request), callbacks=callbacks)
+            return request.fit(data, self.arguments(request), callbacks=callbacks)
         finally:
             for hook in hooks:
                 hook.remove()
