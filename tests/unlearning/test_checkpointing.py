@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_everything_works_as_without_it(name, way, tmp_path):
 
     def results(model: nn.Module) -> list[torch.Tensor]:
         found = everything(AdapterFunction(model, CrossEntropy()), rows)
-        ledger = UnlearningLedger.create(tmp_path / str(id(model)), model, loader(rows), damping=1.0)
+        ledger = UnlearningLedger.create(mkdtemp(dir=tmp_path), model, loader(rows), damping=1.0)
         shifts = [ledger.forget(model, sets[1]).shift, GaussNewton(max_steps=1).fit(model, *sets).shift]
         return [*found, torch.tensor(shifts)]
 
