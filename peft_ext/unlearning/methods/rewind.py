@@ -23,8 +23,8 @@ class Rewind(Retrain):
     What the training had moved is shrunk to a share of it, as Ash & Adams 2020 ("On warm-starting neural network
     training") shrink weights before a training goes on. What the forget set alone had taught shrinks with it, and the
     retain set does not bring it back. No step looks at the forget set, and nothing is linearised, so it suits adapters
-    in every layer. A share of nothing is retraining in fewer epochs, a share of all is fine-tuning. After a training that
-    was stopped early there is little to forget and much to learn again: compare it with fine-tuning there.
+    in every layer. A share of nothing is retraining in fewer epochs, a share of all is fine-tuning. After a training
+    that was stopped early there is little to forget and much to learn again: compare it with fine-tuning there.
 
     Attributes:
         keep: the share of the way from the initial parameters that is left, from 0 to below 1.
