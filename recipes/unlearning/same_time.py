@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from peft_ext.unlearning.evaluation.results import GOLD, UnlearningResult
 from peft_ext.unlearning.methods import Finetune, GaussNewton, Request, Retrain, UnlearningMethod
+from peft_ext.unlearning.methods.tuning import squeezed
 from recipes.support.arguments import UserError, hint
 from recipes.support.methods import folder_name
 
@@ -53,10 +53,8 @@ class SameTime:
             return request, Finetune(max_steps=steps)
         if steps >= whole:
             return request, Retrain()
-        training = copy.copy(request.training)
+        training = squeezed(request.training, steps * request.stopped_after / whole)
         training.max_steps = steps
-        if training.warmup_steps >= 1:  # below 1 it is a share of the steps
-            training.warmup_steps = round(training.warmup_steps * steps * request.stopped_after / whole)
         return replace(request, training=training, stopped_after=1.0), Retrain()
 
 

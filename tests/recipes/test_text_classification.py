@@ -132,6 +132,7 @@ def test_retraining_in_less_time_squeezes_the_schedule_of_the_whole(ratio: float
         seed: int = 42
         max_steps: int = -1
         warmup_steps: float = 8
+        num_train_epochs: float = 4.0
 
     @dataclass
     class Asked:
@@ -147,7 +148,9 @@ def test_retraining_in_less_time_squeezes_the_schedule_of_the_whole(ratio: float
     if ratio > 1:
         assert planned == asked  # as the gold
     else:  # all of it in 10 steps, with the warm-up's share of the 40 or 80 that were planned
-        assert planned == replace(asked, training=Training(42, 10, round(8 * 10 * share / 40)), stopped_after=1.0)
+        whole = 10 * share / 40
+        training = Training(42, 10, round(8 * whole), 4.0 * whole)
+        assert planned == replace(asked, training=training, stopped_after=1.0)
     _, method = SameTime("finetune", "GN").plan(asked, tmp_path / "fine-tuning-same-time-seed42")
     assert method == Finetune(max_steps=int(40 * ratio))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from ...checks import check_probability, check_share
 from ...training.callbacks import trainable_parameters
 from .base import Request, Tuned
 from .retrain import Retrain
-from .tuning import TrainingMethod
+from .tuning import TrainingMethod, squeezed
 
 
 @dataclass
@@ -45,13 +44,7 @@ class Rewind(Retrain):
             for name, parameter in trainable_parameters(request.model).items():
                 start = request.initial[name].to(parameter)
                 parameter.copy_(start + self.keep * (parameter - start))
-        training, share = copy.copy(request.training), self.share * request.stopped_after
-        training.num_train_epochs *= share
-        if training.max_steps > 0:
-            training.max_steps = max(1, round(share * training.max_steps))
-        if training.warmup_steps >= 1:  # below 1 it is a share of the steps
-            training.warmup_steps = round(share * training.warmup_steps)
-        return request.fit(request.retain, training)
+        return request.fit(request.retain, squeezed(request.training, self.share * request.stopped_after))
 
     def facts(self, trainer: Trainer) -> Tuned:
         return TrainingMethod.facts(self, trainer)

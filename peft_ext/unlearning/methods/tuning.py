@@ -95,6 +95,17 @@ def _training(training: TrainingArguments | None, model: nn.Module, loader: Load
         )
 
 
+def squeezed(training: TrainingArguments, share: float) -> TrainingArguments:
+    """Returns the arguments of a training that goes through the same schedule, warm-up too, in a share of the steps."""
+    training = copy.copy(training)
+    training.num_train_epochs *= share
+    if training.max_steps > 0:
+        training.max_steps = max(1, round(share * training.max_steps))
+    if training.warmup_steps >= 1:  # below 1 it is a share of the steps
+        training.warmup_steps = round(share * training.warmup_steps)
+    return training
+
+
 @dataclass
 class Tuning(TrainingMethod):
     """A method that goes on training the model, with other data or another loss.
