@@ -21,10 +21,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from peft_ext.files import write_whole
-from peft_ext.training.callbacks import Ridge, StopAfter, trainable_state
+from peft_ext.training.callbacks import Ridge, StopAfter, trainable_parameters, trainable_state
 from peft_ext.training.trainer import fit
 from peft_ext.unlearning.evaluation.metrics import Outcome, observe, truth_ratio
-from peft_ext.unlearning.evaluation.results import ORIGINAL, UnlearningResult
+from peft_ext.unlearning.evaluation.results import GOLD, ORIGINAL, UnlearningResult
 from peft_ext.unlearning.methods import Request, UnlearningMethod
 from peft_ext.unlearning.methods.relabelling import OthersTargets
 from recipes.support import inputs
@@ -199,39 +199,61 @@ class Experiment:
             for name, parameter in request.model.named_parameters():
                 if name in state:
                     parameter.copy_(state[name])
-        device = self.training.device
-        request.model.to(device)  # type: ignore[arg-type]
+        request.model.to(self.training.device)  # type: ignore[arg-type]
         before = observe(request.model, self.loader(request.forget))
-        result = UnlearningResult(case.name, label, seed, {}, parameters=sum(map(torch.numel, state.values())))
+        result = self._measured(case, label, method, request, folder)
         if method is None:
             result.seconds = seconds
-        else:
-            asked = request
-            if isinstance(method, SameTime):
-                asked, method = method.plan(request, folder)
-            try:
-                method.prepare(asked)
-                with Usage(device) as usage:
-                    result.report = method.unlearn(asked).to_dict()
-            except ValueError as error:
-                raise UserError(f"method {label!r}, {case.name}: {error}") from error
-            result.seconds, result.peak_memory = usage.seconds, usage.peak_memory
-        result.outcomes = self.outcomes(request.model, request, case)
-        if self.args.relearn_limit and method is not None:
+        elif self.args.relearn_limit:
             result.relearn_steps = self.relearn(request, result.outcomes["forget"], before)
             result.relearn_limit = self.args.relearn_limit
         PartialState().print(_line(result), flush=True)
         return result
 
+    def reference(self, case: Case, method: Method, seed: int, folder: Path) -> UnlearningResult:
+        """Returns a gold of a seed with which nothing else is done, so that no original is trained."""
+        request = self.request(seed, case.forget)
+        request.model.to(self.training.device)  # type: ignore[arg-type]
+        result = self._measured(case, GOLD, method, request, folder)
+        PartialState().print(_line(result), flush=True)
+        return result
+
+    def _measured(self, case: Case, label: str, method: Method, request: Request, folder: Path) -> UnlearningResult:
+        """Makes the model of a request forget, and measures it."""
+        parameters = sum(parameter.numel() for parameter in trainable_parameters(request.model).values())
+        result = UnlearningResult(case.name, label, request.training.seed, {}, parameters=parameters)
+        if method is not None:
+            asked = request
+            if isinstance(method, SameTime):
+                asked, method = method.plan(request, folder)
+            try:
+                method.prepare(asked)
+                with Usage(self.training.device) as usage:
+                    result.report = method.unlearn(asked).to_dict()
+            except ValueError as error:
+                raise UserError(f"method {label!r}, {case.name}: {error}") from error
+            result.seconds, result.peak_memory = usage.seconds, usage.peak_memory
+        result.outcomes = self.outcomes(request.model, request, case)
+        return result
+
     def runs(
         self, cases: Sequence[Case], methods: Mapping[str, Method], seeds: Sequence[int]
     ) -> dict[str, Callable[[Path], UnlearningResult]]:
-        """Returns a run of every method with every seed in every case, by the names of their folders."""
-        return {
+        """Returns a run of every method with every seed in every case, by the names of their folders.
+
+        Behind them come those of golds with further seeds, as many as are asked for.
+        """
+        found: dict[str, Callable[[Path], UnlearningResult]] = {
             f"{case.folder}/{folder_name(label)}-seed{seed}": partial(self.run, case, label, method, seed)
             for case in cases
             for seed in seeds
             for label, method in methods.items()
+        }
+        further = range(max(seeds) + 1, max(seeds) + 1 + self.args.further_golds)
+        return found | {
+            f"{case.folder}/{folder_name(GOLD)}-seed{seed}": partial(self.reference, case, methods[GOLD], seed)
+            for case in cases
+            for seed in further
         }
 
     def memorisation(self, pairs: int, seed: int) -> np.ndarray:

@@ -135,6 +135,13 @@ class UnlearnArguments:
             "--methods; without one there are no such baselines."
         },
     )
+    further_golds: int = field(
+        default=0,
+        metadata={
+            "help": "Retrain with as many further seeds, those after the highest one: reference models of the "
+            "per-example attack, and more distances between golds. Eight references are a fair number."
+        },
+    )
     relearn_limit: int = field(
         default=50,
         metadata={
@@ -175,8 +182,9 @@ def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArg
         raise UserError(f"ridge is {args.ridge}; it must be at least 0")
     if not 0 < args.stop_training_after <= 1:
         raise UserError(f"stop_training_after is {args.stop_training_after}; it must be above 0 and at most 1")
-    if args.relearn_limit < 0:
-        raise UserError(f"relearn_limit is {args.relearn_limit}; it must be at least 0")
+    for name in ("further_golds", "relearn_limit"):
+        if getattr(args, name) < 0:
+            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 0")
     inputs.check_counts(data, "max_retain_eval_samples", "max_train_samples")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds: {seeds} has one twice")
