@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import PROBLEMS, SAME_PLACE, dense_curvature, images, loader
 
+from peft_ext.training.batch import Batch
 from peft_ext.unlearning.derivatives.curvature import KernelForm, MatrixFreeForm, ParameterForm
-from peft_ext.unlearning.derivatives.data import Batch
 from peft_ext.unlearning.derivatives.function import AdapterFunction
 from peft_ext.unlearning.derivatives.losses import LOSSES, CrossEntropy
 

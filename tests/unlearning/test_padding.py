@@ -13,8 +13,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_ext import NolaConfig
+from peft_ext.training.batch import Batch
 from peft_ext.unlearning import FastNTK, GaussNewton, UnlearningLedger
-from peft_ext.unlearning.derivatives.data import Batch
 from peft_ext.unlearning.derivatives.function import AdapterFunction
 from peft_ext.unlearning.derivatives.losses import CrossEntropy
 

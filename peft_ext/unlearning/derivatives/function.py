@@ -17,10 +17,11 @@ from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...targets import IGNORED, Alignment
+from ...training.batch import Batch
 from ...training.modes import check_adapters, check_dependence, no_input_gradients
-from .data import Batch, Loader, batches, gathered, total, unit_uniform
+from ...training.prefix import FrozenPrefix
+from .data import Loader, batches, gathered, total, unit_uniform
 from .losses import Loss
-from .prefix import FrozenPrefix
 
 
 @dataclass
@@ -110,7 +111,7 @@ class AdapterFunction:
         self.parameters: dict[str, nn.Parameter] = found
         self.device = next(iter(found.values())).device
         self.size = sum(parameter.numel() for parameter in found.values())
-        self.prefix = FrozenPrefix(self.model, lambda batch: self._call(batch)[0], memory)
+        self.prefix = FrozenPrefix(self.model, lambda batch: self._call(batch)[:1], memory)
         self._measured: dict[Any, tuple[int, int, int]] = {}
 
     @property

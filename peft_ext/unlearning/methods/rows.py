@@ -10,7 +10,8 @@ from accelerate import PartialState
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from ...targets import IGNORED
-from ..derivatives.data import Batch, Loader, batches
+from ...training.batch import Batch
+from ..derivatives.data import Loader, batches
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 

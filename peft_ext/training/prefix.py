@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .data import Batch
+from .batch import Batch
 
 _FEATURES = "features of the frozen prefix"  # among the tensors of a batch; no argument of any model
 _Found = TypeVar("_Found")
@@ -26,16 +26,17 @@ class FrozenPrefix:
 
     Args:
         model: in eval mode, with gradients for what can change alone, whenever this is used.
-        outputs: gives the model's outputs for a batch, by way of `call`.
+        outputs: gives the model's outputs for a batch, one tensor or more, by way of `call`.
         memory: bytes that may be kept.
     """
 
-    def __init__(self, model: nn.Module, outputs: Callable[[Batch], torch.Tensor], memory: float) -> None:
+    def __init__(self, model: nn.Module, outputs: Callable[[Batch], Sequence[torch.Tensor]], memory: float) -> None:
         self.model = model
         self.outputs = outputs
         self.memory = memory
         self.blocks: list[nn.Module] | None = []  # None: not looked for yet
         self._kept: dict[bytes, torch.Tensor] = {}
+        self._bytes = 0  # of what is kept
         self._inside = False  # a call
 
     @contextmanager
@@ -45,12 +46,25 @@ class FrozenPrefix:
         try:
             yield
         finally:
-            self.blocks = []
-            self._kept.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Gives up what is kept, and keeps nothing more."""
+        self.blocks = []
+        self._kept.clear()
+        self._bytes = 0
 
     @torch.enable_grad()
     def _find(self, batch: Batch) -> list[nn.Module]:
-        lists = [list(module) for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        lists = [
+            list(module)
+            for module in self.model.modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) > 1
+            and not any(parameter.requires_grad for parameter in module[0].parameters())
+        ]
+        if not lists:
+            return []
         inputs: dict[nn.Module, Any] = {}
         order: list[nn.Module] = []
         results: dict[nn.Module, Any] = {}
@@ -92,7 +106,7 @@ class FrozenPrefix:
         self.blocks = max(map(frozen, lists), key=size, default=[])
         if self.blocks:
             features = inputs[self.blocks[-1]].detach()
-            if len(features) == len(batch) and torch.equal(self.outputs(_with(batch, features)), expected):
+            if len(features) == len(batch) and all(map(_equal, self.outputs(_with(batch, features)), expected)):
                 return self.blocks
         return []
 
@@ -113,7 +127,7 @@ class FrozenPrefix:
             rest = {name: tensor for name, tensor in batch.tensors.items() if name != _FEATURES}
             with self._passed_over(features):
                 return function(Batch(rest, batch.options))
-        if self._inside or not _is_plain(batch):
+        if self._inside or not is_plain(batch):
             return function(batch)
         self._inside = True
         try:
@@ -130,17 +144,22 @@ class FrozenPrefix:
             self.blocks = self._find(batch.select(slice(0, 1)))
         if not self._kept:
             return batch
-        found = [self._kept.get(key) for key in _keys(batch)]
+        found = [self._kept.get(key) for key in row_keys(batch)]
         known = [features for features in found if features is not None]
         return batch if len(known) < len(found) else _with(batch, torch.stack(known))
 
     @contextmanager
     def _passed_over(self, features: torch.Tensor) -> Iterator[None]:
-        """Makes forward passes take what the blocks give from `features`."""
+        """Makes forward passes take what the blocks give from `features`.
+
+        A network that reads what one of the blocks gives elsewhere, too, finds no number there but the last one's.
+        """
         skipped = (self.blocks or [])[:-1]
         before = [block.__dict__.get("forward") for block in skipped]
+        unknown = features.new_full((), torch.nan).expand(features.shape)
         for block in skipped:
-            block.forward = lambda *args, **kwargs: features  # type: ignore[method-assign]
+            found = features if block is skipped[-1] else unknown
+            block.forward = lambda *args, found=found, **kwargs: found  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -155,9 +174,8 @@ class FrozenPrefix:
         assert self.blocks
 
         def keep(block: nn.Module, args: tuple[Any, ...]) -> None:
-            for key, features in zip(_keys(batch), args[0].detach()):
-                if key not in self._kept and (len(self._kept) + 1) * features.nbytes <= self.memory:
-                    self._kept[key] = features.clone()
+            for key, features in zip(row_keys(batch), args[0].detach()):
+                self._keep(key, features)
 
         hook = self.blocks[-1].register_forward_pre_hook(keep)
         try:
@@ -165,16 +183,29 @@ class FrozenPrefix:
         finally:
             hook.remove()
 
+    def _keep(self, key: bytes, features: torch.Tensor) -> bool:
+        """Keeps what the blocks give for a sample if there is room, and returns whether that is kept now."""
+        if key not in self._kept and self._bytes + features.nbytes <= self.memory:
+            self._kept[key] = features.clone()
+            self._bytes += features.nbytes
+        return key in self._kept
+
 
 def _with(batch: Batch, features: torch.Tensor) -> Batch:
     return Batch({**batch.tensors, _FEATURES: features}, batch.options)
 
 
-def _is_plain(batch: Batch) -> bool:
+def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Returns whether two tensors agree to the bit; a loss without targets is no number."""
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def is_plain(batch: Batch) -> bool:
+    """Returns whether all options of a batch are plain values, which can be compared and hashed."""
     return all(value is None or isinstance(value, (bool, int, float, str)) for value in batch.options.values())
 
 
-def _keys(batch: Batch) -> list[bytes]:
+def row_keys(batch: Batch) -> list[bytes]:
     """Returns hashes of the samples, padding, options and all: what a block gives has a row for every token."""
     options = repr(sorted(batch.options.items())).encode()
     digests = [hashlib.sha256(options) for _ in range(len(batch))]
