@@ -22,7 +22,8 @@ class Retrain(TrainingMethod):
     """Puts the initial parameters back and trains on the retain set, with the arguments of the model's training.
 
     Where that training was stopped early, `Request.stopped_after` of the planned steps, so is this one.
-    It is what the other methods try to come close to at less cost.
+    It is what the other methods try to come close to at less cost. In evaluation mode frozen blocks below the first
+    adapter are computed once a sample, as in the solvers.
     """
 
     name: ClassVar[str] = "retrain"
