@@ -1,6 +1,7 @@
 """Unlearning methods with one interface: what a report compares."""
 
 from .base import Request, Solution, Step, UnlearningMethod, UnlearningReport
+from .covarnav import CovarNav
 from .fast_ntk import FastNTK
 from .finetune import Finetune
 from .gauss_newton import GaussNewton
@@ -8,22 +9,28 @@ from .grad_diff import GradDiff
 from .gradient_ascent import GradientAscent
 from .idk_dpo import IdkDPO
 from .ledger import Ledger
+from .muso import MUSO
+from .natmu import NatMU
 from .npo import NPO
 from .random_labels import RandomLabels
 from .retrain import Retrain
 from .rewind import Rewind
 from .rmu import RMU
 from .salun import SalUn
+from .sfr_on import SFRon
 from .simnpo import SimNPO
 
 _BASELINES = (Finetune, GradientAscent, GradDiff, NPO, SimNPO, IdkDPO, RMU, RandomLabels, SalUn)
-_ALL = (Retrain, Rewind, *_BASELINES, FastNTK, GaussNewton, Ledger)
+_PAPERS = (NatMU, MUSO, CovarNav, SFRon)
+_ALL = (Retrain, Rewind, *_BASELINES, *_PAPERS, FastNTK, GaussNewton, Ledger)
 METHODS: dict[str, type[UnlearningMethod]] = {method.name: method for method in _ALL}
 
 __all__ = [
     "METHODS",
+    "MUSO",
     "NPO",
     "RMU",
+    "CovarNav",
     "FastNTK",
     "Finetune",
     "GaussNewton",
@@ -31,10 +38,12 @@ __all__ = [
     "GradientAscent",
     "IdkDPO",
     "Ledger",
+    "NatMU",
     "RandomLabels",
     "Request",
     "Retrain",
     "Rewind",
+    "SFRon",
     "SalUn",
     "SimNPO",
     "Solution",

@@ -120,16 +120,14 @@ class MUSO(Tuning):
         if need > self.memory:
             raise ValueError(
                 f"form={self.form!r} needs {need / 1e9:.3g} GB ({size:,} parameters, {rows:,} rows of the Jacobian), "
-                f"and `memory` allows {self.memory / 1e9:.3g} GB. form='matrix_free' needs no matrix, or raise `memory`."
+                f"and `memory` allows {self.memory / 1e9:.3g} GB. form='matrix_free' needs no matrix; or raise it."
             )
         return self.form
 
     def train(self, request: Request) -> Trainer:
         request.model.to(request.training.device)  # type: ignore[arg-type]
         kept, gone = len(request.retain), len(request.forget)  # type: ignore[arg-type]
-        soft = replace(
-            request, collator=SoftCollator(request.collator), ridge=request.ridge * kept / (kept + gone)
-        )
+        soft = replace(request, collator=SoftCollator(request.collator), ridge=request.ridge * kept / (kept + gone))
         for _ in range(self.rounds):
             trainer = soft.fit(self.data(request), self.arguments(request), partial(SoftTrainer, self.loss))
         return trainer

@@ -12,38 +12,11 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import Trainer
 
 from ...checks import check_number, check_positive_integer, check_share
-from ...targets import Alignment
 from .base import Request
+from .images import image_key
 from .relabelling import label_key
 from .soft_targets import outputs_at_targets
 from .tuning import Tuning
-
-
-def image_key(request: Request, what: str) -> str:
-    """Returns the name under which the rows to forget hold their image, `(channels, height, width)` of real numbers.
-
-    Args:
-        request: whose rows they are.
-        what: what needs an image, as the start of a message.
-
-    Raises:
-        ValueError: the model is no classifier of samples, or its rows hold no image, or several.
-    """
-    alignment, row = Alignment.of(request.model), request.forget[0]
-    found = [
-        name
-        for name, value in (row.items() if hasattr(row, "items") else ())
-        if isinstance(value, (torch.Tensor, np.ndarray, list))
-        and torch.as_tensor(value).dim() == 3
-        and torch.as_tensor(value).is_floating_point()
-    ]
-    if alignment.kind in ("next token", "token") or len(found) != 1:
-        holds = ", ".join(map(repr, row)) if hasattr(row, "keys") else f"a {type(row).__name__}"
-        raise ValueError(
-            f"{what} needs images: rows of a classifier with one tensor of real numbers, (channels, height, width), "
-            f"each. {alignment.model} has rows of {holds}. Other methods work on texts."
-        )
-    return found[0]
 
 
 def masks(height: int, width: int, delta: float) -> list[torch.Tensor]:
@@ -113,6 +86,8 @@ class NatMU(Tuning):
     """
 
     name: ClassVar[str] = "natmu"
+    universal: ClassVar[bool] = False
+
     epochs: float = 2.0
     hybrids: int = 4
     delta: float = -0.05
@@ -126,7 +101,20 @@ class NatMU(Tuning):
             raise ValueError(f"`delta` must be above -1 and below 1, got {self.delta!r}.")
         check_share("retain_share", self.retain_share)
 
+    def check(self, request: Request) -> None:
+        image_key(request, "NatMU")
+        classes = {_label(request.retain[place]) for place in range(len(request.retain))}  # type: ignore[arg-type]
+        for place in range(len(request.forget)):  # type: ignore[arg-type]
+            own = _label(request.forget[place])
+            if not classes - {own}:
+                raise ValueError(
+                    "NatMU mixes every forget image with retain images of other classes; for a forget image of class "
+                    f"{own} there are none: the retain set holds the classes {sorted(classes)}. Retraining and "
+                    "Gauss-Newton steps need no other class."
+                )
+
     def data(self, request: Request) -> Dataset:
+        self.check(request)
         key, rng, retain = image_key(request, "NatMU"), request.rng(), request.retain
         pairs = self._pairs(request, rng)
         height, width = torch.as_tensor(request.forget[0][key]).shape[-2:]
@@ -142,18 +130,12 @@ class NatMU(Tuning):
         rows: Any = request.retain
         members: dict[int, list[int]] = {}
         for place in rng.permutation(len(rows)).tolist():
-            members.setdefault(int(rows[place][label_key(rows[place])]), []).append(place)
+            members.setdefault(_label(rows[place]), []).append(place)
         dealt = dict.fromkeys(members, 0)
         pairs = []
         for first, (outputs, targets) in enumerate(outputs_at_targets(request, request.forget)):
-            own, order = int(targets[0]), outputs[0].argsort(descending=True).tolist()
-            neighbours = [label for label in order if label in members and label != own][: self.hybrids]
-            if not neighbours:
-                raise ValueError(
-                    f"NatMU mixes every forget image with retain images of other classes; for a forget image of class "
-                    f"{own} there are none: the retain set holds the classes {sorted(members)}."
-                )
-            for number, label in enumerate(neighbours):
+            order = [label for label in outputs[0].argsort(descending=True).tolist() if label != int(targets[0])]
+            for number, label in enumerate([label for label in order if label in members][: self.hybrids]):
                 pairs.append((first, members[label][dealt[label] % len(members[label])], number % 4))
                 dealt[label] += 1
         return pairs
@@ -161,3 +143,7 @@ class NatMU(Tuning):
     def train(self, request: Request) -> Trainer:
         request.model.to(request.training.device)  # type: ignore[arg-type]
         return super().train(request)
+
+
+def _label(row: Any) -> int:
+    return int(row[label_key(row)])

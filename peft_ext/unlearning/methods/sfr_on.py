@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
 from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainerCallback
 

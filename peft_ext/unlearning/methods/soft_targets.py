@@ -1,4 +1,4 @@
-"""Training on an own value of all outputs for every target, such as a distribution of labels, beside rows with labels."""
+"""Training on given values of all outputs at a target, such as a distribution of labels, beside rows with labels."""
 
 from __future__ import annotations
 
@@ -99,19 +99,27 @@ class SoftTrainer(EvaluationTrainer):
         found = model.eval()(**arguments)
         outputs, targets = alignment.pair(found, labels)
         check_dependence(outputs, sum(parameter.numel() for parameter in trainable_parameters(model).values()))
-        present, outputs = targets != IGNORED, outputs.float()
+        present = targets != IGNORED
+        outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
         wanted = F.one_hot(targets.clamp(min=0), outputs.shape[-1]).to(outputs)
         if self.loss == "cross_entropy":
             smoothing = self.args.label_smoothing_factor
             wanted = (1 - smoothing) * wanted + smoothing / wanted.shape[-1]
         if own is not None:
             wanted[present & which[:, None]] = own.to(outputs)
-        if self.loss == "cross_entropy":
-            values = -(wanted * outputs.log_softmax(-1)).sum(-1)
-        else:
-            values = 0.5 * (outputs - wanted).square().sum(-1)
-        total = values[present].sum()
+        total = self.values(outputs[present], wanted[present], targets[present]).sum()
         # As the loss of the model itself is divided: the Trainer divides what does not know the whole step's targets.
         whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         loss = total / (num_items_in_batch if whole else present.sum().clamp(min=1))
         return (loss, found) if return_outputs else loss
+
+    def values(self, outputs: torch.Tensor, wanted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the losses of targets, `(targets,)`.
+
+        Args:
+            outputs, wanted: `(targets, c)`.
+            labels: of the rows, whatever is wanted, `(targets,)`.
+        """
+        if self.loss == "cross_entropy":
+            return -(wanted * outputs.log_softmax(-1)).sum(-1)
+        return 0.5 * (outputs - wanted).square().sum(-1)
