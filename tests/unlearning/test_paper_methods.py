@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_ext.training.callbacks import trainable_state
 from peft_ext.training.trainer import fit
-from peft_ext.unlearning import MUSO, CovarNav, NatMU, Request, SFRon
+from peft_ext.unlearning import METHODS, MUSO, CovarNav, NatMU, Request, SFRon
 from peft_ext.unlearning.derivatives.function import AdapterFunction
 from peft_ext.unlearning.derivatives.losses import LOSSES
 from peft_ext.unlearning.methods.covarnav import without_own_label
@@ -181,7 +181,7 @@ class TestMUSO(MethodCases):
         with pytest.raises(ValueError, match="MUSO needs `reference`"):
             MUSO().fit(request_.model, *loaders, training=request_.training)
 
-    @pytest.mark.parametrize(("ridge", "form"), [(0.0, "kernel"), (0.05, "parameter"), (0.05, "matrix_free")])
+    @pytest.mark.parametrize(("ridge", "form"), [(0.0, "kernel"), (0.05, "matrix_free")])
     def test_it_is_retraining_for_a_linear_model(self, ridge: float, form: str, tmp_path: Path) -> None:
         """Theorem 1 of the paper, and with a ridge too: 1e-6 from the weights of retraining, which are far away."""
         request, whole, alone = linear(tmp_path, ridge)
@@ -205,7 +205,7 @@ class TestMUSO(MethodCases):
 
 
 def test_outputs_along_a_step_are_those_of_the_jacobian(tmp_path: Path) -> None:
-    for name in ("ViT, NOLA and head", "GPT-2, NOLA", "T5"):
+    for name in ("ViT, NOLA and head", "GPT-2, NOLA"):
         make, data = problems.PROBLEMS[name]
         rows = data(3, 1)
         function = AdapterFunction(make(), LOSSES["squared_error"]())
@@ -233,7 +233,7 @@ def test_the_loss_of_soft_targets_is_the_models_own_where_they_are_its_labels(na
     for each in (None, wanted, [*wanted[:2], None, wanted[3]]):
         soft = SoftTargets(rows, each)
         found = trainer.compute_loss(model, SoftCollator(default_data_collator)([soft[i] for i in range(4)]))
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found.to(expected), expected)
 
 
 class TestSFRon(MethodCases):
@@ -372,3 +372,11 @@ def test_labels_without_the_own_one() -> None:
     found = without_own_label(outputs, targets, "others")
     torch.testing.assert_close(found[0], torch.tensor([0, 0.5, 0.5]))
     assert found[1, 2] == 0 and found[1, 1] == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+def test_the_page_of_the_methods_has_every_method_in_both_tables() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "unlearning-methods.md").read_text(encoding="utf-8")
+    needs, costs = page.split("## What each costs")
+    for name in METHODS:
+        for table in (needs, costs):
+            assert f"\n| `{name}`" in table, name

@@ -29,6 +29,7 @@ from .soft_targets import SoftCollator, SoftTargets, SoftTrainer, outputs_at_tar
 from .tuning import Tuning
 
 _PREDICTION_DAMPING = 0.03
+"""As little as the outcome hardly depends on it; the step itself would lead out of what is nearly linear."""
 
 
 def without_own_label(outputs: torch.Tensor, targets: torch.Tensor, labels: str) -> torch.Tensor:
@@ -159,7 +160,7 @@ class CovarNav(Tuning):
 
     def _quadratic(self, request: Request) -> SampledQuadratic:
         everything: Any = ConcatDataset([request.retain, request.forget])
-        function, loader = self._function(request), request.loader(everything)
+        function, loader = self._function(request), request.shared_loader(everything)
         form, initial = self._form(function, loader, len(everything)), function.flatten(request.initial)
         with function.prefix.remembering():
             return SampledQuadratic.of(function, loader, form, initial, request.ridge, self.draws)[0]
@@ -192,14 +193,14 @@ class CovarNav(Tuning):
         if self._kept is None or self._kept[0] is not request:
             self._kept = request, self._quadratic(request)
         (_, kept), self._kept = self._kept, None
-        forget = request.loader(request.forget)
+        forget = request.shared_loader(request.forget)
         remaining, _ = kept.without(function, forget, Counter(sample_keys(forget)))
 
         def step(damping: float) -> torch.Tensor:
             shift = damping * kept.mean_curvature
             return (remaining.newton_step(shift) - kept.newton_step(shift)).to(function.device)
 
-        predicted = function.along(forget, step(_PREDICTION_DAMPING))
+        predicted = function.along(request.loader(request.forget), step(_PREDICTION_DAMPING))
         labels = [targets for _, targets in outputs_at_targets(request, request.forget)]
         expected = float(cross_entropy(torch.cat(predicted).double(), torch.cat(labels)))
         if self.first_damping is not None:

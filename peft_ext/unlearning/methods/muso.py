@@ -98,7 +98,7 @@ class MUSO(Tuning):
 
     def step(self, request: Request, function: AdapterFunction) -> torch.Tensor:
         """Returns the way from the weights to those of retraining, for outputs linear in them, `(size,)`."""
-        retain, forget = request.loader(request.retain), request.loader(request.forget)
+        retain, forget = (request.shared_loader(part) for part in (request.retain, request.forget))
         _, forgotten, forget_gradient = function.loss_and_gradient(forget)
         _, kept, gradient = function.loss_and_gradient(retain)
         weights, start = function.vector, function.flatten(request.initial)
