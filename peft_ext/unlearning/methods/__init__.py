@@ -16,8 +16,22 @@ from .rmu import RMU
 from .salun import SalUn
 from .simnpo import SimNPO
 
-_BASELINES = (Finetune, GradientAscent, GradDiff, NPO, SimNPO, IdkDPO, RMU, RandomLabels, SalUn)
-_ALL = (Retrain, Rewind, *_BASELINES, FastNTK, GaussNewton, Ledger)
+_ALL = (
+    Retrain,
+    Rewind,
+    Finetune,
+    GradientAscent,
+    GradDiff,
+    NPO,
+    SimNPO,
+    IdkDPO,
+    RMU,
+    RandomLabels,
+    SalUn,
+    FastNTK,
+    GaussNewton,
+    Ledger,
+)
 METHODS: dict[str, type[UnlearningMethod]] = {method.name: method for method in _ALL}
 
 __all__ = [
