@@ -20,9 +20,26 @@ from .salun import SalUn
 from .sfr_on import SFRon
 from .simnpo import SimNPO
 
-_BASELINES = (Finetune, GradientAscent, GradDiff, NPO, SimNPO, IdkDPO, RMU, RandomLabels, SalUn)
-_PAPERS = (NatMU, MUSO, CovarNav, SFRon)
-_ALL = (Retrain, Rewind, *_BASELINES, *_PAPERS, FastNTK, GaussNewton, Ledger)
+_ALL = (
+    Retrain,
+    Rewind,
+    Finetune,
+    GradientAscent,
+    GradDiff,
+    NPO,
+    SimNPO,
+    IdkDPO,
+    RMU,
+    RandomLabels,
+    SalUn,
+    NatMU,
+    MUSO,
+    CovarNav,
+    SFRon,
+    FastNTK,
+    GaussNewton,
+    Ledger,
+)
 METHODS: dict[str, type[UnlearningMethod]] = {method.name: method for method in _ALL}
 
 __all__ = [

@@ -28,7 +28,7 @@ class Pairs(Dataset):
 
     Args:
         parts: sets with a row for every sample to forget, by name; the samples themselves are `"forget"`.
-        retain: the samples that stay.
+        retain: the samples that stay; None leaves them out.
         draw: returns, for a size, a partner for every sample: places in `retain`.
     """
 
@@ -45,7 +45,9 @@ class Pairs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rows = {name: part[index] for name, part in self.parts.items()}
-        return {**rows, "retain": self.retain[int(self.partners[index])], "place": index}
+        if self.retain is not None:
+            rows["retain"] = self.retain[int(self.partners[index])]
+        return {**rows, "place": index}
 
 
 def collate_pairs(collator: Callable[[list[Any]], Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,16 +132,16 @@ class Paired(Tuning):
 
     Attributes:
         epochs: passes over the forget set.
-        learning_rate: a tenth of that of the model's training if None.
+        learning_rate: three tenths of that of the model's training if None.
         batch_size: forget samples per device in a batch, and as many retain samples beside them.
         retain_weight: how much the loss of the retain samples counts beside that of the forget samples; with 0 the
             retain set is not read.
     """
 
-    epochs: float = 5.0
+    epochs: float = 10.0
     retain_weight: float = 1.0
 
-    rate: ClassVar[float] = 0.1
+    rate: ClassVar[float] = 0.3
     trainer: ClassVar[type[PairedTrainer]] = PairedTrainer
 
     def __post_init__(self) -> None:
@@ -166,7 +168,8 @@ class Paired(Tuning):
 
     def data(self, request: Request) -> Pairs:
         total = len(request.retain)  # type: ignore[arg-type]
-        return Pairs(self.parts(request), request.retain, partial(request.rng().integers, 0, total))
+        retain = request.retain if self.retain_weight else None
+        return Pairs(self.parts(request), retain, partial(request.rng().integers, 0, total))
 
     def arguments(self, request: Request) -> TrainingArguments:
         training = super().arguments(request)

@@ -141,7 +141,8 @@ class RMU(Paired):
         if all(gradient is None for gradient in gradients):
             raise ValueError(
                 f"No trainable parameter has an effect on the outputs of {layer!r}, which rmu is to steer: name by "
-                "`layer` a module that lies behind an adapter."
+                "`layer` a module that lies behind an adapter, and see that this adapter is active "
+                "(`model.set_adapter(name)` makes it so)."
             )
 
     def before(self, request: Request, parts: Mapping[str, Any]) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]]:
