@@ -314,14 +314,14 @@ class TestCovarNav(MethodCases):
         few = changed(request, retain=Subset(pictures(), [1, 2, 3]))
         parts: Any = (few.retain, few.forget)
         before = [[few.model.eval()(row["pixel_values"][None]).logits for row in part] for part in parts]
-        CovarNav(protect="retain", energy=1.0, first_damping=None, draws=None, max_steps=20, max_loss=50).unlearn(few)
+        CovarNav(protect="retain", energy=1.0, first_damping=None, draws=None, max_steps=40, max_loss=50).unlearn(few)
         after = [[few.model(row["pixel_values"][None]).logits for row in part] for part in parts]
 
         def moved(place: int) -> float:
             pairs = zip(before[place], after[place])
             return max(float((one.softmax(-1) - other.softmax(-1)).abs().max()) for one, other in pairs)
 
-        assert moved(0) < 1e-3 < 0.5 < moved(1)
+        assert moved(0) < 1e-3 < 0.1 < moved(1)
 
     def test_inverted_images_are_those_of_the_statistics(self, of_pictures: Request) -> None:
         """Noise becomes images of their classes, with the statistics that the layer keeps."""
