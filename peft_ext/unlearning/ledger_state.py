@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,46 @@ class Deletion:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A deletion that was tried when a ledger was made, with the damping that was chosen, and taken back.
+
+    Attributes:
+        kind: `"random"`, a tenth of the samples; `"class"`, those of the most frequent class.
+        samples: number of samples that it deleted.
+        of: number of all samples.
+        classes: number of classes among them.
+        before, after: mean loss over the targets of what it deleted.
+        damages: whether it raised the loss of the others by more than `retain_tolerance`, for want of a larger damping.
+    """
+
+    kind: str
+    samples: int
+    of: int
+    classes: int
+    before: float
+    after: float
+    damages: bool
+
+    def shortfall(self, state: LedgerState) -> str | None:
+        """Returns what it foretells of the requests that a ledger will serve, in a sentence; None if nothing bad."""
+        if self.damages:
+            return (
+                f"A trial deletion of {self.samples} of {self.of} samples raised the loss of the others by more than "
+                f"{state.retain_tolerance:g} with every damping up to {state.damping:g}: requests that this ledger "
+                "serves may damage the model. Measure it on data that remains after a request, or use GaussNewton."
+            )
+        guess = math.log(self.classes) if state.loss == "cross_entropy" else 0.5 * (1 - 1 / self.classes)
+        if self.kind != "class" or self.after >= guess:
+            return None
+        return (
+            f"A trial deletion of all {self.samples:,} samples of the most frequent class took their mean loss from "
+            f"{self.before:.3g} to {self.after:.3g} only, and a guess among {self.classes} classes has {guess:.3g}: "
+            "requests to forget a class that this ledger serves will leave too much of it. Use a method that has the "
+            "retain data for them, such as Rewind."
+        )
+
+
+@dataclass(frozen=True)
 class LedgerState:
     """All that a ledger holds.
 
@@ -67,6 +108,7 @@ class LedgerState:
         seconds: wall time of that.
         retain_tolerance: how far trial deletions were to raise the loss of what remains, in nats per target; None if
             there were none.
+        trials: what those came to.
         chain: the log; empty if nothing is on disk yet.
     """
 
@@ -81,6 +123,7 @@ class LedgerState:
     created: str
     seconds: float
     retain_tolerance: float | None = None
+    trials: tuple[Trial, ...] = ()
     chain: Chain = ()
 
     @property
@@ -92,6 +135,12 @@ class LedgerState:
             for number, entry in enumerate(self.chain)
             if number
         ]
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What the trials foretell that requests will leave, in sentences."""
+        found = (trial.shortfall(self) for trial in self.trials)
+        return [text for text in found if text is not None]
 
     @property
     def shift(self) -> float:
@@ -148,12 +197,15 @@ class LedgerState:
             tensors["weights"],
             tensors["full_step"],
             **{name: settings[name] for name in _SETTINGS},
+            trials=tuple(Trial(**trial) for trial in settings.get("trials", ())),
             created=chain[0]["time"],
             seconds=chain[0]["seconds"],
             chain=chain,
         )
         check_types(quadratic)
         check_types(state)
+        for trial in state.trials:
+            check_types(trial)
         check_choice("loss", state.loss, tuple(LOSSES))
         size, count = (len(state.weights),), last["remaining"]
         shapes = {name: tuple(tensors[name].shape) for name in ("gradient", "trained", "reference", "full_step")}
@@ -194,6 +246,7 @@ class LedgerState:
         if not self.chain:
             own = {name: getattr(self, name) for name in _SETTINGS}
             entry["settings"] = {**own, "ridge": quadratic.ridge, "draws": quadratic.draws}
+            entry["settings"]["trials"] = [asdict(trial) for trial in self.trials]
         chain = extended(self.chain, entry)
         ledger_folder.commit(folder, chain, data)
         return chain
@@ -208,7 +261,8 @@ def survey(folder: Path) -> dict[str, Any]:
     Returns:
         What JSON can hold: `folder`; `entries`, for the creation and every request the `time`, the numbers of samples
         `forgotten` and `remaining`, `shift` (None for the creation) and `hash`; `head`, the last hash; `chain`, the log
-        itself; `state`, the name of the file of the tensors; `verified` and `problems`, sentences.
+        itself; `state`, the name of the file of the tensors; `verified`, `shortfalls` (see
+        `UnlearningLedger.shortfalls`) and `problems`, sentences.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -239,6 +293,7 @@ def survey(folder: Path) -> dict[str, Any]:
             f"{FILE} is as it was written (SHA-256); each of {len(chain)} entries holds the hash of the one before.",
             f"{name} is the state of the last entry (SHA-256), with {len(state.quadratic.keys):,} hashes of samples.",
         ],
+        "shortfalls": state.shortfalls,
         "problems": [
             f"{path.name} is left from an interruption, or from a request that is being served now, and may hold "
             "hashes of forgotten samples: opening the ledger deletes it"

@@ -192,11 +192,13 @@ class Served:
         samples: number of samples that were taken off.
         learned: number of samples that were in the ledger before.
         damping: ridge on the curvature, in units of the mean of its diagonal.
+        shortfalls: what the ledger's trial deletions had foretold; see `UnlearningLedger.shortfalls`.
     """
 
     samples: int
     learned: int
     damping: float
+    shortfalls: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -258,6 +260,7 @@ class UnlearningReport:
         if self.ledger is not None:
             taken = f"{self.ledger.samples:,} of {self.ledger.learned:,} samples taken off"
             found.append(f"{taken}, damping {self.ledger.damping:g}; the retain set was not read")
+            found += [f"Foretold when the ledger was made: {text}" for text in self.ledger.shortfalls]
         return found
 
 
