@@ -117,7 +117,7 @@ class UnlearningLedger:
 
         Warns:
             UserWarning: a trial deletion raised the loss of what remains by more with every damping (the ledger is
-                written with the largest one), or left too much of a class; see `shortfalls`.
+                written with the largest one), or left too much; see `shortfalls`.
         """
         start = time.perf_counter()
         folder = Path(folder)
@@ -182,9 +182,11 @@ class UnlearningLedger:
     def shortfalls(self) -> list[str]:
         """What the trial deletions foretell that requests will leave, a sentence each; empty if they did not fail.
 
-        The ledger was made with a damping that nobody chose, of a classifier, or there were no trials. A whole class is
-        left if the mean loss of the most frequent one stayed below that of a guess among all classes: a model that was
-        never shown a class gives it less than that.
+        There were trials if nobody chose the damping, and the model is a classifier. Requests for a class will leave
+        too much of it if the mean loss of the most frequent one stayed below that of a guess among all classes: a model
+        that was never shown a class gives it more. Requests for random samples will if the damping that spares the
+        others lets the loss of a tenth rise by less than a quarter of what the smallest damping does. Both are signs,
+        not bounds: how far the model is from a retrained one is not known without one.
         """
         return self._state.shortfalls
 

@@ -23,6 +23,10 @@ _TERMS = {"kernel": "rows", "parameter": "gram"}  # the name on disk, by the for
 _SETTINGS = ("damping", "mean_curvature", "fingerprint", "loss", "parameters", "retain_tolerance")
 
 
+_LEFT = 0.25
+"""A random trial deletion that raises the loss by less than this share of what it does undamped leaves too much."""
+
+
 @dataclass
 class Deletion:
     """A request that was served.
@@ -61,6 +65,7 @@ class Trial:
         of: number of all samples.
         classes: number of classes among them.
         before, after: mean loss over the targets of what it deleted.
+        least_damped: the same after it with the smallest damping that was tried. None for a mean that is not finite.
         damages: whether it raised the loss of the others by more than `retain_tolerance`, for want of a larger damping.
     """
 
@@ -69,7 +74,8 @@ class Trial:
     of: int
     classes: int
     before: float
-    after: float
+    after: float | None
+    least_damped: float | None
     damages: bool
 
     def shortfall(self, state: LedgerState) -> str | None:
@@ -80,14 +86,26 @@ class Trial:
                 f"{state.retain_tolerance:g} with every damping up to {state.damping:g}: requests that this ledger "
                 "serves may damage the model. Measure it on data that remains after a request, or use GaussNewton."
             )
-        guess = math.log(self.classes) if state.loss == "cross_entropy" else 0.5 * (1 - 1 / self.classes)
-        if self.kind != "class" or self.after >= guess:
+        if self.after is None:
+            return f"A trial deletion of {self.samples} of {self.of} samples led to a loss that is not finite."
+        use = "Use a method that has the retain data, such as Rewind."
+        if self.kind == "class":
+            guess = math.log(self.classes) if state.loss == "cross_entropy" else 0.5 * (1 - 1 / self.classes)
+            if self.after >= guess:
+                return None
+            return (
+                f"A trial deletion of all {self.samples:,} samples of the most frequent class took their mean loss "
+                f"from {self.before:.3g} to {self.after:.3g} only, and a guess among {self.classes} classes has "
+                f"{guess:.3g}: requests to forget a class will leave too much of it. {use}"
+            )
+        undamped = math.inf if self.least_damped is None else self.least_damped
+        rise, most = self.after - self.before, undamped - self.before
+        if rise >= _LEFT * most:
             return None
         return (
-            f"A trial deletion of all {self.samples:,} samples of the most frequent class took their mean loss from "
-            f"{self.before:.3g} to {self.after:.3g} only, and a guess among {self.classes} classes has {guess:.3g}: "
-            "requests to forget a class that this ledger serves will leave too much of it. Use a method that has the "
-            "retain data for them, such as Rewind."
+            f"A trial deletion of {self.samples:,} of {self.of:,} samples raised their mean loss by {rise:.3g} with "
+            f"the damping of {state.damping:g}, which spares the others, and by {most:.3g} with the smallest: requests "
+            f"will take back a small part only of what samples taught. {use}"
         )
 
 

@@ -50,10 +50,15 @@ class _Attempt:
     def made(self, function: AdapterFunction, state: LedgerState, classes: int) -> Trial:
         """Returns what it comes to with the damping of a state."""
         damages = self.damages(function, state)
-        after, _, _ = function.loss_and_gradient(self.gone, gradient=False)
         samples, of = (len(model.keys) for model in (self.remaining, state.quadratic))
-        before, after = (loss / self.gone_targets for loss in (self.gone_loss, after))
-        return Trial(self.kind, of - samples, of, classes, before, after, damages)
+        before, after = self.gone_loss / self.gone_targets, self._after(function, state)
+        least_damped = self._after(function, state.damped(DAMPINGS[0]))
+        return Trial(self.kind, of - samples, of, classes, before, after, least_damped, damages)
+
+    def _after(self, function: AdapterFunction, state: LedgerState) -> float | None:
+        function.vector = state.weights_after(self.remaining).to(function.device)
+        mean = function.loss_and_gradient(self.gone, gradient=False)[0] / self.gone_targets
+        return mean if math.isfinite(mean) else None
 
 
 def least_damped(
@@ -69,7 +74,7 @@ def least_damped(
         tolerance: how far the mean loss of what remains may rise.
 
     Warns:
-        UserWarning: no damping is large enough, or the ledger will leave too much of a class.
+        UserWarning: no damping is large enough, or the ledger will leave too much.
     """
     quadratic, trained = state.quadratic, state.quadratic.trained.to(function.device)
     chosen, classes = _chosen(data, quadratic.keys)
