@@ -38,10 +38,10 @@ class Request:
         ridge: half of this times the squared distance from the initial parameters was added to the loss. Methods that
             go on training add it too.
         eval_mode: whether that training ran in evaluation mode, without dropout and with batch-norm statistics kept, as
-            `fit` does. Only `Retrain` asks: what the other methods do always runs in evaluation mode.
+            `fit` does. Only `Retrain` and `Rewind` ask: what the other methods do always runs in evaluation mode.
         stopped_after: the share of its planned optimizer steps after which that training was stopped, where the
-            schedule of the learning rate stood at the time (`StopAfter`). Only `Retrain` asks: what the other methods
-            plan they do to the end.
+            schedule of the learning rate stood at the time (`StopAfter`). Only `Retrain` and `Rewind` ask: what the
+            other methods plan they do to the end.
 
     Raises:
         ValueError: the model has nothing to train, its adapter is merged or disabled, a set is empty, the sets share
@@ -113,12 +113,17 @@ class Request:
         return np.random.default_rng(self.training.seed)
 
     @torch.no_grad()
-    def restore_initial(self) -> None:
-        """Puts the model back to what it was before the training."""
+    def restore_initial(self, keep: float = 0.0) -> None:
+        """Puts the model back to what it was before the training, or most of the way to it.
+
+        Args:
+            keep: the share of the way from the initial parameters that is left.
+        """
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in self.initial.items():
+            start = value.to(tensors[name].device)
             # Not through `.data`: the adapters notice a change by the parameter's version.
-            tensors[name].copy_(value)
+            tensors[name].copy_(start + keep * (tensors[name] - start) if keep else start)
 
 
 @dataclass
