@@ -100,7 +100,7 @@ class Trial:
             )
         undamped = math.inf if self.least_damped is None else self.least_damped
         rise, most = self.after - self.before, undamped - self.before
-        if rise >= _LEFT * most:
+        if most <= 0 or rise >= _LEFT * most:
             return None
         return (
             f"A trial deletion of {self.samples:,} of {self.of:,} samples raised their mean loss by {rise:.3g} with "
