@@ -100,11 +100,11 @@ class UnlearnArguments:
         },
     )
     methods: list[str] = field(
-        default_factory=lambda: [name for name in METHODS if name != GOLD],
+        default_factory=lambda: [name for name, kind in METHODS.items() if name != GOLD and kind.universal],
         metadata={
             "help": f"Unlearning methods: names ({', '.join(METHODS)}), or YAML mappings of a name, options (the "
             "fields of its class in peft_ext.unlearning.methods) and a 'label'. Retraining always runs: it is the "
-            "gold. Default: all, with their default options."
+            "gold. Default: all that serve every model, with their default options."
         },
     )
     ridge: float = field(

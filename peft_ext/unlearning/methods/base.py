@@ -277,6 +277,15 @@ class UnlearningMethod(ABC):
     """
 
     name: ClassVar[str]
+    universal: ClassVar[bool] = True
+    """Whether its default options serve every model of classes or of tokens."""
+
+    def check(self, request: Request) -> None:
+        """Raises a ValueError if the method cannot serve a request, as far as shows before anything is trained.
+
+        By default nothing shows. The model is left as it is, and may be one from before its training.
+        """
+        return None
 
     def prepare(self, request: Request) -> None:
         """Does what the method would have done at training time, before there was any request to forget.
