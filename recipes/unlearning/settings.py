@@ -131,8 +131,8 @@ class UnlearnArguments:
     same_time_as: str | None = field(
         default=None,
         metadata={
-            "help": "Label of the method whose seconds these baselines get. Default: the first gauss_newton of "
-            "--methods; without one there are no such baselines."
+            "help": "Label of the method whose seconds these baselines get. Default: the first rewind of --methods, or "
+            "else the first gauss_newton; without both there are no such baselines."
         },
     )
     further_golds: int = field(

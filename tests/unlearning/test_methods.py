@@ -120,6 +120,7 @@ class TestGaussNewton(RestoringCases):
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:A trial deletion of:UserWarning")  # the problem is small, and the warning right
 class TestLedger(RestoringCases):
     method, exact = Ledger, False
     wrong = [{"damping": 0}, {"retain_tolerance": -1}, {"draws": 0}, {"memory": 0}, {"batch_size": 0}]

@@ -286,7 +286,7 @@ def test_without_a_retain_loss_the_retain_set_is_not_read(request_: Request) -> 
 
 def test_rmu_steers_forget_samples_and_keeps_the_others(tmp_path: Path) -> None:
     request = text_request(tmp_path, text_rows())
-    method = RMU(epochs=20, learning_rate=0.02)
+    method = RMU(epochs=20, learning_rate=0.02, retain_weight=1)
     layer, vector, _ = method.before(request, {"forget": request.forget})
 
     def far() -> tuple[float, torch.Tensor]:

@@ -115,6 +115,8 @@ class RMU(Paired):
     kept.
 
     Attributes:
+        retain_weight: as in `Paired`. The published weights are high, 1,200 for a model of 7 billion parameters: what
+            moves at retain samples is small beside the length of the vector.
         layer: how the name of the module ends, at a dot, such as `"layers.7"`; by default the middle one of the blocks
             that hold trainable parameters, or of all if none does. It must lie behind some of these parameters.
         steering: length of the vector, in units of the mean length of the forget set's activations: a length as it was
@@ -124,6 +126,7 @@ class RMU(Paired):
     name: ClassVar[str] = "rmu"
     universal: ClassVar[bool] = False
     trainer: ClassVar[type[PairedTrainer]] = SteeringTrainer
+    retain_weight: float = 100.0
     layer: str | None = None
     steering: float = 2.0
 
