@@ -75,6 +75,18 @@ class Unlearn(Recipe[UnlearningResult]):
         self.specs = parse_cases(self.case, self.comparison.task == "text")
         self.adapter = parse_adapter(self.comparison, self.training, self.seeds[0])
 
+    def continued(self, name: str, before: Any, now: Any) -> Any:
+        if name in ("cases", "seeds", "further_golds"):
+            return now
+        if name != "methods":
+            return None
+        known = parse_unlearning_methods(before)
+        baselines = parse_same_time(self.comparison.same_time, self.comparison.same_time_as, known)
+        for then, later in ((known, self.methods), (baselines, self.baselines)):
+            if any(then[label] != later[label] for label in then.keys() & later.keys()):
+                return None  # what is there under a label is something else
+        return [*now, *(text for text, label in zip(before, known) if label not in self.methods)]
+
     def make(self, folder: Path) -> None:
         if self.quickstart.digits:
             digits.prepare(folder, self.model, self.data, self.training.use_cpu)

@@ -125,6 +125,16 @@ def test_a_resumed_run_takes_what_is_there(
         np.testing.assert_array_equal(outcome.losses, again.outcomes[split].losses)
     assert (before.relearn_steps, timeless(before.report)) == (again.relearn_steps, timeless(again.report))
 
+    # Methods, seeds, cases and golds can be added, but a label keeps its options.
+    trained.clear()
+    more = ["--cases", "class:red", "--methods", "{name: finetune, label: new, max_steps: 1}", "--further_golds", "1"]
+    main([*images, *more, "--memorised_pairs", "1", "--resume_from_checkpoint", "true"])
+    assert trained in ([6], []), "more was trained than the relearning of the new method"
+    assert UnlearningResult.load(folder / "retrain-seed43").seed == 43 and not (folder / "new-seed43").exists()
+    for methods in (["{name: finetune, label: new}"], ["{name: finetune, label: salun}"]):
+        with pytest.raises(UserError, match="was started with methods"):
+            main([*arguments, "--methods", *methods, "--resume_from_checkpoint", "true"])
+
 
 def timeless(report: Any) -> Any:
     """What a method reports, without the time that it took."""
