@@ -21,6 +21,7 @@ from recipes.tasks import causal_lm
 from recipes.unlearning.cases import Case
 
 _QUESTIONS = 20  # of every author, one after the other in the files
+_PLAIN = ("question", "answer")
 _PERTURBED = ("question", "answer", "paraphrased_answer", "perturbed_answer")
 # Those of the utility whose answers have no paraphrase.
 _FACTS = {name: f"{name}_perturbed" for name in ("real_authors", "world_facts")}
@@ -200,14 +201,14 @@ def load_tofu(args: causal_lm.DataArguments, part: TofuArguments, cases: Sequenc
     def read(name: str, columns: Sequence[str] = _PERTURBED) -> list[Row]:
         return _first(_read(folder, name, columns), part.questions_per_author)
 
-    splits = {case: read(case, _PERTURBED[:2]) for case in cases}
+    splits = {case: read(case, _PLAIN) for case in cases}
     forgotten = {_key(row): row for rows in splits.values() for row in rows}
     leaving = len(forgotten) // part.questions_per_author
-    staying, others = _chosen(
-        read("retain90", _PERTURBED[:2]), read("retain_perturbed"), part, leaving, ", ".join(cases)
-    )
+    # The two splits are the whole benchmark, whatever is forgotten of it.
+    rows = [row for name in ("retain90", "forget10") for row in read(name, _PLAIN) if _key(row) not in forgotten]
+    staying, others = _chosen(rows, read("retain_perturbed"), part, leaving, ", ".join(cases))
     if not others:
-        others = read(f"holdout{max(cases)[-2:]}", _PERTURBED[:2])
+        others = read(f"holdout{max(cases)[-2:]}", _PLAIN)
     others = others[: leaving * part.questions_per_author]
     train = [*staying, *forgotten.values()]
     keys = {case: {_key(row) for row in rows} for case, rows in splits.items()}
@@ -247,9 +248,9 @@ def _read(folder: Path, name: str, columns: Sequence[str]) -> list[Row]:
     found = [path for ending in ("jsonl", "json") if (path := folder / f"{name}.{ending}").is_file()]
     if not found:
         raise UserError(
-            f"dataset_name: {folder} has no {name}.jsonl; TOFU is needed whole: retain90, the splits to forget, their "
-            "forms in forget.._perturbed, retain_perturbed, real_authors_perturbed, world_facts_perturbed and, where "
-            "--authors leaves no author out, holdout.. (authors never seen)"
+            f"dataset_name: {folder} has no {name}.jsonl; TOFU is needed whole: retain90, forget10, the splits to "
+            "forget and their forms in forget.._perturbed, retain_perturbed, real_authors_perturbed, "
+            "world_facts_perturbed and, where --authors leaves no author out, holdout.. (authors never seen)"
         )
     with inputs.loading("dataset_name", str(found[0])):
         table = datasets.load_dataset("json", data_files=str(found[0]), split="train")

@@ -38,11 +38,12 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def tofu(tmp_path: Path) -> Path:
-    """A folder as the benchmark's: authors A, B and C to retain, Y and Z to forget; the order of files decides."""
+    """A folder as the benchmark's: authors A, B and C to retain, Y, Z and W to forget; the order of files decides."""
     folder = tmp_path / "tofu"
     folder.mkdir()
     write(folder, "retain90.jsonl", [*author("A"), *author("B"), *author("C")])
     write(folder, "retain_perturbed.jsonl", author("B", 5))
+    write(folder, "forget10.jsonl", [*author("Y"), *author("Z"), *author("W")])
     for split, names in (("forget01", "Y"), ("forget05", "YZ")):
         write(folder, f"{split}.jsonl", [row for name in names for row in author(name)])
         write(folder, f"{split}_perturbed.jsonl", [row for name in names for row in author(name, 5)])
@@ -119,7 +120,7 @@ def test_authors_with_wrong_answers_are_retained_first(tofu: Path) -> None:
 
 def test_splits_share_one_original(tofu: Path) -> None:
     data = load(tofu, ["forget05", "forget01"], authors=4)
-    assert names(data.train) == "BAYZ" and names(data.held_out) == "C"
+    assert names(data.train) == "BAYZ" and names(data.held_out) == "CW"
     assert data.kinds == [""] * 40 + ["forget05 forget01"] * 20 + ["forget05"] * 20
     assert names(data.forget["forget05"]) == "YZ" and names(data.forget["forget01"]) == "Y"
 
@@ -128,20 +129,22 @@ def test_the_whole_benchmark_needs_authors_never_seen(tofu: Path) -> None:
     with pytest.raises(UserError, match=r"has no holdout01.jsonl; .*where --authors leaves no author out"):
         load(tofu, ["forget01"])
     write(tofu, "holdout01.jsonl", author("H"))
-    data = load(tofu, ["forget01"])
-    assert names(data.train) == "ABCY" and names(data.held_out) == "H"
+    for part in ({}, {"authors": 6}):
+        data = load(tofu, ["forget01"], **part)
+        assert sorted(names(data.train)) == list("ABCWYZ") and names(data.held_out) == "H"
+        assert [kind for kind in data.kinds if kind] == ["forget01"] * 20
 
 
 @pytest.mark.parametrize(
     "flags_added, said",
     [
-        (["--authors", "1"], ["authors is 1", "forget01 forgets 1", "must be 2 to 4"]),
-        (["--authors", "9"], ["authors is 9", "must be 2 to 4"]),
+        (["--authors", "1"], ["authors is 1", "forget01 forgets 1", "must be 2 to 6"]),
+        (["--authors", "9"], ["authors is 9", "must be 2 to 6"]),
         (["--questions_per_author", "21"], ["questions_per_author is 21", "1 to 20"]),
         (["--cases", "forget02"], ["unknown case 'forget02'", "forget01, forget05, forget10", "did you mean"]),
         (["--cases", "random:0.1"], ["unknown case 'random'", "forget01"]),
         (["--cases", "forget01:0.5"], ["nothing stands behind 'forget01'", "'forget01:0.5'"]),
-        (["--cases", "forget10"], ["has no forget10.jsonl"]),
+        (["--cases", "forget10"], ["authors is 3", "forget10 forgets 3", "must be 4 to 6"]),
         (["--eval_split", "test"], ["eval_split is for --task image or text", "--task tofu"]),
         (["--source_column", "question"], ["source_column is for --task text", "--task tofu"]),
         (["--max_train_samples", "9"], ["max_train_samples is for", "--task tofu"]),
