@@ -192,8 +192,14 @@ def load_tofu(args: causal_lm.DataArguments, part: TofuArguments, cases: Sequenc
         part: which authors and questions are used.
         cases: which splits are to be forgotten.
     """
-    if args.dataset_name is None:
-        raise UserError("no data set: give --dataset_name, a folder with the files of TOFU (locuslab/TOFU on the hub)")
+    if args.dataset_name is None or not Path(args.dataset_name).is_dir():
+        given = (
+            "no data set" if args.dataset_name is None else f"dataset_name: there is no folder {args.dataset_name!r}"
+        )
+        raise UserError(
+            f"{given}; --task tofu reads the files of TOFU from a folder: hf download locuslab/TOFU --repo-type dataset "
+            "--local-dir FOLDER, and --dataset_name FOLDER"
+        )
     if not 1 <= part.questions_per_author <= _QUESTIONS:
         raise UserError(f"questions_per_author is {part.questions_per_author}; it must be 1 to {_QUESTIONS}")
     folder = Path(args.dataset_name)

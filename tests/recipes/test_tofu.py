@@ -150,7 +150,7 @@ def test_the_whole_benchmark_needs_authors_never_seen(tofu: Path) -> None:
         (["--max_train_samples", "9"], ["max_train_samples is for", "--task tofu"]),
         (["--prompt_template", "Q:"], ["prompt_template", "{source}"]),
         (["--task", "text"], ["authors is for --task tofu, this is --task text"]),
-        (["--dataset_name", "nowhere"], ["nowhere has no forget01.jsonl"]),
+        (["--dataset_name", "nowhere"], ["there is no folder 'nowhere'", "hf download locuslab/TOFU"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
