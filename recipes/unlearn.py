@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from peft_ext.unlearning.evaluation.report import write_report
 from peft_ext.unlearning.evaluation.results import GOLD, ORIGINAL, UnlearningResult
 from peft_ext.unlearning.methods import Retrain, UnlearningMethod
-from recipes.support.arguments import run_main
+from recipes.support.arguments import UserError, run_main
 from recipes.support.methods import Method
 from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits
@@ -94,10 +94,16 @@ class Unlearn(Recipe[UnlearningResult]):
             self.setting = load(self.model, self.data, self.adapter)
 
     def try_out(self) -> None:
-        self.setting.fresh(self.seeds[0])
         unknown = partial(np.zeros, len(self.setting.train))  # memorisation is not measured yet
-        for spec in self.specs:
-            choose(spec, self.case, self.setting.train, self.setting.test, unknown)
+        cases = [choose(spec, self.case, self.setting.train, self.setting.test, unknown) for spec in self.specs]
+        experiment = Experiment(self.setting, self.training, self.comparison, None)
+        for case in cases:
+            request = experiment.request(self.seeds[0], case.forget)
+            for label, method in self.methods.items():
+                try:
+                    method.check(request)
+                except ValueError as error:
+                    raise UserError(f"method {label!r}: {error}") from error
 
     def runs(self) -> dict[str, Callable[[Path], UnlearningResult]]:
         limit = self.data.max_retain_eval_samples

@@ -20,6 +20,8 @@ class Usage:
 
     Attributes:
         seconds: wall time.
+        processor_seconds: time that the threads of this process were running, which other processes on the machine do
+            not lengthen. None where a CUDA device does the work.
         peak_memory: bytes above what was in use before: allocated by torch on a CUDA device, otherwise resident in the
             process, sampled every 5 ms. None where neither is known.
 
@@ -30,6 +32,7 @@ class Usage:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds = 0.0
+        self.processor_seconds: float | None = None
         self.peak_memory: int | None = None
         self._done = threading.Event()
         self._sampler: threading.Thread | None = None
@@ -44,7 +47,7 @@ class Usage:
             self._before = self._peak = _resident()
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
-        self._start = time.perf_counter()
+        self._start, self._running = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(
@@ -53,6 +56,8 @@ class Usage:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds = time.perf_counter() - self._start
+        if self.device.type != "cuda":
+            self.processor_seconds = time.process_time() - self._running
         if self.device.type == "cuda":
             self.peak_memory = torch.cuda.max_memory_allocated(self.device) - self._before
         elif self._sampler is not None:

@@ -43,6 +43,7 @@ FILES = (f"{ORIGINAL}-seed*.safetensors", "memorisation.npy")
 Method = UnlearningMethod | SameTime | None
 """What makes a model of the original; None leaves it as it is."""
 
+_TIMES = ("seconds", "processor_seconds")
 _WRONG_ANSWERS = 3
 # The accuracy counts as back this close below the original's; texts, which have none, by their loss in nats.
 _POINT, _NATS = 0.01, 0.05
@@ -77,7 +78,7 @@ class Experiment:
     training: TrainingArguments
     args: UnlearnArguments
     max_retain: int | None
-    states: dict[int, tuple[dict[str, torch.Tensor], float]] = field(default_factory=dict)
+    states: dict[int, tuple[dict[str, torch.Tensor], dict[str, float]]] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -113,25 +114,27 @@ class Experiment:
             stopped_after=self.args.stop_training_after,
         )
 
-    def original(self, seed: int) -> tuple[dict[str, torch.Tensor], float]:
-        """Returns what the training on all samples made of the trainable parameters, and the seconds that it took."""
+    def original(self, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Returns what the training on all samples made of the trainable parameters, and `seconds` that it took."""
         if seed in self.states:
             return self.states[seed]
         path = self.folder / f"{ORIGINAL}-seed{seed}.safetensors"
         if self.training.resume_from_checkpoint and path.is_file():
             with reading(path):
                 with safe_open(path, "pt") as file:
-                    seconds = float(file.metadata()["seconds"])
-                self.states[seed] = load_file(path), seconds
+                    times = {name: float(value) for name, value in file.metadata().items() if name in _TIMES}
+                self.states[seed] = load_file(path), times
             return self.states[seed]
         model = self.setting.fresh(seed)
         with Usage(self.training.device) as usage:
             self.train(model, self.setting.train.rows, seed)
         state = {name: value.cpu() for name, value in trainable_state(model).items()}
+        measured = {name: getattr(usage, name) for name in _TIMES}
+        times = {name: value for name, value in measured.items() if value is not None}
         PartialState().wait_for_everyone()  # no process may find the file before all have looked for it
         if PartialState().is_main_process:
-            write_whole(path, save(state, metadata={"seconds": str(usage.seconds)}))
-        self.states[seed] = state, usage.seconds
+            write_whole(path, save(state, metadata={name: str(value) for name, value in times.items()}))
+        self.states[seed] = state, times
         return self.states[seed]
 
     def loader(self, rows: Any) -> Any:
@@ -197,7 +200,7 @@ class Experiment:
             seed: the run's seed.
             folder: of this run's result.
         """
-        state, seconds = self.original(seed)
+        state, times = self.original(seed)
         request = self.request(seed, case.forget)
         with torch.no_grad():
             for name, parameter in request.model.named_parameters():
@@ -207,7 +210,7 @@ class Experiment:
         before = observe(request.model, self.loader(request.forget))
         result = self._measured(case, label, method, request, folder)
         if method is None:
-            result.seconds = seconds
+            result.seconds, result.processor_seconds = (times.get(name) for name in _TIMES)
         elif self.args.relearn_limit:
             result.relearn_steps = self.relearn(request, result.outcomes["forget"], before)
             result.relearn_limit = self.args.relearn_limit
@@ -236,7 +239,8 @@ class Experiment:
                     result.report = method.unlearn(asked).to_dict()
             except ValueError as error:
                 raise UserError(f"method {label!r}, {case.name}: {error}") from error
-            result.seconds, result.peak_memory = usage.seconds, usage.peak_memory
+            result.seconds, result.processor_seconds = usage.seconds, usage.processor_seconds
+            result.peak_memory = usage.peak_memory
         result.outcomes = self.outcomes(request.model, request, case)
         return result
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_ext.unlearning.evaluation.results import GOLD, UnlearningResult
-from peft_ext.unlearning.methods import Finetune, GaussNewton, Request, Retrain, UnlearningMethod
+from peft_ext.unlearning.methods import Finetune, GaussNewton, Request, Retrain, Rewind, UnlearningMethod
 from peft_ext.unlearning.methods.tuning import squeezed
 from recipes.support.arguments import UserError, hint
 from recipes.support.methods import folder_name
@@ -22,13 +22,14 @@ NONE = "none"
 class SameTime:
     """Fine-tuning, or retraining, with as many optimizer steps as fit into the time that another method took.
 
-    The number comes from the results of that method and of the gold in the same case with the same seed: its seconds
-    times the steps that the gold took per second. So the schedule is planned to its end and a resumed recipe plans the
-    same. A training that a clock ends would have neither; what this one took in the end is in the report.
+    The number comes from the results of that method and of the gold in the same case with the same seed: its time
+    (`UnlearningResult.time_over`) times the steps of the gold. So the schedule is planned to its end and a resumed
+    recipe plans the same. A training that a clock ends would have neither; what this one took in the end is in the
+    report.
 
     Attributes:
-        kind: `"finetune"` goes on from the original; `"retrain"` goes from the initial parameters through the whole
-            schedule of the training, warm-up too, in fewer steps. If there is time for all of them, it is the gold.
+        kind: `"finetune"` goes on from the original; `"retrain"` goes from the initial parameters through the schedule
+            of the training, warm-up too, as far as that went, in fewer steps. If there is time for all, it is the gold.
         like: label of the method that took the time.
     """
 
@@ -46,16 +47,17 @@ class SameTime:
         took, gold = (
             UnlearningResult.load(folder.with_name(f"{folder_name(label)}-seed{seed}")) for label in (self.like, GOLD)
         )
-        assert took.seconds is not None and gold.seconds is not None and gold.report is not None
+        fraction = took.time_over(gold)
+        assert fraction is not None and gold.report is not None
         whole = int(gold.report["training"]["steps"])
-        steps = max(1, round(whole * took.seconds / gold.seconds))
+        steps = max(1, round(whole * fraction))
         if self.kind == "finetune":
             return request, Finetune(max_steps=steps)
         if steps >= whole:
             return request, Retrain()
-        training = squeezed(request.training, steps * request.stopped_after / whole)
-        training.max_steps = steps
-        return replace(request, training=training, stopped_after=1.0), Retrain()
+        training = squeezed(request.training, steps / whole)
+        training.max_steps = round(steps / request.stopped_after)
+        return replace(request, training=training), Retrain()
 
 
 def parse_same_time(
@@ -65,11 +67,11 @@ def parse_same_time(
 
     Args:
         kinds: the baselines.
-        like: label of the method whose time they get; the first Gauss-Newton if None.
+        like: label of the method whose time they get; if None, the first Rewind, or else the first Gauss-Newton.
         methods: all methods by their labels.
 
     Returns:
-        The baselines by their labels. None if no method is named, and none is Gauss-Newton.
+        The baselines by their labels. None if no method is named, and none is Rewind or Gauss-Newton.
     """
     known = [*LABELS, NONE]
     for kind in kinds:
@@ -84,7 +86,10 @@ def parse_same_time(
     if like is not None and like not in methods:
         raise UserError(f"same_time_as: no method is called {like!r} (there are {', '.join(methods)})")
     if like is None:
-        like = next((label for label, method in methods.items() if isinstance(method, GaussNewton)), None)
+        found = (
+            label for kind in (Rewind, GaussNewton) for label, method in methods.items() if isinstance(method, kind)
+        )
+        like = next(found, None)
     return {} if like is None else {LABELS[kind]: SameTime(kind, like) for kind in kinds}
 
 

@@ -104,11 +104,11 @@ class UnlearnArguments:
         },
     )
     methods: list[str] = field(
-        default_factory=lambda: [name for name in METHODS if name != GOLD],
+        default_factory=lambda: [name for name, kind in METHODS.items() if name != GOLD and kind.universal],
         metadata={
             "help": f"Unlearning methods: names ({', '.join(METHODS)}), or YAML mappings of a name, options (the "
             "fields of its class in peft_ext.unlearning.methods) and a 'label'. Retraining always runs: it is the "
-            "gold. Default: all, with their default options."
+            "gold. Default: all that serve every model, with their default options."
         },
     )
     ridge: float = field(
@@ -135,8 +135,8 @@ class UnlearnArguments:
     same_time_as: str | None = field(
         default=None,
         metadata={
-            "help": "Label of the method whose seconds these baselines get. Default: the first gauss_newton of "
-            "--methods; without one there are no such baselines."
+            "help": "Label of the method whose seconds these baselines get. Default: the first rewind of --methods, or "
+            "else the first gauss_newton; without both there are no such baselines."
         },
     )
     further_golds: int = field(

@@ -193,12 +193,10 @@ def load_tofu(args: causal_lm.DataArguments, part: TofuArguments, cases: Sequenc
         cases: which splits are to be forgotten.
     """
     if args.dataset_name is None or not Path(args.dataset_name).is_dir():
-        given = (
-            "no data set" if args.dataset_name is None else f"dataset_name: there is no folder {args.dataset_name!r}"
-        )
+        given = "is not given" if args.dataset_name is None else f"there is no folder {args.dataset_name!r}"
         raise UserError(
-            f"{given}; --task tofu reads the files of TOFU from a folder: hf download locuslab/TOFU --repo-type dataset "
-            "--local-dir FOLDER, and --dataset_name FOLDER"
+            f"dataset_name: {given}; --task tofu reads a folder with the files of TOFU, which 'hf download "
+            "locuslab/TOFU --repo-type dataset --local-dir FOLDER' makes"
         )
     if not 1 <= part.questions_per_author <= _QUESTIONS:
         raise UserError(f"questions_per_author is {part.questions_per_author}; it must be 1 to {_QUESTIONS}")

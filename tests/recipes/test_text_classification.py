@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_ext.unlearning import Finetune, GaussNewton
+from peft_ext.unlearning import Finetune, GaussNewton, Rewind
 from peft_ext.unlearning.evaluation.metrics import Outcome
 from peft_ext.unlearning.evaluation.results import UnlearningResult
 from recipes import unlearn
@@ -108,8 +108,9 @@ def test_classes_of_texts_are_forgotten_from_a_training_that_was_stopped(
     assert original.outcomes["forget"].correct.all() and not gold.outcomes["forget"].correct.any()
     assert steps(gold) == 16  # of 4 batches in 8 epochs
     assert steps(result(folder, "finetune-max_steps=3")) == 3  # what methods train is not cut
-    assert newton.seconds is not None and gold.seconds is not None
-    fitting = max(1, round(16 * newton.seconds / gold.seconds))
+    fraction = newton.time_over(gold)
+    assert fraction is not None and newton.processor_seconds is not None
+    fitting = max(1, round(16 * fraction))
     assert steps(result(folder, "fine-tuning-same-time")) == fitting
     assert steps(result(folder, "retraining-same-time")) == min(16, fitting)
 
@@ -147,10 +148,8 @@ def test_retraining_in_less_time_squeezes_the_schedule_of_the_whole(ratio: float
     planned, method = SameTime("retrain", "GN").plan(asked, tmp_path / "retraining-same-time-seed42")
     if ratio > 1:
         assert planned == asked  # as the gold
-    else:  # all of it in 10 steps, with the warm-up's share of the 40 or 80 that were planned
-        whole = 10 * share / 40
-        training = Training(42, 10, round(8 * whole), 4.0 * whole)
-        assert planned == replace(asked, training=training, stopped_after=1.0)
+    else:  # it is stopped where the gold is, after 10 of 10 or 20 steps in place of 40 of 40 or 80
+        assert planned == replace(asked, training=Training(42, round(10 / share), 2, 1.0))
     _, method = SameTime("finetune", "GN").plan(asked, tmp_path / "fine-tuning-same-time-seed42")
     assert method == Finetune(max_steps=int(40 * ratio))
 
@@ -160,7 +159,9 @@ def _outcome() -> Outcome:
 
 
 def test_whose_time_the_baselines_get() -> None:
-    methods: Any = {"tuned": Finetune(), "first": GaussNewton(), "second": GaussNewton()}
+    newton: Any = {"tuned": Finetune(), "Newton": GaussNewton(), "second": GaussNewton()}
+    assert parse_same_time(["finetune"], None, newton) == {"fine-tuning, same time": SameTime("finetune", "Newton")}
+    methods: Any = newton | {"first": Rewind(), "other": Rewind()}
     assert parse_same_time(["finetune"], None, methods) == {"fine-tuning, same time": SameTime("finetune", "first")}
     assert parse_same_time(["retrain"], "tuned", methods) == {"retraining, same time": SameTime("retrain", "tuned")}
     assert parse_same_time(["none"], None, methods) == parse_same_time(["finetune"], None, {"t": Finetune()}) == {}

@@ -84,6 +84,8 @@ value is the gold's, not the lowest or the highest.
   means that the forget set cannot be told from data never seen; below 0.5, it stands out by low confidence. Damage to
   the test set raises the AUC too.
 - Relearn steps are the training steps until the forget accuracy is back, with ≥ where runs stopped before that.
+- Of retraining is the time of a run over that of the gold of its seed: of processor time where a CPU does the work, so
+  that other work on the machine changes little, of wall time elsewhere.
 """
 
 

@@ -35,7 +35,8 @@ class UnlearningResult:
         outcomes: the model's outcome on `"forget"`, `"retain"` and `"test"`, and on `"heldout"` where test samples are
             not of the same kind as those to forget (a whole class): these are then the non-members of the attacks, in
             place of the test set.
-        seconds: the time that the method took.
+        seconds: the wall time that the method took.
+        processor_seconds: the time that its process was running; None if it worked on another device.
         peak_memory: the bytes of memory that it took at most.
         relearn_steps: training steps until the forget accuracy is back; None if it was not back within
             `relearn_limit`.
@@ -54,6 +55,18 @@ class UnlearningResult:
     relearn_limit: int | None = None
     parameters: int = 0
     report: dict[str, Any] | None = None
+    processor_seconds: float | None = None
+
+    def time_over(self, other: UnlearningResult) -> float | None:
+        """Returns the time of this run relative to that of another; None if it is not known.
+
+        It is a ratio of processor time where both are known, which other work on the machine changes little, and of
+        wall time otherwise.
+        """
+        for own, others in ((self.processor_seconds, other.processor_seconds), (self.seconds, other.seconds)):
+            if own is not None and others:
+                return own / others
+        return None
 
     @property
     def non_members(self) -> Outcome:

@@ -117,8 +117,9 @@ def _against_gold(run: UnlearningResult, gold: UnlearningResult) -> dict[str, fl
     if "js_forget" in found:
         accuracies = [[float(r.outcomes[split].correct.mean()) for split in SPLITS] for r in (run, gold)]
         found["tug_of_war"] = metrics.tug_of_war(*accuracies)
-    if run.seconds is not None and gold.seconds:
-        found["time_fraction"] = run.seconds / gold.seconds
+    fraction = run.time_over(gold)
+    if fraction is not None:
+        found["time_fraction"] = fraction
     return found
 
 

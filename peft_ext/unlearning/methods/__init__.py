@@ -4,28 +4,53 @@ from .base import Request, Solution, Step, UnlearningMethod, UnlearningReport
 from .fast_ntk import FastNTK
 from .finetune import Finetune
 from .gauss_newton import GaussNewton
+from .grad_diff import GradDiff
 from .gradient_ascent import GradientAscent
+from .idk_dpo import IdkDPO
 from .ledger import Ledger
+from .npo import NPO
 from .random_labels import RandomLabels
 from .retrain import Retrain
 from .rewind import Rewind
+from .rmu import RMU
 from .salun import SalUn
+from .simnpo import SimNPO
 
-_ALL = (Retrain, Rewind, Finetune, GradientAscent, RandomLabels, SalUn, FastNTK, GaussNewton, Ledger)
+_ALL = (
+    Retrain,
+    Rewind,
+    Finetune,
+    GradientAscent,
+    GradDiff,
+    NPO,
+    SimNPO,
+    IdkDPO,
+    RMU,
+    RandomLabels,
+    SalUn,
+    FastNTK,
+    GaussNewton,
+    Ledger,
+)
 METHODS: dict[str, type[UnlearningMethod]] = {method.name: method for method in _ALL}
 
 __all__ = [
     "METHODS",
+    "NPO",
+    "RMU",
     "FastNTK",
     "Finetune",
     "GaussNewton",
+    "GradDiff",
     "GradientAscent",
+    "IdkDPO",
     "Ledger",
     "RandomLabels",
     "Request",
     "Retrain",
     "Rewind",
     "SalUn",
+    "SimNPO",
     "Solution",
     "Step",
     "UnlearningMethod",

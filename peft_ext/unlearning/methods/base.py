@@ -38,10 +38,10 @@ class Request:
         ridge: half of this times the squared distance from the initial parameters was added to the loss. Methods that
             go on training add it too.
         eval_mode: whether that training ran in evaluation mode, without dropout and with batch-norm statistics kept, as
-            `fit` does. Only `Retrain` asks: what the other methods do always runs in evaluation mode.
+            `fit` does. Only `Retrain` and `Rewind` ask: what the other methods do always runs in evaluation mode.
         stopped_after: the share of its planned optimizer steps after which that training was stopped, where the
-            schedule of the learning rate stood at the time (`StopAfter`). Only `Retrain` asks: what the other methods
-            plan they do to the end.
+            schedule of the learning rate stood at the time (`StopAfter`). Only `Retrain` and `Rewind` ask: what the
+            other methods plan they do to the end.
 
     Raises:
         ValueError: the model has nothing to train, its adapter is merged or disabled, a set is empty, the sets share
@@ -113,12 +113,17 @@ class Request:
         return np.random.default_rng(self.training.seed)
 
     @torch.no_grad()
-    def restore_initial(self) -> None:
-        """Puts the model back to what it was before the training."""
+    def restore_initial(self, keep: float = 0.0) -> None:
+        """Puts the model back to what it was before the training, or most of the way to it.
+
+        Args:
+            keep: the share of the way from the initial parameters that is left.
+        """
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in self.initial.items():
+            start = value.to(tensors[name].device)
             # Not through `.data`: the adapters notice a change by the parameter's version.
-            tensors[name].copy_(value)
+            tensors[name].copy_(start + keep * (tensors[name] - start) if keep else start)
 
 
 @dataclass
@@ -132,6 +137,7 @@ class Step:
         damping: what was added to the diagonal of the curvature, in units of its mean.
         accepted: whether the step was kept.
         predicted: decrease of the objective that the quadratic model promised.
+        decrease: decrease of the objective that came, negative if it rose. For a rejected step an upper bound.
     """
 
     objective: float
@@ -139,6 +145,7 @@ class Step:
     damping: float
     accepted: bool
     predicted: float
+    decrease: float | None = None
 
 
 @dataclass
@@ -190,11 +197,13 @@ class Served:
         samples: number of samples that were taken off.
         learned: number of samples that were in the ledger before.
         damping: ridge on the curvature, in units of the mean of its diagonal.
+        shortfalls: what the ledger's trial deletions had foretold; see `UnlearningLedger.shortfalls`.
     """
 
     samples: int
     learned: int
     damping: float
+    shortfalls: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -256,6 +265,7 @@ class UnlearningReport:
         if self.ledger is not None:
             taken = f"{self.ledger.samples:,} of {self.ledger.learned:,} samples taken off"
             found.append(f"{taken}, damping {self.ledger.damping:g}; the retain set was not read")
+            found += [f"Foretold when the ledger was made: {text}" for text in self.ledger.shortfalls]
         return found
 
 
@@ -267,6 +277,15 @@ class UnlearningMethod(ABC):
     """
 
     name: ClassVar[str]
+    universal: ClassVar[bool] = True
+    """Whether its default options serve every model of classes or of tokens."""
+
+    def check(self, request: Request) -> None:
+        """Raises a ValueError if the method cannot serve a request, as far as shows before anything is trained.
+
+        By default nothing shows. The model is left as it is, and may be one from before its training.
+        """
+        return None
 
     def prepare(self, request: Request) -> None:
         """Does what the method would have done at training time, before there was any request to forget.
@@ -347,6 +366,7 @@ def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None)
             f"{tried - kept} of {tried} steps were undone: they took the retain loss above {limit:.4g} "
             f"({solution.retain_tolerance:g} above its start), or raised the objective."
         )
+    notes += _step_notes(solution.steps)
     if solution.ended is not None and not kept:
         notes.append("No step was kept: the model is unchanged.")
     elif solution.ended == "steps":
@@ -354,6 +374,28 @@ def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None)
     elif solution.ended == "distance":
         notes.append(
             "Stopped short: a further step led further from the trained weights than the training had moved them."
+        )
+    return notes
+
+
+def _step_notes(steps: list[Step]) -> list[str]:
+    """Returns what the quadratic model promised of each step and what came, and how far it is to be trusted."""
+    if not steps or any(step.decrease is None for step in steps):
+        return []
+    listed = ", ".join(
+        f"{step.predicted:.2g} -> {'' if step.accepted else 'at most '}{step.decrease:.2g} "
+        f"({step.damping:.2g}{'' if step.accepted else ', undone'})"
+        for step in steps
+    )
+    notes = [f"Decrease of the objective, predicted -> actual, and damping of every step: {listed}."]
+    kept = [(step.predicted, step.decrease or 0.0) for step in steps if step.accepted]
+    promised, came = (sum(part) for part in zip(*kept)) if kept else (0.0, 0.0)
+    if promised > 0:
+        ratio = came / promised
+        trust = "holds" if ratio > 0.75 else "holds roughly" if ratio > 0.25 else "is wrong"
+        notes.append(
+            f"The kept steps lowered the objective by {ratio:.2g} times what was predicted ({came:.2g} of "
+            f"{promised:.2g}): the quadratic model {trust} at their length."
         )
     return notes
 

@@ -28,10 +28,18 @@ class Retrain(TrainingMethod):
     name: ClassVar[str] = "retrain"
 
     def train(self, request: Request) -> Trainer:
-        request.restore_initial()
+        self.start(request)
         trainer_class = EvaluationTrainer if request.eval_mode else CheckedTrainer
         callbacks = [StopAfter(request.stopped_after)] if request.stopped_after < 1 else []
-        return request.fit(request.retain, request.training, trainer_class, callbacks=callbacks)
+        return request.fit(request.retain, self.schedule(request), trainer_class, callbacks=callbacks)
+
+    def start(self, request: Request) -> None:
+        """Gives the model the parameters from which it is trained."""
+        request.restore_initial()
+
+    def schedule(self, request: Request) -> TrainingArguments:
+        """Returns the arguments of the training, which is stopped after the same share of its steps as the model's."""
+        return request.training
 
     def facts(self, trainer: Trainer) -> Tuned:
         ended = "steps" if trainer.state.global_step >= trainer.state.max_steps else "share"
