@@ -1,6 +1,7 @@
 """Unlearning methods with one interface: what a report compares."""
 
 from .base import Request, Solution, Step, UnlearningMethod, UnlearningReport
+from .covarnav import CovarNav
 from .fast_ntk import FastNTK
 from .finetune import Finetune
 from .gauss_newton import GaussNewton
@@ -8,12 +9,15 @@ from .grad_diff import GradDiff
 from .gradient_ascent import GradientAscent
 from .idk_dpo import IdkDPO
 from .ledger import Ledger
+from .muso import MUSO
+from .natmu import NatMU
 from .npo import NPO
 from .random_labels import RandomLabels
 from .retrain import Retrain
 from .rewind import Rewind
 from .rmu import RMU
 from .salun import SalUn
+from .sfr_on import SFRon
 from .simnpo import SimNPO
 
 _ALL = (
@@ -28,6 +32,10 @@ _ALL = (
     RMU,
     RandomLabels,
     SalUn,
+    NatMU,
+    MUSO,
+    CovarNav,
+    SFRon,
     FastNTK,
     GaussNewton,
     Ledger,
@@ -36,8 +44,10 @@ METHODS: dict[str, type[UnlearningMethod]] = {method.name: method for method in 
 
 __all__ = [
     "METHODS",
+    "MUSO",
     "NPO",
     "RMU",
+    "CovarNav",
     "FastNTK",
     "Finetune",
     "GaussNewton",
@@ -45,10 +55,12 @@ __all__ = [
     "GradientAscent",
     "IdkDPO",
     "Ledger",
+    "NatMU",
     "RandomLabels",
     "Request",
     "Retrain",
     "Rewind",
+    "SFRon",
     "SalUn",
     "SimNPO",
     "Solution",
