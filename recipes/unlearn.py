@@ -39,6 +39,7 @@ from recipes.unlearning.settings import (
     load_images,
     load_labelled_texts,
     load_texts,
+    load_tofu,
     parse_adapter,
     parse_unlearning_methods,
 )
@@ -72,7 +73,7 @@ class Unlearn(Recipe[UnlearningResult]):
             check_quickstart(self.model, self.data, self.comparison)
         self.methods = parse_unlearning_methods(self.comparison.methods)
         self.baselines = parse_same_time(self.comparison.same_time, self.comparison.same_time_as, self.methods)
-        self.specs = parse_cases(self.case, self.comparison.task == "text")
+        self.specs = parse_cases(self.case, self.comparison.task)
         self.adapter = parse_adapter(self.comparison, self.training, self.seeds[0])
 
     def continued(self, name: str, before: Any, now: Any) -> Any:
@@ -92,11 +93,16 @@ class Unlearn(Recipe[UnlearningResult]):
             digits.prepare(folder, self.model, self.data, self.training.use_cpu)
 
     def load(self) -> None:
-        if self.comparison.task == "image":
+        task = self.comparison.task
+        if task == "image":
             self.setting = load_images(self.model, self.data, self.comparison, self.adapter)
+            return
+        assert self.adapter is not None
+        if task == "tofu":
+            splits, batch_size = [spec.kind for spec in self.specs], self.training.per_device_eval_batch_size
+            self.setting = load_tofu(self.model, self.data, self.adapter, splits, batch_size)
         else:
-            assert self.adapter is not None
-            load = load_texts if self.comparison.task == "text" else load_labelled_texts
+            load = load_texts if task == "text" else load_labelled_texts
             self.setting = load(self.model, self.data, self.adapter)
 
     def try_out(self) -> None:

@@ -288,7 +288,7 @@ def test_two_processes(images: list[str], tmp_path: Path, no_report: None) -> No
 def test_every_preset_parses(path: Path) -> None:
     model, data, cases, args, run, _, training = parse_arguments("unlearn", TYPES, [str(path)])
     settings.check_arguments(model, data, args, run.seeds or [training.seed])
-    parse_cases(cases, args.task == "text")
+    parse_cases(cases, args.task)
     assert settings.parse_unlearning_methods(args.methods)
     if args.adapter:
         parse_methods([args.adapter])[0].config(None, 0)

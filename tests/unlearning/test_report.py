@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_ext.unlearning.evaluation import figures, metrics, report
+from peft_ext.unlearning.evaluation import figures, language, metrics, report
 from peft_ext.unlearning.evaluation.findings import warnings
 from peft_ext.unlearning.evaluation.metrics import Outcome
 from peft_ext.unlearning.evaluation.results import UnlearningResult
@@ -206,7 +206,7 @@ def test_language_models_have_other_columns():
     rows = table(results)
     assert {"loss_forget", "reproduced_test", "extraction_forget", "truth_ratio", "attack_auc"} <= rows[2].keys()
     assert not any(name.startswith(("accuracy", "js", "l1", "tug", "seconds", "relearn")) for name in rows[2])
-    assert rows[2]["truth_ratio"]["values"][0] == metrics.truth_score(results[4].outcomes["forget"].truth_ratio)
+    assert rows[2]["truth_ratio"]["values"][0] == language.truth_score(results[4].outcomes["forget"].truth_ratio)
 
 
 def test_results_that_do_not_go_together_are_refused():
