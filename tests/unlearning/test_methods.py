@@ -85,6 +85,16 @@ class TestRewind(MethodCases):
             torch.testing.assert_close(value, start + 0.25 * (trained - start))
         assert report.training.steps == 4 * math.ceil(len(request.retain) / 8)
 
+    def test_it_says_what_the_retain_set_lost(self, request_: Request) -> None:
+        request = changed(request_, training=copy.copy(request_.training))
+        before = loss(request, request.retain)
+        request.training.learning_rate = 0.0
+        report = Rewind(keep=0, share=0.5).unlearn(request)
+        assert report.retain_loss == pytest.approx((before, loss(request, request.retain)), rel=1e-5)
+        assert "stopped short, it is more than 0.05 nats above" in report.notes()[-1]
+        kept = Rewind(keep=0.9, share=1).unlearn(changed(request_))
+        assert "stopped short" not in kept.notes()[-1] and kept.notes()[-1].startswith("Retain loss")
+
 
 class TestFinetune(MethodCases):
     method, trains, wrong = Finetune, True, TUNING

@@ -22,6 +22,8 @@ from ...training.trainer import EvaluationTrainer, fit
 from ..derivatives.data import Loader
 from ..derivatives.quadratic import CurvatureEstimate
 
+_SHORT = 0.05  # nats by which the retain loss may rise without a word
+
 
 @dataclass
 class Request:
@@ -262,6 +264,8 @@ class UnlearningReport:
             found += _solution_notes(self.solution, self.retain_loss)
         if self.training is not None:
             found.append(_training_note(self.training))
+            if self.retain_loss is not None:
+                found.append(_retain_note(*self.retain_loss))
         if self.ledger is not None:
             taken = f"{self.ledger.samples:,} of {self.ledger.learned:,} samples taken off"
             found.append(f"{taken}, damping {self.ledger.damping:g}; the retain set was not read")
@@ -410,6 +414,15 @@ def _curvature_note(solution: Solution) -> str:
     return (
         f"{estimate.samples:,} of {estimate.of:,} retain samples, {each}: relative standard error of the curvature "
         f"along the gradient {estimate.relative_error:.2g}"
+    )
+
+
+def _retain_note(before: float, after: float) -> str:
+    text = f"Retain loss {before:.3g} -> {after:.3g}"
+    if after <= before + _SHORT:  # false for NaN
+        return f"{text}."
+    return (
+        f"{text}: stopped short, it is more than {_SHORT:g} nats above its start. A larger `share` costs time for it."
     )
 
 
