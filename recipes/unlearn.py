@@ -81,8 +81,8 @@ class Unlearn(Recipe[UnlearningResult]):
             return now
         if name != "methods":
             return None
-        known = parse_unlearning_methods(before)
-        baselines = parse_same_time(self.comparison.same_time, self.comparison.same_time_as, known)
+        known, like = parse_unlearning_methods(before), self.comparison.same_time_as
+        baselines = {} if like and like not in known else parse_same_time(self.comparison.same_time, like, known)
         for then, later in ((known, self.methods), (baselines, self.baselines)):
             if any(then[label] != later[label] for label in then.keys() & later.keys()):
                 return None  # what is there under a label is something else
