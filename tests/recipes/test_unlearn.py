@@ -294,6 +294,7 @@ def test_every_preset_parses(path: Path) -> None:
         parse_methods([args.adapter])[0].config(None, 0)
 
 
+@pytest.mark.filterwarnings("ignore:A trial deletion")  # so little training foretells that the ledger leaves too much
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
     monkeypatch.setattr(digits, "_STEPS", 20)
     threads = torch.get_num_threads()
