@@ -94,6 +94,7 @@ class TestRewind(MethodCases):
         assert "stopped short, it is more than 0.05 nats above" in report.notes()[-1]
         kept = Rewind(keep=0.9, share=1).unlearn(changed(request_))
         assert "stopped short" not in kept.notes()[-1] and kept.notes()[-1].startswith("Retain loss")
+        assert kept.training.learning_rate == pytest.approx(0.1 * request_.training.learning_rate)  # 0.1 was taken back
 
 
 class TestFinetune(MethodCases):

@@ -162,6 +162,15 @@ def test_rows_are_in_order_and_compare_with_the_gold_of_the_same_seed():
     }
 
 
+def test_time_is_that_of_the_processor_where_both_are_known():
+    def run(*times: float | None) -> UnlearningResult:
+        return UnlearningResult("class 3", "ours", 0, {}, seconds=times[0], processor_seconds=times[1])
+
+    assert run(4.0, 1.0).time_over(run(2.0, 10.0)) == 0.1
+    assert run(4.0, 1.0).time_over(run(2.0, None)) == run(4.0, None).time_over(run(2.0, 10.0)) == 2
+    assert run(4.0, 1.0).time_over(run(None, None)) is None
+
+
 def test_the_golds_row_has_what_golds_differ_by():
     results = experiment()
     _, gold, ours = table(results)
