@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from transformers import TrainingArguments, default_data_collator
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_ext.training.callbacks import trainable_state
+from peft_ext.training.callbacks import trainable_parameters, trainable_state
 from peft_ext.training.trainer import fit
 from peft_ext.unlearning import METHODS, MUSO, CovarNav, NatMU, Request, SFRon
 from peft_ext.unlearning.derivatives.function import AdapterFunction
@@ -194,6 +194,17 @@ class TestMUSO(MethodCases):
         # Conjugate gradients stop at a relative residual of 1e-4.
         assert float((problems.matrix(request.model) - alone).norm()) < (1e-3 if form == "matrix_free" else 1e-6)
 
+    def test_what_training_left_undone_stays_undone(self, request_: Request) -> None:
+        """Where what goes is as what stays, there is nothing to forget, however large the gradient still is."""
+        request = changed(request_, forget=[dict(row) for row in request_.retain], ridge=0.05)
+        with torch.no_grad():
+            for parameter in trainable_parameters(request.model).values():
+                parameter.mul_(0.5)
+        function = AdapterFunction(request.model, LOSSES["cross_entropy"]())
+        _, targets, gradient = function.loss_and_gradient(request.loader(request.retain))
+        assert float((gradient / targets).norm()) > 0.1
+        assert float(MUSO(damping=1e-9).step(request, function).norm()) < 1e-4
+
     def test_it_forgets_and_keeps(self, request_: Request) -> None:
         MUSO(epochs=8).unlearn(request_)
         assert loss(request_, request_.forget) > 1 and loss(request_, request_.retain) < 0.3
@@ -295,6 +306,8 @@ class TestCovarNav(MethodCases):
         report = method.unlearn(request_)
         assert loss(request_, request_.forget) > 1 and loss(request_, retain) < 0.3
         assert report.training is not None and report.training.ended == "bound"
+        asked = CovarNav(energy=0.8, max_loss=1e-9, epochs=20).unlearn(changed(request_, retain=retain)).training
+        assert asked is not None and asked.steps == 1, "it goes on where its bound is reached"
 
     def test_the_ledger_and_the_retain_set_protect_the_same(self, request_: Request) -> None:
         requests = [changed(request_) for _ in range(2)]
