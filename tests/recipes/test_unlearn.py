@@ -340,7 +340,6 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: 
         (["--same_time_as", "Newton"], ["no method is called 'Newton'", "finetune", "gauss_newton"]),
         (["--methods", "{name: salun, label: 'fine-tuning, same time'}"], ["'label' of its own"]),
         (["--methods", "idk_dpo"], ["method 'idk_dpo'", "causal language model say", "npo and simnpo"]),
-        (["--methods", "{name: rmu, layer: nowhere}"], ["method 'rmu'", "`layer` must name one module"]),
         (["--source_column", "text"], ["source_column is for --task text", "--task image"]),
         (["--max_length", "9"], ["max_length is for --task text-classification"]),
         (["--forget_filter", "red"], ["'filter'", "--forget_filter", "both"]),

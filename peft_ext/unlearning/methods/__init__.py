@@ -15,7 +15,6 @@ from .npo import NPO
 from .random_labels import RandomLabels
 from .retrain import Retrain
 from .rewind import Rewind
-from .rmu import RMU
 from .salun import SalUn
 from .sfr_on import SFRon
 from .simnpo import SimNPO
@@ -29,7 +28,6 @@ _ALL = (
     NPO,
     SimNPO,
     IdkDPO,
-    RMU,
     RandomLabels,
     SalUn,
     NatMU,
@@ -46,7 +44,6 @@ __all__ = [
     "METHODS",
     "MUSO",
     "NPO",
-    "RMU",
     "CovarNav",
     "FastNTK",
     "Finetune",

@@ -108,10 +108,6 @@ class PairedTrainer(EvaluationTrainer):
         super().__init__(*args, **kwargs)
         self.method, self.before = method, before
 
-    def retain_loss(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        """Returns the loss on what stays: that of the model's training."""
-        return super().compute_loss(model, batch)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
@@ -119,7 +115,7 @@ class PairedTrainer(EvaluationTrainer):
         loss = self.method.forget_loss(model, inputs, self.before)
         check_dependence(loss, sum(p.numel() for p in model.parameters() if p.requires_grad))
         if self.method.retain_weight:
-            loss = loss + self.method.retain_weight * self.retain_loss(model, inputs["retain"])
+            loss = loss + self.method.retain_weight * super().compute_loss(model, inputs["retain"])
         return (loss, {}) if return_outputs else loss
 
 
@@ -142,7 +138,6 @@ class Paired(Tuning):
     retain_weight: float = 1.0
 
     rate: ClassVar[float] = 0.3
-    trainer: ClassVar[type[PairedTrainer]] = PairedTrainer
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,6 +175,6 @@ class Paired(Tuning):
 
     def train(self, request: Request) -> Trainer:
         pairs = self.data(request)
-        trainer_class = partial(self.trainer, self, self.before(request, pairs.parts))
+        trainer_class = partial(PairedTrainer, self, self.before(request, pairs.parts))
         paired = replace(request, collator=partial(collate_pairs, request.collator))
         return paired.fit(pairs, self.arguments(request), trainer_class, callbacks=[NewPartners(pairs)])
