@@ -155,21 +155,21 @@ class UnlearnArguments:
     )
 
 
-# What a task takes of all that there is.
 def _names(*kinds: Any) -> set[str]:
     return {f.name for kind in kinds for f in dataclasses.fields(kind)}
 
 
 TEXT_TASKS = ("text", "tofu")
 """The tasks of a causal language model."""
+_EVERY_TASK = {"max_train_samples", "max_retain_eval_samples"}
 _LENGTHS = {"prompt_template", "max_source_length", "max_target_length", "max_eval_samples"}
+# What a task takes of all that there is.
 _MODELS = {
     "image": _names(ImageModelArguments),
     "text": _names(causal_lm.ModelArguments),
     "text-classification": _names(inputs.ModelArguments),
     "tofu": _names(causal_lm.ModelArguments),
 }
-_EVERY_TASK = {"max_train_samples", "max_retain_eval_samples"}
 _DATA = {
     "image": _names(image_classification.DataArguments) | _EVERY_TASK,
     "text": (_names(causal_lm.DataArguments) | _EVERY_TASK) - {"max_eval_prompts"},

@@ -3,22 +3,19 @@ Over-Parameterized Regimes", 2024)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ...checks import check_choice, check_positive, check_positive_integer, check_share
-from ..derivatives.data import Loader
 from ..derivatives.function import AdapterFunction
 from ..derivatives.losses import LOSSES
 from ..derivatives.quadratic import DRAWS, MEMORY, Quadratic, bytes_needed, estimated_curvature, ridge_gradient
-from .base import Request, UnlearningReport
+from .base import Request
 from .soft_targets import SoftCollator, SoftTargets, SoftTrainer
 from .tuning import Tuning
 
@@ -56,6 +53,7 @@ class MUSO(Tuning):
     """
 
     name: ClassVar[str] = "muso"
+    needed: ClassVar[tuple[str, ...]] = ("reference",)
     epochs: float = 2.0
     loss: str = "cross_entropy"
     damping: float = 0.3
@@ -131,25 +129,3 @@ class MUSO(Tuning):
         for _ in range(self.rounds):
             trainer = soft.fit(self.data(request), self.arguments(request), partial(SoftTrainer, self.loss))
         return trainer
-
-    def fit(
-        self,
-        model: nn.Module,
-        retain: Loader,
-        forget: Loader,
-        *,
-        reference: Mapping[str, torch.Tensor] | None = None,
-        ridge: float = 0.0,
-        training: TrainingArguments | None = None,
-    ) -> UnlearningReport:
-        """Trains a model; see `TrainingMethod.fit`.
-
-        Raises:
-            ValueError: `reference` is missing.
-        """
-        if reference is None:
-            raise ValueError(
-                "MUSO needs `reference`, the trainable parameters before the training: `trainable_state(model)` "
-                "copies them."
-            )
-        return super().fit(model, retain, forget, reference=reference, ridge=ridge, training=training)
