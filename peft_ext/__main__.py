@@ -253,7 +253,7 @@ def _show_ledger(found: dict[str, Any], console: Console) -> None:
         shown.add_row(f"{number:,}", _plain(entry["time"]), *numbers, entry["hash"][:16])
     console.print(shown)
     console.print(f"Head: {found['head']}")
-    for sentence in found["verified"]:
+    for sentence in found["verified"] + found["shortfalls"]:
         console.print(_plain(sentence))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,7 @@ class Alignment:
             have labels `(n,)` alone.
         model: Class of the model, for messages.
         encoder_decoder: Whether the model also needs `decoder_input_ids`.
+        decoder_inputs: The model's own way to derive them from labels, where it has one.
         not_classes: What its configuration says it gives in place of one class a sample; empty if it does not.
     """
 
@@ -46,6 +47,7 @@ class Alignment:
     model: str
     encoder_decoder: bool = False
     not_classes: str = ""
+    decoder_inputs: Callable[..., torch.Tensor] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Alignment:
@@ -68,33 +70,47 @@ class Alignment:
         elif isinstance(model, PeftModel):
             kind = _PEFT_TASKS.get(str(getattr(model.active_peft_config, "task_type", None)))
         not_classes = "" if inner is None or kind != "sample" else _not_classes(inner.config)
-        return cls(kind, name, encoder_decoder and kind == "token", not_classes)
+        derived = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+        return cls(kind, name, encoder_decoder and kind == "token", not_classes, derived)
 
     def split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The arguments of the model without the labels, and the labels.
+
+        Where an encoder-decoder gets no `decoder_input_ids`, they are the labels shifted by the model itself, as its
+        own loss has them.
 
         The label of a text's first token is left out where padding stands before it: what a causal language model says
         at padding is no prediction, and without padding the first token has none either.
 
         Raises:
             ValueError: no labels, labels of another kind than the model's, or no `decoder_input_ids` for a model that
-                needs them.
+                needs them and cannot derive them.
         """
         arguments = dict(batch)
         labels = arguments.pop("labels", None)
         if not isinstance(labels, torch.Tensor):
             raise ValueError(f"A batch must have a tensor 'labels', got {', '.join(map(repr, batch)) or 'nothing'}.")
-        if self.encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & arguments.keys():
-            raise ValueError(
-                f"A batch for {self.model} must have 'decoder_input_ids' beside 'labels', got "
-                f"{', '.join(map(repr, batch))}. DataCollatorForSeq2Seq(tokenizer, model=model) adds them."
-            )
         self._check(labels)
+        if self.encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & arguments.keys():
+            arguments["decoder_input_ids"] = self._decoder_inputs(labels, batch)
         mask = arguments.get("attention_mask")
         if self.kind == "next token" and isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
             first = torch.cat((torch.zeros_like(mask[:, :1]), (mask[:, 1:] != 0) & (mask[:, :-1] == 0)), 1)
             labels = labels.masked_fill(first.bool(), IGNORED)
         return arguments, labels
+
+    def _decoder_inputs(self, labels: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        why = "the model has no way to derive them from labels"
+        if self.decoder_inputs is not None:
+            try:
+                return self.decoder_inputs(labels=labels)
+            except (AttributeError, TypeError, ValueError) as error:  # as without `decoder_start_token_id`
+                why = str(error)
+        raise ValueError(
+            f"A batch for {self.model} must have 'decoder_input_ids' beside 'labels', got "
+            f"{', '.join(map(repr, batch))}: {why.rstrip('.')}. Add them to the batches, such as by "
+            "DataCollatorForSeq2Seq(tokenizer, model=model)."
+        )
 
     def _check(self, labels: torch.Tensor) -> None:
         if self.not_classes:

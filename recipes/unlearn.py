@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from peft_ext.unlearning.evaluation.report import write_report
 from peft_ext.unlearning.evaluation.results import GOLD, ORIGINAL, UnlearningResult
 from peft_ext.unlearning.methods import Retrain, UnlearningMethod
-from recipes.support.arguments import run_main
+from recipes.support.arguments import UserError, run_main
 from recipes.support.methods import Method
 from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits
@@ -39,6 +39,7 @@ from recipes.unlearning.settings import (
     load_images,
     load_labelled_texts,
     load_texts,
+    load_tofu,
     parse_adapter,
     parse_unlearning_methods,
 )
@@ -72,26 +73,49 @@ class Unlearn(Recipe[UnlearningResult]):
             check_quickstart(self.model, self.data, self.comparison)
         self.methods = parse_unlearning_methods(self.comparison.methods)
         self.baselines = parse_same_time(self.comparison.same_time, self.comparison.same_time_as, self.methods)
-        self.specs = parse_cases(self.case, self.comparison.task == "text")
+        self.specs = parse_cases(self.case, self.comparison.task)
         self.adapter = parse_adapter(self.comparison, self.training, self.seeds[0])
+
+    def continued(self, name: str, before: Any, now: Any) -> Any:
+        if name in ("cases", "seeds", "further_golds"):
+            return now
+        if name != "methods":
+            return None
+        known, like = parse_unlearning_methods(before), self.comparison.same_time_as
+        baselines = {} if like and like not in known else parse_same_time(self.comparison.same_time, like, known)
+        for then, later in ((known, self.methods), (baselines, self.baselines)):
+            if any(then[label] != later[label] for label in then.keys() & later.keys()):
+                return None  # what is there under a label is something else
+        return [*now, *(text for text, label in zip(before, known) if label not in self.methods)]
 
     def make(self, folder: Path) -> None:
         if self.quickstart.digits:
             digits.prepare(folder, self.model, self.data, self.training.use_cpu)
 
     def load(self) -> None:
-        if self.comparison.task == "image":
+        task = self.comparison.task
+        if task == "image":
             self.setting = load_images(self.model, self.data, self.comparison, self.adapter)
+            return
+        assert self.adapter is not None
+        if task == "tofu":
+            splits, batch_size = [spec.kind for spec in self.specs], self.training.per_device_eval_batch_size
+            self.setting = load_tofu(self.model, self.data, self.adapter, splits, batch_size)
         else:
-            assert self.adapter is not None
-            load = load_texts if self.comparison.task == "text" else load_labelled_texts
+            load = load_texts if task == "text" else load_labelled_texts
             self.setting = load(self.model, self.data, self.adapter)
 
     def try_out(self) -> None:
-        self.setting.fresh(self.seeds[0])
         unknown = partial(np.zeros, len(self.setting.train))  # memorisation is not measured yet
-        for spec in self.specs:
-            choose(spec, self.case, self.setting.train, self.setting.test, unknown)
+        cases = [choose(spec, self.case, self.setting.train, self.setting.test, unknown) for spec in self.specs]
+        experiment = Experiment(self.setting, self.training, self.comparison, None)
+        for case in cases:
+            request = experiment.request(self.seeds[0], case.forget)
+            for label, method in self.methods.items():
+                try:
+                    method.check(request)
+                except ValueError as error:
+                    raise UserError(f"method {label!r}: {error}") from error
 
     def runs(self) -> dict[str, Callable[[Path], UnlearningResult]]:
         limit = self.data.max_retain_eval_samples

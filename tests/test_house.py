@@ -17,7 +17,14 @@ LIBRARY = [
     "adapters",
     "__main__ __init__",
 ]
-UNLEARNING = ["derivatives ledger_chain", "ledger_folder", "ledger_lock ledger_state", "ledger methods", "evaluation"]
+UNLEARNING = [
+    "derivatives ledger_chain",
+    "ledger_folder",
+    "ledger_lock ledger_state",
+    "ledger_trials",
+    "ledger methods",
+    "evaluation",
+]
 PROGRAMS = "finetune_gpt2 finetune_vit train_from_seed unlearn reload_adapter"
 RECIPES = ["metrics", "support", "tasks", "unlearning", PROGRAMS]
 BESIDE = {("methods", "ledger")}  # the one place that may import from another on its line

@@ -25,6 +25,16 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5, decoder_start_token_id=0))
 
 
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 24}
+WIDTHS = {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 16}
+WHISPER = {**BART, **WIDTHS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+ENCODER_DECODERS = {
+    "T5": t5,
+    "BART": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**BART, **WIDTHS)),
+    "mBART": lambda: transformers.MBartForConditionalGeneration(transformers.MBartConfig(**BART, **WIDTHS)),
+}
+
+
 def soft_prompt(kind) -> nn.Module:
     config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
     return get_peft_model(tiny_models.gpt2(vocab_size=24), config)
@@ -141,10 +151,40 @@ def test_outputs_without_logits_are_refused():
 def test_a_batch_without_what_it_needs_is_refused():
     with pytest.raises(ValueError, match="must have a tensor 'labels', got 'input_ids'"):
         Alignment.of(t5()).split({"input_ids": torch.zeros(1, 2)})
-    batch = seq2seq()
-    del batch["decoder_input_ids"]
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration must have 'decoder_input_ids'.*adds them"):
-        Alignment.of(t5()).split(batch)
+
+
+def no_start() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (no_start, "decoder_start_token_id"),
+        (lambda: transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**WHISPER)), "has no way"),
+    ],
+)
+def test_inputs_of_a_decoder_that_cannot_be_derived_are_asked_for(model, why):
+    batch = {name: value for name, value in seq2seq().items() if name != "decoder_input_ids"}
+    with pytest.raises(ValueError, match=rf"must have 'decoder_input_ids'.*{why}.*Add them to the batches"):
+        Alignment.of(model()).split(batch)
+
+
+@pytest.mark.parametrize("model", ENCODER_DECODERS)
+def test_inputs_of_a_decoder_are_derived_as_by_the_model_itself(model):
+    """The target loss is the one that the model computes of a batch without `decoder_input_ids`."""
+    torch.manual_seed(0)
+    model = ENCODER_DECODERS[model]().eval()
+    batch = {name: value for name, value in seq2seq().items() if name != "decoder_input_ids"}
+    alignment = Alignment.of(get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules="all-linear")))
+    arguments, labels = alignment.split(batch)
+    assert "decoder_input_ids" not in batch
+    with torch.no_grad():
+        outputs, targets = alignment.pair(model(**arguments), labels)
+        expected = model(**batch).loss
+    assert F.cross_entropy(outputs.flatten(0, 1), targets.flatten()).item() == pytest.approx(expected.item(), rel=1e-6)
+    given = {**batch, "decoder_input_ids": torch.ones_like(batch["labels"])}
+    assert torch.equal(alignment.split(given)[0]["decoder_input_ids"], given["decoder_input_ids"])
 
 
 def test_the_first_token_behind_padding_is_no_target():

@@ -87,13 +87,9 @@ def fit(
     Returns:
         The Trainer; its state says how many steps it took.
     """
-    training = copy.copy(training)
-    training.remove_unused_columns = False  # rows are as the collator takes them
-    training.eval_strategy = training.logging_strategy = IntervalStrategy.NO
-    training.save_strategy = SaveStrategy.NO
-    training.load_best_model_at_end = False
-    training.disable_tqdm = True
-    trainer = trainer_class(model=model, args=training, train_dataset=dataset, data_collator=collator, **options)
+    trainer = trainer_class(
+        model=model, args=_quiet(training), train_dataset=dataset, data_collator=collator, **options
+    )
     trainer.remove_callback(PrinterCallback)
     if ridge is not None and ridge.strength:
         trainer.add_callback(ridge)
@@ -102,3 +98,33 @@ def fit(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.eval()
     return trainer
+
+
+def mean_loss(
+    model: nn.Module, dataset: Any, collator: Callable[[list[Any]], Mapping[str, Any]], training: TrainingArguments
+) -> float:
+    """Returns a model's own loss on some rows in evaluation mode: the mean over samples of those of their batches.
+
+    Args:
+        model: left in evaluation mode.
+        dataset: the rows.
+        collator: makes a batch of rows, which holds `labels`.
+        training: says in which batches the rows are read, and where.
+    """
+    training = _quiet(training)
+    training.label_names = ["labels"]  # PEFT's wrapper hides them from the Trainer
+    trainer = Trainer(model=model, args=training, data_collator=collator)  # type: ignore[arg-type]
+    found = trainer.evaluation_loop(trainer.get_eval_dataloader(dataset), "loss", prediction_loss_only=True)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert found.metrics is not None
+    return float(found.metrics["eval_loss"])
+
+
+def _quiet(training: TrainingArguments) -> TrainingArguments:
+    training = copy.copy(training)
+    training.remove_unused_columns = False  # rows are as the collator takes them
+    training.eval_strategy = training.logging_strategy = IntervalStrategy.NO
+    training.save_strategy = SaveStrategy.NO
+    training.load_best_model_at_end = False
+    training.disable_tqdm = True
+    return training

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checks import check_choice, check_not_negative, check_positive, check_positive_integer
-from .derivatives.data import Loader, Selection, batches, gathered, sample_keys, unit_uniform
+from .derivatives.data import Loader, sample_keys
 from .derivatives.function import AdapterFunction
 from .derivatives.losses import LOSSES
 from .derivatives.quadratic import DRAWS, MEMORY, SampledQuadratic, smaller_form
@@ -25,13 +23,10 @@ from .ledger_chain import Chain, Entry, commitment, entry_hash
 from .ledger_folder import exists, leftovers, read_record, remove_leftovers, warn_of_leftover
 from .ledger_lock import alone, locked, on_main
 from .ledger_state import Deletion, LedgerState
+from .ledger_trials import least_damped
 
 RETAIN_TOLERANCE = 0.05
 """How far trial deletions may raise the loss of what remains, in nats per target, unless the user says otherwise."""
-
-_DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_UNTRIED_DAMPING = 1.0
-_TRIAL_SHARE = 0.1
 
 
 class UnlearningLedger:
@@ -121,8 +116,8 @@ class UnlearningLedger:
             OSError: the ledger could not be written.
 
         Warns:
-            UserWarning: a trial deletion raised the loss of what remains by more with every damping. The ledger is
-                written with the largest one.
+            UserWarning: a trial deletion raised the loss of what remains by more with every damping (the ledger is
+                written with the largest one), or left too much; see `shortfalls`.
         """
         start = time.perf_counter()
         folder = Path(folder)
@@ -159,7 +154,7 @@ class UnlearningLedger:
                 retain_tolerance=retain_tolerance if damping is None else None,
             )
             if damping is None:
-                state = _least_damped(state, function, data, loss_sum, retain_tolerance)
+                state = least_damped(state, function, data, loss_sum, retain_tolerance)
             else:
                 state = state.damped(damping)
         state = replace(state, seconds=time.perf_counter() - start)
@@ -182,6 +177,18 @@ class UnlearningLedger:
     def parameters(self) -> int:
         """Number of parameters that can change."""
         return len(self._state.weights)
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What the trial deletions foretell that requests will leave, a sentence each; empty if they did not fail.
+
+        There were trials if nobody chose the damping, and the model is a classifier. Requests for a class will leave
+        too much of it if the mean loss of the most frequent one stayed below that of a guess among all classes: a model
+        that was never shown a class gives it more. Requests for random samples will if the damping that spares the
+        others lets the loss of a tenth rise by less than a quarter of what the smallest damping does. Both are signs,
+        not bounds: how far the model is from a retrained one is not known without one.
+        """
+        return self._state.shortfalls
 
     @property
     def requests(self) -> list[Deletion]:
@@ -336,69 +343,6 @@ def check_options(damping: float | None, retain_tolerance: float, draws: int | N
     if draws is not None:
         check_positive_integer("draws", draws)
     check_positive("memory", memory)
-
-
-def _least_damped(
-    state: LedgerState, function: AdapterFunction, data: Loader, loss_sum: float, tolerance: float
-) -> LedgerState:
-    """Returns the state with the smallest damping with which trial deletions hardly raise the loss of the rest.
-
-    Args:
-        state: of all training samples.
-        function: with the trained weights; it has them again afterwards.
-        data: batches of all training samples.
-        loss_sum: the sum of their losses.
-        tolerance: how far the mean loss of what remains may rise.
-    """
-    quadratic, trained = state.quadratic, state.quadratic.trained.to(function.device)
-    trials = _trials(data, quadratic.keys)
-    if not trials:
-        return state.damped(_UNTRIED_DAMPING)
-    level, state = 0, state.damped(_DAMPINGS[0])
-    for trial in trials:
-        gone, rest = Selection(data, trial), Selection(data, trial, without=True)
-        remaining, gone_loss = quadratic.without(function, gone, Counter(key for key in quadratic.keys if key in trial))
-        most = loss_sum - gone_loss + tolerance * remaining.targets
-        while True:
-            try:
-                function.vector = state.weights_after(remaining).to(function.device)
-                raised = not function.loss_and_gradient(rest, most, gradient=False)[0] <= most
-            finally:
-                function.vector = trained
-            if not raised:
-                break
-            if level + 1 == len(_DAMPINGS):
-                samples, deleted = len(quadratic.keys), len(quadratic.keys) - len(remaining.keys)
-                warnings.warn(
-                    f"A trial deletion of {deleted} of {samples} samples raised the loss of the others by more than "
-                    f"{tolerance:g} with every damping up to {_DAMPINGS[-1]:g}: requests that this ledger serves may "
-                    "damage the model. Measure it on data that remains after a request, or use GaussNewton.",
-                    stacklevel=3,
-                )
-                return state
-            level += 1
-            state = state.damped(_DAMPINGS[level])
-    return state
-
-
-def _trials(data: Loader, keys: list[str]) -> list[set[str]]:
-    """Returns hashes of samples of a classifier to delete on trial: a random tenth, and the most frequent class."""
-    found: list[tuple[str, int]] = []
-    for batch in batches(data, torch.device("cpu")):
-        labels = batch.tensors["labels"]
-        if labels.dim() == 1:
-            found += zip(batch.keys(), labels.tolist())
-    found = gathered(found)
-    if not found:
-        return []
-    order = sorted(set(keys), key=lambda key: float(unit_uniform(key, "trial")))
-    classes = Counter(label for _, label in found)
-    largest = min(classes, key=lambda label: (-classes[label], label))
-    trials = [
-        set(order[: math.ceil(_TRIAL_SHARE * len(order))]),
-        {key for key, label in found if label == largest},
-    ]
-    return [trial for trial in trials if any(key not in trial for key in keys)]
 
 
 def _as_stored(function: AdapterFunction, vector: torch.Tensor) -> torch.Tensor:

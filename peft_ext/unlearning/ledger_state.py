@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from .ledger_folder import FILE, MARK, state_name
 
 _TERMS = {"kernel": "rows", "parameter": "gram"}  # the name on disk, by the form
 _SETTINGS = ("damping", "mean_curvature", "fingerprint", "loss", "parameters", "retain_tolerance")
+
+
+_LEFT = 0.25
+"""A random trial deletion that raises the loss by less than this share of what it does undamped leaves too much."""
 
 
 @dataclass
@@ -51,6 +56,60 @@ class Deletion:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A deletion that was tried when a ledger was made, with the damping that was chosen, and taken back.
+
+    Attributes:
+        kind: `"random"`, a tenth of the samples; `"class"`, those of the most frequent class.
+        samples: number of samples that it deleted.
+        of: number of all samples.
+        classes: number of classes among them.
+        before, after: mean loss over the targets of what it deleted.
+        least_damped: the same after it with the smallest damping that was tried. None for a mean that is not finite.
+        damages: whether it raised the loss of the others by more than `retain_tolerance`, for want of a larger damping.
+    """
+
+    kind: str
+    samples: int
+    of: int
+    classes: int
+    before: float
+    after: float | None
+    least_damped: float | None
+    damages: bool
+
+    def shortfall(self, state: LedgerState) -> str | None:
+        """Returns what it foretells of the requests that a ledger will serve, in a sentence; None if nothing bad."""
+        if self.damages:
+            return (
+                f"A trial deletion of {self.samples} of {self.of} samples raised the loss of the others by more than "
+                f"{state.retain_tolerance:g} with every damping up to {state.damping:g}: requests that this ledger "
+                "serves may damage the model. Measure it on data that remains after a request, or use GaussNewton."
+            )
+        if self.after is None:
+            return f"A trial deletion of {self.samples} of {self.of} samples led to a loss that is not finite."
+        use = "Use a method that has the retain data, such as Rewind."
+        if self.kind == "class":
+            guess = math.log(self.classes) if state.loss == "cross_entropy" else 0.5 * (1 - 1 / self.classes)
+            if self.after >= guess:
+                return None
+            return (
+                f"A trial deletion of all {self.samples:,} samples of the most frequent class took their mean loss "
+                f"from {self.before:.3g} to {self.after:.3g} only, and a guess among {self.classes} classes has "
+                f"{guess:.3g}: requests to forget a class will leave too much of it. {use}"
+            )
+        undamped = math.inf if self.least_damped is None else self.least_damped
+        rise, most = self.after - self.before, undamped - self.before
+        if most <= 0 or rise >= _LEFT * most:
+            return None
+        return (
+            f"A trial deletion of {self.samples:,} of {self.of:,} samples raised their mean loss by {rise:.3g} with "
+            f"the damping of {state.damping:g}, which spares the others, and by {most:.3g} with the smallest: requests "
+            f"will take back a small part only of what samples taught. {use}"
+        )
+
+
+@dataclass(frozen=True)
 class LedgerState:
     """All that a ledger holds.
 
@@ -67,6 +126,7 @@ class LedgerState:
         seconds: wall time of that.
         retain_tolerance: how far trial deletions were to raise the loss of what remains, in nats per target; None if
             there were none.
+        trials: what those came to.
         chain: the log; empty if nothing is on disk yet.
     """
 
@@ -81,6 +141,7 @@ class LedgerState:
     created: str
     seconds: float
     retain_tolerance: float | None = None
+    trials: tuple[Trial, ...] = ()
     chain: Chain = ()
 
     @property
@@ -92,6 +153,12 @@ class LedgerState:
             for number, entry in enumerate(self.chain)
             if number
         ]
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What the trials foretell that requests will leave, in sentences."""
+        found = (trial.shortfall(self) for trial in self.trials)
+        return [text for text in found if text is not None]
 
     @property
     def shift(self) -> float:
@@ -148,12 +215,15 @@ class LedgerState:
             tensors["weights"],
             tensors["full_step"],
             **{name: settings[name] for name in _SETTINGS},
+            trials=tuple(Trial(**trial) for trial in settings.get("trials", ())),
             created=chain[0]["time"],
             seconds=chain[0]["seconds"],
             chain=chain,
         )
         check_types(quadratic)
         check_types(state)
+        for trial in state.trials:
+            check_types(trial)
         check_choice("loss", state.loss, tuple(LOSSES))
         size, count = (len(state.weights),), last["remaining"]
         shapes = {name: tuple(tensors[name].shape) for name in ("gradient", "trained", "reference", "full_step")}
@@ -194,6 +264,7 @@ class LedgerState:
         if not self.chain:
             own = {name: getattr(self, name) for name in _SETTINGS}
             entry["settings"] = {**own, "ridge": quadratic.ridge, "draws": quadratic.draws}
+            entry["settings"]["trials"] = [asdict(trial) for trial in self.trials]
         chain = extended(self.chain, entry)
         ledger_folder.commit(folder, chain, data)
         return chain
@@ -208,7 +279,8 @@ def survey(folder: Path) -> dict[str, Any]:
     Returns:
         What JSON can hold: `folder`; `entries`, for the creation and every request the `time`, the numbers of samples
         `forgotten` and `remaining`, `shift` (None for the creation) and `hash`; `head`, the last hash; `chain`, the log
-        itself; `state`, the name of the file of the tensors; `verified` and `problems`, sentences.
+        itself; `state`, the name of the file of the tensors; `verified`, `shortfalls` (see
+        `UnlearningLedger.shortfalls`) and `problems`, sentences.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -239,6 +311,7 @@ def survey(folder: Path) -> dict[str, Any]:
             f"{FILE} is as it was written (SHA-256); each of {len(chain)} entries holds the hash of the one before.",
             f"{name} is the state of the last entry (SHA-256), with {len(state.quadratic.keys):,} hashes of samples.",
         ],
+        "shortfalls": state.shortfalls,
         "problems": [
             f"{path.name} is left from an interruption, or from a request that is being served now, and may hold "
             "hashes of forgotten samples: opening the ledger deletes it"

@@ -87,6 +87,15 @@ class Recipe(ABC, Generic[R]):
         """Makes a quickstart's model and data below the output folder, with all processes."""
         return None
 
+    def continued(self, name: str, before: Any, now: Any) -> Any:
+        """Returns what an argument is in a run that is continued with another value of it; None if it cannot be.
+
+        Args:
+            name: of the argument.
+            before, now: its values.
+        """
+        return None
+
     @abstractmethod
     def load(self) -> None:
         """Loads model and data. The main process goes first, so that the others find its caches."""
@@ -126,7 +135,7 @@ def run_recipe(recipe_class: type[Recipe[Any]], argv: Sequence[str]) -> None:
     recipe.check()
     _set_up(training)
     state = PartialState()
-    record = check_output_dir(training, arguments, recipe.run.overwrite_output_dir)
+    record = check_output_dir(training, arguments, recipe.run.overwrite_output_dir, recipe.continued)
     state.wait_for_everyone()  # no process may write before all have looked
     recipe.make(folder)
     with state.main_process_first():
@@ -147,13 +156,19 @@ def _set_up(training: TrainingArguments) -> None:
     training.restore_callback_states_from_checkpoint = True  # that of the clock of the training steps
 
 
-def check_output_dir(training: TrainingArguments, arguments: Sequence[Any], overwrite: bool) -> dict[str, Any]:
+def check_output_dir(
+    training: TrainingArguments,
+    arguments: Sequence[Any],
+    overwrite: bool,
+    continued: Callable[[str, Any, Any], Any] = lambda name, before, now: None,
+) -> dict[str, Any]:
     """Refuses a folder that cannot be written, and one that holds files, unless it is overwritten or continued.
 
     Args:
         training: the Trainer's arguments.
         arguments: all argument dataclasses. A run is continued with the same ones.
         overwrite: whether files may be overwritten.
+        continued: see `Recipe.continued`.
 
     Returns:
         What `claim_output_dir` writes down once all other input is checked too.
@@ -190,11 +205,15 @@ def check_output_dir(training: TrainingArguments, arguments: Sequence[Any], over
         with reading(path):
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         for key in sorted(record.keys() | before.keys()):
-            if record.get(key) != before.get(key):
+            if record.get(key) == before.get(key):
+                continue
+            value = continued(key, before.get(key), record.get(key))
+            if value is None:
                 raise UserError(
                     f"resume_from_checkpoint: the run in {folder} was started with {key} = {before.get(key)!r}, "
                     f"now it is {record.get(key)!r}"
                 )
+            record[key] = value
     return record
 
 

@@ -112,6 +112,11 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if tokenizer.pad_token is None:
         # Padding is masked by the collator, so that a true end of text keeps its loss.
         tokenizer.pad_token = tokenizer.eos_token
+        PartialState().print(
+            f"The tokenizer of {name} has no padding token: batches are padded with its end-of-text token, and padding "
+            "is masked",
+            flush=True,
+        )
     return model, tokenizer
 
 

@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 from recipes.support.arguments import UserError, hint
 from recipes.support.methods import folder_name
 
+SPLITS = ("forget01", "forget05", "forget10")
+"""The splits of TOFU that can be forgotten: 2, 10 and 20 of 200 authors."""
+
 
 @dataclass
 class CaseArguments:
@@ -25,7 +28,8 @@ class CaseArguments:
             "help": "One or several, each compared by itself. 'class:NAME': all training images of a class; "
             "'random:SHARE': a share of the training samples, such as 0.1; 'memorised:SHARE': the share whose label "
             "depends most on their being trained on; 'filter': the texts whose source matches --forget_filter; "
-            "'groups:SHARE': all texts of a share of the groups that --group_pattern tells apart."
+            "'groups:SHARE': all texts of a share of the groups that --group_pattern tells apart. For --task tofu: "
+            "'forget01', 'forget05' or 'forget10'."
         },
     )
     forget_seed: int = field(default=0, metadata={"help": "Seed of what is drawn for the cases; not that of a run."})
@@ -80,7 +84,8 @@ class Samples:
 
     Attributes:
         rows: the samples, as the collator takes them.
-        kinds: what a case can choose by: the name of the class, or the source of a text.
+        kinds: what a case can choose by: the name of the class, the source of a text, or of a row of TOFU the splits
+            that it is in, separated by spaces.
     """
 
     rows: Dataset
@@ -109,9 +114,11 @@ class Case:
     heldout: list[int]
 
 
-def parse_cases(args: CaseArguments, text: bool) -> list[CaseSpec]:
+def parse_cases(args: CaseArguments, task: str) -> list[CaseSpec]:
     """Reads ``--cases``."""
-    here = ["random", "memorised", *(["filter", "groups"] if text else ["class"])]
+    here = ["random", "memorised", *(["filter", "groups"] if task == "text" else ["class"])]
+    if task == "tofu":
+        here = list(SPLITS)
     specs = []
     for case in args.cases:
         kind, _, value = case.partition(":")
@@ -130,7 +137,8 @@ def parse_cases(args: CaseArguments, text: bool) -> list[CaseSpec]:
                 raise UserError("cases: 'class' needs a name, such as class:3")
             specs.append(CaseSpec(kind, value))
         elif value:
-            raise UserError("cases: the expression of the case 'filter' is given with --forget_filter")
+            where = "; the expression is given with --forget_filter" if kind == "filter" else ""
+            raise UserError(f"cases: nothing stands behind {kind!r}, got {case!r}{where}")
         else:
             specs.append(CaseSpec(kind, None))
     for flag, kind in (("forget_filter", "filter"), ("group_pattern", "groups")):
@@ -175,6 +183,8 @@ def choose(
     elif spec.kind == "filter":
         expression = re.compile(str(args.forget_filter))
         belongs = lambda kind: expression.search(kind) is not None  # noqa: E731
+    elif spec.kind in SPLITS:
+        belongs = lambda kind: spec.kind in kind.split()  # noqa: E731
     elif spec.kind == "groups":
         find = re.compile(str(args.group_pattern))
 

@@ -23,7 +23,8 @@ from transformers.trainer_utils import SchedulerType
 from peft_ext.files import write_whole
 from peft_ext.training.callbacks import Ridge, StopAfter, trainable_parameters, trainable_state
 from peft_ext.training.trainer import fit
-from peft_ext.unlearning.evaluation.metrics import Outcome, observe, truth_ratio
+from peft_ext.unlearning.evaluation.language import truth_ratio
+from peft_ext.unlearning.evaluation.metrics import Outcome, observe
 from peft_ext.unlearning.evaluation.results import GOLD, ORIGINAL, UnlearningResult
 from peft_ext.unlearning.methods import Request, UnlearningMethod
 from peft_ext.unlearning.methods.relabelling import OthersTargets
@@ -34,7 +35,7 @@ from recipes.support.runs import reading
 from recipes.support.usage import Usage
 from recipes.unlearning.cases import Case, memorisation_scores
 from recipes.unlearning.same_time import SameTime
-from recipes.unlearning.settings import Setting, UnlearnArguments
+from recipes.unlearning.settings import TEXT_TASKS, Setting, UnlearnArguments
 
 FILES = (f"{ORIGINAL}-seed*.safetensors", "memorisation.npy")
 """What all runs of an experiment share on disk, as patterns below the output folder."""
@@ -151,7 +152,10 @@ class Experiment:
         sets: dict[str, Any] = {"forget": request.forget, "retain": retain, "test": Subset(test, case.test)}
         if case.heldout:
             sets["heldout"] = Subset(test, case.heldout)
-        found = {name: observe(model, self.loader(rows)) for name, rows in sets.items()}
+        benchmark = self.setting.benchmark
+        found = {name: observe(model, self.loader(rows), benchmark is None) for name, rows in sets.items()}
+        if benchmark is not None:
+            found = benchmark.measure(model, found, case, self.loader)
         if self.setting.wrong_answers:
             rng = np.random.default_rng(inputs.SUBSET_SEED)
             answers = [OthersTargets(request.forget, request.retain, rng) for _ in range(_WRONG_ANSWERS)]
@@ -305,7 +309,7 @@ def notes(
             f"Original and gold were stopped after {100 * args.stop_training_after:g} % of the planned steps, with the "
             "learning rate that the schedule has there."
         )
-    lines += baselines
+    lines += [*setting.notes, *baselines]
     if any(case.name.startswith("class ") for case in cases):
         lines.append("Where a class is forgotten, the test set is that of the other classes.")
     if any(case.name.startswith("memorised ") for case in cases):
@@ -314,6 +318,10 @@ def notes(
             "trainings on random halves (Feldman & Zhang 2020)."
         )
     if args.relearn_limit:
-        what = "forget accuracy is within a point" if args.task != "text" else f"forget loss is within {_NATS} nats"
+        what = (
+            "forget accuracy is within a point"
+            if args.task not in TEXT_TASKS
+            else f"forget loss is within {_NATS} nats"
+        )
         lines.append(f"Relearn steps: fine-tuning on the forget set until the {what} of the original's.")
     return "\n".join(f"- {line}" for line in lines)

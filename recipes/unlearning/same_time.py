@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_ext.unlearning.evaluation.results import GOLD, UnlearningResult
-from peft_ext.unlearning.methods import Finetune, GaussNewton, Request, Retrain, UnlearningMethod
+from peft_ext.unlearning.methods import Finetune, GaussNewton, Request, Retrain, Rewind, UnlearningMethod
 from peft_ext.unlearning.methods.tuning import squeezed
 from recipes.support.arguments import UserError, hint
 from recipes.support.methods import folder_name
@@ -67,11 +67,11 @@ def parse_same_time(
 
     Args:
         kinds: the baselines.
-        like: label of the method whose time they get; the first Gauss-Newton if None.
+        like: label of the method whose time they get; if None, the first Rewind, or else the first Gauss-Newton.
         methods: all methods by their labels.
 
     Returns:
-        The baselines by their labels. None if no method is named, and none is Gauss-Newton.
+        The baselines by their labels. None if no method is named, and none is Rewind or Gauss-Newton.
     """
     known = [*LABELS, NONE]
     for kind in kinds:
@@ -86,7 +86,10 @@ def parse_same_time(
     if like is not None and like not in methods:
         raise UserError(f"same_time_as: no method is called {like!r} (there are {', '.join(methods)})")
     if like is None:
-        like = next((label for label, method in methods.items() if isinstance(method, GaussNewton)), None)
+        found = (
+            label for kind in (Rewind, GaussNewton) for label, method in methods.items() if isinstance(method, kind)
+        )
+        like = next(found, None)
     return {} if like is None else {LABELS[kind]: SameTime(kind, like) for kind in kinds}
 
 

@@ -32,6 +32,7 @@ from recipes.tasks import causal_lm, image_classification, text_classification
 from recipes.tasks.base import adapt
 from recipes.tasks.resnet import load_resnet20
 from recipes.tasks.toys import refuse_other_inputs
+from recipes.unlearning import tofu
 from recipes.unlearning.cases import Samples
 from recipes.unlearning.same_time import LABELS, NONE
 
@@ -61,7 +62,9 @@ class ModelArguments(ImageModelArguments, causal_lm.ModelArguments):
 
 
 @dataclass
-class DataArguments(image_classification.DataArguments, text_classification.DataArguments, causal_lm.DataArguments):
+class DataArguments(
+    image_classification.DataArguments, text_classification.DataArguments, causal_lm.DataArguments, tofu.TofuArguments
+):
     """What the model is trained on; --eval_split is the test set."""
 
     text_column: str | None = field(
@@ -77,11 +80,12 @@ class DataArguments(image_classification.DataArguments, text_classification.Data
 class UnlearnArguments:
     """What is trained, and the methods that are compared."""
 
-    task: Literal["image", "text", "text-classification"] = field(
+    task: Literal["image", "text", "text-classification", "tofu"] = field(
         default="image",
         metadata={
             "help": "'image': an image classifier; 'text': a causal language model; 'text-classification': a sequence "
-            "classifier, with --text_column and --label_column."
+            "classifier, with --text_column and --label_column; 'tofu': a causal language model on the benchmark TOFU, "
+            "a folder with its files."
         },
     )
     adapter: str | None = field(
@@ -100,11 +104,11 @@ class UnlearnArguments:
         },
     )
     methods: list[str] = field(
-        default_factory=lambda: [name for name in METHODS if name != GOLD],
+        default_factory=lambda: [name for name, kind in METHODS.items() if name != GOLD and kind.universal],
         metadata={
             "help": f"Unlearning methods: names ({', '.join(METHODS)}), or YAML mappings of a name, options (the "
             "fields of its class in peft_ext.unlearning.methods) and a 'label'. Retraining always runs: it is the "
-            "gold. Default: all, with their default options."
+            "gold. Default: all that serve every model, with their default options."
         },
     )
     ridge: float = field(
@@ -131,8 +135,8 @@ class UnlearnArguments:
     same_time_as: str | None = field(
         default=None,
         metadata={
-            "help": "Label of the method whose seconds these baselines get. Default: the first gauss_newton of "
-            "--methods; without one there are no such baselines."
+            "help": "Label of the method whose seconds these baselines get. Default: the first rewind of --methods, or "
+            "else the first gauss_newton; without both there are no such baselines."
         },
     )
     further_golds: int = field(
@@ -151,14 +155,27 @@ class UnlearnArguments:
     )
 
 
-# What a task takes of all that there is.
-_MODELS = {"image": ImageModelArguments, "text": causal_lm.ModelArguments, "text-classification": inputs.ModelArguments}
-_DATA = {
-    "image": image_classification.DataArguments,
-    "text": causal_lm.DataArguments,
-    "text-classification": text_classification.DataArguments,
-}
+def _names(*kinds: Any) -> set[str]:
+    return {f.name for kind in kinds for f in dataclasses.fields(kind)}
+
+
+TEXT_TASKS = ("text", "tofu")
+"""The tasks of a causal language model."""
 _EVERY_TASK = {"max_train_samples", "max_retain_eval_samples"}
+_LENGTHS = {"prompt_template", "max_source_length", "max_target_length", "max_eval_samples"}
+# What a task takes of all that there is.
+_MODELS = {
+    "image": _names(ImageModelArguments),
+    "text": _names(causal_lm.ModelArguments),
+    "text-classification": _names(inputs.ModelArguments),
+    "tofu": _names(causal_lm.ModelArguments),
+}
+_DATA = {
+    "image": _names(image_classification.DataArguments) | _EVERY_TASK,
+    "text": (_names(causal_lm.DataArguments) | _EVERY_TASK) - {"max_eval_prompts"},
+    "text-classification": _names(text_classification.DataArguments) | _EVERY_TASK,
+    "tofu": {"dataset_name", *_LENGTHS, "max_eval_prompts", "max_retain_eval_samples"} | _names(tofu.TofuArguments),
+}
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArguments, seeds: Sequence[int]) -> None:
@@ -190,12 +207,11 @@ def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArg
         raise UserError(f"seeds: {seeds} has one twice")
 
 
-def _refuse_unused(given: Any, kinds: Mapping[str, Any], task: str) -> None:
+def _refuse_unused(given: Any, names: Mapping[str, set[str]], task: str) -> None:
     """Raises a UserError for an option that another task would use, and this one would ignore."""
-    names = {kind: {f.name for f in dataclasses.fields(each)} for kind, each in kinds.items()}
     default = type(given)()
     for f in dataclasses.fields(given):
-        if f.name not in names[task] | _EVERY_TASK and getattr(given, f.name) != getattr(default, f.name):
+        if f.name not in names[task] and getattr(given, f.name) != getattr(default, f.name):
             others = " or ".join(kind for kind in names if f.name in names[kind])
             raise UserError(f"{f.name} is for --task {others}, this is --task {task}; leave it out")
 
@@ -213,8 +229,9 @@ def parse_adapter(args: UnlearnArguments, training: TrainingArguments, seed: int
     """Reads ``--adapter``, checks it, and gives the training its learning rate, if it has one of its own."""
     if args.adapter is None:
         return None
-    (adapter,) = parse_methods([args.adapter], extra=[] if args.task == "text" else [HEAD], flag="adapter")
-    if args.task == "text":
+    of_texts = args.task in TEXT_TASKS
+    (adapter,) = parse_methods([args.adapter], extra=[] if of_texts else [HEAD], flag="adapter")
+    if of_texts:
         causal_lm.check_method(adapter, seed, training.label_smoothing_factor)
     else:
         adapter.config("SEQ_CLS" if args.task == "text-classification" else None, seed)
@@ -267,6 +284,8 @@ class Setting:
         test: test samples.
         collator: makes batches.
         wrong_answers: whether samples are prompts with targets, so that others' targets are wrong answers.
+        benchmark: what else is measured, of TOFU.
+        notes: sentences that say what was taken.
     """
 
     fresh: Callable[[int], nn.Module]
@@ -274,6 +293,8 @@ class Setting:
     test: Samples
     collator: Collator
     wrong_answers: bool = False
+    benchmark: tofu.Benchmark | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def load_images(
@@ -369,6 +390,36 @@ def load_texts(model_args: ModelArguments, data_args: DataArguments, adapter: Me
         test,
         DataCollatorForSeq2Seq(tokenizer),
         wrong_answers=data_args.text_column is None,
+    )
+
+
+def load_tofu(
+    model_args: ModelArguments, data_args: DataArguments, adapter: Method, cases: Sequence[str], batch_size: int
+) -> Setting:
+    """Loads a causal language model and TOFU.
+
+    Args:
+        model_args: which model.
+        data_args: where TOFU is, and which part of it is used.
+        adapter: what is trained.
+        cases: the splits that are to be forgotten.
+        batch_size: how many answers are written at once.
+    """
+    causal_lm.check_arguments(data_args)
+    data = tofu.load_tofu(data_args, data_args, cases)
+    base, tokenizer = causal_lm.load_model(model_args)
+    causal_lm.check_lengths(base, data_args, [adapter])
+
+    def samples(rows: list[tofu.Row], kinds: list[str]) -> Samples:
+        return Samples(tofu.encode(rows, tokenizer, data_args), kinds)  # type: ignore[arg-type]
+
+    return Setting(
+        partial(adapt, partial(copy.deepcopy, base), adapter, task_type="CAUSAL_LM"),
+        samples(data.train, data.kinds),
+        samples(data.held_out, [""] * len(data.held_out)),
+        DataCollatorForSeq2Seq(tokenizer),
+        benchmark=data.benchmark(tokenizer, data_args, batch_size),
+        notes=data.notes,
     )
 
 

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_ext.unlearning import Finetune, GaussNewton
+from peft_ext.unlearning import Finetune, GaussNewton, Rewind
 from peft_ext.unlearning.evaluation.metrics import Outcome
 from peft_ext.unlearning.evaluation.results import UnlearningResult
 from recipes import unlearn
@@ -159,7 +159,9 @@ def _outcome() -> Outcome:
 
 
 def test_whose_time_the_baselines_get() -> None:
-    methods: Any = {"tuned": Finetune(), "first": GaussNewton(), "second": GaussNewton()}
+    newton: Any = {"tuned": Finetune(), "Newton": GaussNewton(), "second": GaussNewton()}
+    assert parse_same_time(["finetune"], None, newton) == {"fine-tuning, same time": SameTime("finetune", "Newton")}
+    methods: Any = newton | {"first": Rewind(), "other": Rewind()}
     assert parse_same_time(["finetune"], None, methods) == {"fine-tuning, same time": SameTime("finetune", "first")}
     assert parse_same_time(["retrain"], "tuned", methods) == {"retraining, same time": SameTime("retrain", "tuned")}
     assert parse_same_time(["none"], None, methods) == parse_same_time(["finetune"], None, {"t": Finetune()}) == {}

@@ -141,6 +141,7 @@ class MethodCases:
     @pytest.mark.parametrize("door", ["unlearn", "fit"])
     def test_only_trainable_parameters_change(self, door: str, request_: Request) -> None:
         before = {key: value.clone() for key, value in request_.model.state_dict().items()}
+        trainable = set(trainable_state(request_.model))
         settings = request_.training.to_dict()
         if door == "fit":
             self.through_fit(request_)
@@ -150,7 +151,7 @@ class MethodCases:
             method.unlearn(request_)
         after = request_.model.state_dict()
         changed = {key for key in before if not torch.equal(before[key], after[key])}
-        assert changed == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+        assert changed == trainable
         assert not request_.model.training
         assert request_.training.to_dict() == settings
         required = {name for name, parameter in request_.model.named_parameters() if parameter.requires_grad}
@@ -219,7 +220,7 @@ class MethodCases:
         rows = list(request_.retain)  # type: ignore[call-overload]
         with pytest.raises(ValueError, match="overlap: they share 2 samples"):
             self.make().unlearn(changed(request_, retain=rows[:5], forget=rows[3:6]))
-        with pytest.raises(ValueError, match="overlap: 16 samples are in both"):
+        with pytest.raises(ValueError, match=f"overlap: {len(request_.forget)} samples are in both"):  # type: ignore[arg-type]
             self.through_fit(request_, [*retain, *forget], forget)
         assert all(torch.equal(value, before[name]) for name, value in trainable_state(request_.model).items())
 

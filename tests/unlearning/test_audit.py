@@ -127,7 +127,7 @@ def test_verify_shows_the_log_and_accepts_what_fits(tmp_path, capsys):
     code, out, err = run(capsys, tmp_path / "ledger", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert list(found) == ["folder", "entries", "head", "chain", "state", "verified", "problems"]
+    assert list(found) == ["folder", "entries", "head", "chain", "state", "verified", "shortfalls", "problems"]
     assert [entry["forgotten"] for entry in found["entries"]] == [0, 3, 2] and found["problems"] == []
     assert found["chain"] == ledger.chain and found["head"] == ledger.head
 

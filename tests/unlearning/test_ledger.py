@@ -15,7 +15,7 @@ from peft_ext.unlearning import UnlearningLedger
 from peft_ext.unlearning.derivatives.data import sample_keys
 from peft_ext.unlearning.derivatives.function import AdapterFunction
 from peft_ext.unlearning.derivatives.losses import CrossEntropy
-from peft_ext.unlearning.ledger import _trials
+from peft_ext.unlearning.ledger_trials import _chosen
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -117,7 +117,8 @@ def test_damping_is_the_smallest_that_trial_deletions_allow(tmp_path):
     assert UnlearningLedger(tmp_path / "0.05").damping == chosen[0.05]
 
     keys = sample_keys(loader(rows))
-    tenth, most = _trials(loader(rows), keys)
+    trials, classes = _chosen(loader(rows), keys)
+    tenth, most = trials.values()
     assert len(tenth) == 3 and len(most) == 8 and len({int(rows[keys.index(key)]["labels"]) for key in most}) == 1
 
     def raised(damping: float) -> list[float]:
@@ -140,7 +141,7 @@ def test_damping_is_the_smallest_that_trial_deletions_allow(tmp_path):
 
 
 def test_a_ledger_that_would_damage_the_model_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_ext.unlearning.ledger._DAMPINGS", (0.03, 0.1))
+    monkeypatch.setattr("peft_ext.unlearning.ledger_trials.DAMPINGS", (0.03, 0.1))
     model, initial, retain, forget = trained()
     with pytest.warns(UserWarning, match="of 24 samples raised the loss of the others by more than 0.05 with every"):
         ledger = UnlearningLedger.create(tmp_path, model, loader(retain + forget), ridge=0.01, reference=initial)

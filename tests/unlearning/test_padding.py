@@ -192,3 +192,37 @@ def test_targets_of_a_decoder_have_padding_of_their_own() -> None:
     assert Batch(masked, {}).keys() == [expected]
     other = {**short, "labels": short["labels"].roll(1, 1)}
     assert Batch(other, {}).keys() != [expected]
+
+
+def pairs(n: int, seed: int, size: int, given: bool) -> list[dict[str, torch.Tensor]]:
+    """Texts and others that are asked for, of 1 to 7 tokens each, longer and shorter than the former."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = (
+        [torch.randint(3, 24, (1 + (i * step) % 7,), generator=generator) for i in range(n)] for step in (3, 2)
+    )
+    pad, found = nn.utils.rnn.pad_sequence, []
+    for start in range(0, n, size):
+        part = slice(start, start + size)
+        batch = {"input_ids": pad(ids[part], True), "labels": pad(labels[part], True, padding_value=-100)}
+        batch["attention_mask"] = (batch["input_ids"] != 0).long()
+        if given:
+            batch["decoder_input_ids"] = nn.functional.pad(batch["labels"][:, :-1].clamp(min=0), (1, 0))
+        found.append(batch)
+    return found
+
+
+def test_derived_inputs_of_a_decoder_lead_to_the_same_step_in_every_batch(tmp_path: Path) -> None:
+    """Some batches have as many places for one text as for the other; requests come one by one."""
+    found, keys = [], []
+    for size, given in ((1, False), (5, False), (12, False), (5, True)):
+        model = problems.t5()
+        start, data = weights(model), pairs(12, 0, size, given)
+        keys.append([key for batch in data for key in Batch(batch, {}).keys()])
+        folder = tmp_path / f"{size}-{given}"
+        UnlearningLedger.create(folder, model, data, damping=0.3, draws=None)
+        UnlearningLedger(folder).forget(model, pairs(12, 0, 1, given)[:3])
+        found.append(weights(model) - start)
+    assert keys[0] == keys[1] == keys[2] and len(set(keys[0])) == 12
+    assert float(found[0].norm()) > 1e-3
+    for step in found[1:]:
+        assert float((step - found[0]).norm()) <= 1e-6 * float(found[0].norm())

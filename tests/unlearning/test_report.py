@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_ext.unlearning.evaluation import figures, metrics, report
+from peft_ext.unlearning.evaluation import figures, language, metrics, report
 from peft_ext.unlearning.evaluation.findings import warnings
 from peft_ext.unlearning.evaluation.metrics import Outcome
 from peft_ext.unlearning.evaluation.results import UnlearningResult
@@ -162,6 +162,15 @@ def test_rows_are_in_order_and_compare_with_the_gold_of_the_same_seed():
     }
 
 
+def test_time_is_that_of_the_processor_where_both_are_known():
+    def run(*times: float | None) -> UnlearningResult:
+        return UnlearningResult("class 3", "ours", 0, {}, seconds=times[0], processor_seconds=times[1])
+
+    assert run(4.0, 1.0).time_over(run(2.0, 10.0)) == 0.1
+    assert run(4.0, 1.0).time_over(run(2.0, None)) == run(4.0, None).time_over(run(2.0, 10.0)) == 2
+    assert run(4.0, 1.0).time_over(run(None, None)) is None
+
+
 def test_the_golds_row_has_what_golds_differ_by():
     results = experiment()
     _, gold, ours = table(results)
@@ -206,7 +215,7 @@ def test_language_models_have_other_columns():
     rows = table(results)
     assert {"loss_forget", "reproduced_test", "extraction_forget", "truth_ratio", "attack_auc"} <= rows[2].keys()
     assert not any(name.startswith(("accuracy", "js", "l1", "tug", "seconds", "relearn")) for name in rows[2])
-    assert rows[2]["truth_ratio"]["values"][0] == metrics.truth_score(results[4].outcomes["forget"].truth_ratio)
+    assert rows[2]["truth_ratio"]["values"][0] == language.truth_score(results[4].outcomes["forget"].truth_ratio)
 
 
 def test_results_that_do_not_go_together_are_refused():

@@ -152,6 +152,23 @@ def test_a_class_is_forgotten_as_if_it_had_never_been_learned():
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
+def check_what_steps_say(report) -> None:
+    """What came is the fall of the objective from step to step, and both notes say so."""
+    steps = report.solution.steps
+    kept = [step for step in steps if step.accepted]
+    for former, step in zip(kept, kept[1:]):
+        assert step.decrease == pytest.approx(former.objective - step.objective)
+    (listed,) = (note for note in report.notes() if "predicted -> actual" in note)
+    for step in steps:
+        bound = "" if step.accepted else "at most "
+        undone = "" if step.accepted else ", undone"
+        assert f"{step.predicted:.2g} -> {bound}{step.decrease:.2g} ({step.damping:.2g}{undone})" in listed
+    ratio = sum(step.decrease for step in kept) / sum(step.predicted for step in kept)
+    (trust,) = (note for note in report.notes() if "times what was predicted" in note)
+    assert f"{ratio:.2g} times" in trust
+    assert ("is wrong" in trust, "holds at" in trust) == (ratio <= 0.25, ratio > 0.75)
+
+
 def test_the_retain_loss_stays_below_the_bound():
     """Almost undamped, the first step is far too long."""
     model, initial, retain, forget = trained()
@@ -169,6 +186,8 @@ def test_the_retain_loss_stays_below_the_bound():
     assert "steps were undone: they took the retain loss above" in careful.notes()[1]
     assert any(step.accepted for step in careful.solution.steps)
     assert not any("undone" in note for note in careless.notes())
+    for report in found.values():
+        check_what_steps_say(report)
 
 
 def test_a_model_that_nothing_can_improve_is_left_alone():
@@ -198,7 +217,8 @@ def test_no_step_leads_further_than_the_training_did(steps, known):
 
 def test_estimates_state_their_error():
     model, initial, retain, forget = trained(steps=20)
-    exact = GaussNewton(draws=None, max_steps=1).fit(copy.deepcopy(model), loader(retain), loader(forget))
+    exact = GaussNewton(draws=None, max_steps=4).fit(copy.deepcopy(model), loader(retain), loader(forget))
+    check_what_steps_say(exact)
     assert exact.solution.curvature == CurvatureEstimate(16, 16)
     assert exact.notes()[0].endswith("curvature exact")
     sampled = GaussNewton(draws=2, curvature_samples=8, max_steps=1).fit(model, loader(retain), loader(forget))

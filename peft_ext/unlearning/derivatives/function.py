@@ -368,6 +368,31 @@ class AdapterFunction:
             self._measured[shapes] = (outputs.shape[1], outputs.shape[2], kept)
         return self._measured[shapes]
 
+    def along(self, loader: Loader, step: torch.Tensor) -> list[torch.Tensor]:
+        """Returns what the outputs at the targets of every sample become with a step, to first order: `f + J step`.
+
+        One forward-mode pass a batch gives it.
+
+        Args:
+            loader: what `batches` takes.
+            step: change of the parameters, `(size,)`.
+
+        Returns:
+            A tensor `(targets, c)` for every sample of this process, in main memory.
+        """
+        parameters, tangents = {n: p.detach() for n, p in self.parameters.items()}, self.split(step)
+
+        def moved(batch: Batch) -> list[torch.Tensor]:
+            def call(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+                return self._call(batch, parameters)[0]
+
+            outputs, tangent = jvp(call, (parameters,), (tangents,))  # type: ignore[misc]
+            present = self.alignment.targets(self._labels(batch), outputs.shape[1]) != IGNORED
+            return [each[at].detach().cpu() for each, at in zip(outputs + tangent, present)]
+
+        with self.evaluation(), sdpa_kernel(SDPBackend.MATH):
+            return [each for batch in batches(loader, self.device) for each in self.prefix.call(batch, moved)]
+
     def curvature_product(
         self, loader: Loader, weights: torch.Tensor, vector: torch.Tensor, share: float = 1.0
     ) -> torch.Tensor:

@@ -113,6 +113,7 @@ class AuditRecord:
             number=deletion.number,
             salt=deletion.salt,
             chain=chain,
+            notes=ledger.shortfalls,
         )
         return record._measured(results)
 

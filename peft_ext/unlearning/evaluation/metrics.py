@@ -1,7 +1,8 @@
 """Metrics of how far an unlearned model is from one that never saw the forget set.
 
-`observe` and `truth_ratio` run a model; everything else is a pure function of what they return. The gold is a model
-retrained on the retain set alone: a metric says little without its value for the gold.
+`observe` runs a model; everything else is a pure function of what it returns. The gold is a model retrained on the
+retain set alone: a metric says little without its value for the gold. What is for language models alone is in
+`language`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from ...targets import IGNORED, Alignment
 # With fewer reference models than this, Carlini et al. (2022) estimate one variance for all samples.
 _OWN_VARIANCE = 64
 _RESAMPLES = 200
+_MIN_K = 0.4  # as open-unlearning has it for TOFU
+_OF_TOKENS = ("extraction", "memorised", "min_k")
 
 
 @dataclass
@@ -41,7 +44,16 @@ class Outcome:
         confidence: `(n,)`, float64, log(p / (1 - p)) for the probability p of the label, the statistic of LiRA
             (Carlini et al. 2022); of several target tokens p is exp(-loss), the geometric mean.
         extraction: `(n,)`, float64, the extraction strength that `observe` describes; for target tokens only.
-        truth_ratio: `(n,)`, float64, what `truth_ratio` returns; for language models with wrong answers only.
+        truth_ratio: `(n,)`, float64, what `language.truth_ratio` returns; for language models with wrong answers only.
+        memorised: `(n,)`, float64, the share of the target tokens that are the likeliest ones at their places: exact
+            memorisation. For target tokens only, as `min_k`.
+        min_k: `(n,)`, float64, the mean loss of the 40 % of the target tokens that the model expects least, the
+            statistic of Min-K% Prob (Shi et al. 2024, "Detecting pretraining data from large language models").
+        paraphrase: `(n,)`, float64, the loss of another wording of the answer; for questions with such alone, as the
+            next ones.
+        wrong: `(n, k)`, float64, the losses of k wrong answers.
+        rouge: `(n,)`, float64, how much of the answer is in what the model writes, ROUGE-L recall from 0 to 1; NaN
+            where nothing was written.
 
     Raises:
         ValueError: the lengths differ.
@@ -53,6 +65,11 @@ class Outcome:
     confidence: np.ndarray
     extraction: np.ndarray | None = None
     truth_ratio: np.ndarray | None = None
+    memorised: np.ndarray | None = None
+    min_k: np.ndarray | None = None
+    paraphrase: np.ndarray | None = None
+    wrong: np.ndarray | None = None
+    rouge: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         found = {f.name: len(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None}
@@ -63,7 +80,7 @@ class Outcome:
         return len(self.losses)
 
 
-def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Outcome:
+def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]], last_target: bool = True) -> Outcome:
     """Runs a model over samples, in evaluation mode and without gradients.
 
     Which outputs belong to which labels, `peft_ext.targets.Alignment` says: for causal language models the output at a
@@ -84,6 +101,8 @@ def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Outcome:
             for an encoder-decoder with `"decoder_input_ids"`. In several processes either each process reads the
             whole, or Accelerate has prepared the loader (of a data set that has a length): then each process reads a
             share, and all of them get the whole.
+        last_target: whether `extraction`, `memorised` and `min_k` look at the last of several targets. open-unlearning
+            leaves it out there, and only there: it is the end mark of an answer.
 
     Returns:
         The outcome. Where the model's logits are not finite, it holds NaN and the sample is not correct.
@@ -108,7 +127,8 @@ def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Outcome:
         # Not inference mode: weights that an adapter computes here can be kept for later steps.
         with torch.no_grad():
             for batch in loader:
-                measured = _gather(_measure(model, alignment, send_to_device(dict(batch), device)), loader)
+                measured = _measure(model, alignment, send_to_device(dict(batch), device), last_target)
+                measured = _gather(measured, loader)
                 parts.append({name: tensor.cpu().numpy() for name, tensor in measured.items()})
     finally:
         for module, mode in modes:
@@ -123,16 +143,13 @@ def observe(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Outcome:
             "or allow longer ones."
         )
     losses = whole["losses"].astype(np.float64)
-    return Outcome(
-        losses, whole["correct"], whole.get("log_probs"), _log_odds(losses), _as_double(whole.get("extraction"))
-    )
+    of_tokens = {name: whole[name].astype(np.float64) for name in _OF_TOKENS if name in whole}
+    return Outcome(losses, whole["correct"], whole.get("log_probs"), _log_odds(losses), **of_tokens)
 
 
-def _as_double(values: np.ndarray | None) -> np.ndarray | None:
-    return None if values is None else values.astype(np.float64)
-
-
-def _measure(model: nn.Module, alignment: Alignment, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _measure(
+    model: nn.Module, alignment: Alignment, batch: Mapping[str, Any], last_target: bool
+) -> dict[str, torch.Tensor]:
     """Returns losses and the like, and numbers of targets, of one batch: a row of each tensor is a sample."""
     arguments, labels = alignment.split(batch)
     of_samples = labels.dim() == 1
@@ -153,13 +170,36 @@ def _measure(model: nn.Module, alignment: Alignment, batch: Mapping[str, Any]) -
     tokens[is_target] = _cross_entropy(chosen, labels[is_target])
     right = torch.ones_like(is_target)
     right[is_target] = (chosen.argmax(1) == labels[is_target]) & tokens[is_target].isfinite()
-    # A target is in the tail if all targets from it to the end are right.
-    tail = right.flip(1).cumprod(1).flip(1) * is_target
+    looked_at = is_target
+    if not last_target:
+        following = is_target.flip(1).cumsum(1).flip(1)  # targets from a place on
+        looked_at = is_target & ((following > 1) | (number == 1)[:, None])
     return {
         "losses": tokens.sum(1) / number,
         "correct": right.all(1),
-        "extraction": tail.sum(1) / number,
+        **_of_tokens(tokens, right, looked_at),
         "targets": number,
+    }
+
+
+def _of_tokens(tokens: torch.Tensor, right: torch.Tensor, looked_at: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns what `_OF_TOKENS` names for every sample.
+
+    Args:
+        tokens: losses of shape `(n, places)`.
+        right: whether each is the likeliest one.
+        looked_at: which places count.
+    """
+    number = looked_at.sum(1)
+    # A target is in the tail if all targets from it to the end are right.
+    tail = (right | ~looked_at).flip(1).cumprod(1).flip(1) * looked_at
+    least = (number.double() * _MIN_K).long().clamp(min=1)
+    ranked = tokens.masked_fill(~looked_at, 0).sort(1, descending=True).values
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return {
+        "extraction": tail.sum(1) / number,
+        "memorised": (right & looked_at).sum(1) / number,
+        "min_k": ranked.masked_fill(places >= least[:, None], 0).sum(1) / least,
     }
 
 
@@ -196,46 +236,6 @@ def _gather(tensors: dict[str, torch.Tensor], loader: Any) -> dict[str, torch.Te
     if loader.end_of_dataloader and loader.remainder > 0:
         whole = {name: tensor[: loader.remainder] for name, tensor in whole.items()}
     return whole
-
-
-def truth_ratio(
-    model: nn.Module, loader: Iterable[Mapping[str, Any]], wrong_loader: Iterable[Mapping[str, Any]]
-) -> np.ndarray:
-    """Returns how likely wrong answers are, relative to the right one, for every sample (Maini et al. 2024, TOFU).
-
-    The ratio is the mean over wrong answers of `P(wrong)^(1/length) / P(right)^(1/length)`: it is near 0 for what a
-    model knows, and near 1 where it cannot tell right from wrong. Maini et al. take a paraphrase for the right answer.
-
-    Args:
-        model: a language model that writes an answer token by token, see `observe`.
-        loader: questions with the right answers, n samples.
-        wrong_loader: the same questions with wrong answers: all those of the first sample, then those of the second.
-
-    Returns:
-        Ratios of shape `(n,)`.
-
-    Raises:
-        ValueError: samples do not all have the same number of wrong answers.
-    """
-    right, wrong = observe(model, loader).losses, observe(model, wrong_loader).losses
-    if len(wrong) % len(right):
-        raise ValueError(
-            f"Every sample must have as many wrong answers, got {len(wrong)} wrong answers of {len(right)} samples."
-        )
-    logs = -wrong.reshape(len(right), -1)
-    return np.exp(np.logaddexp.reduce(logs, axis=1) - math.log(logs.shape[1]) + right)
-
-
-def truth_score(ratios: np.ndarray) -> float:
-    """Returns TOFU's aggregate of the truth ratios R of a forget set, the mean of min(R, 1/R).
-
-    It is at most 1, which it reaches where wrong answers are as likely as the right ones (Maini et al. 2024).
-
-    Args:
-        ratios: shape `(n,)`.
-    """
-    with np.errstate(divide="ignore"):
-        return float(np.minimum(ratios, 1 / ratios).mean())
 
 
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:

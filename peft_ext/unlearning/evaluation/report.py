@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...files import write_whole
 from .figures import accuracy_figure, losses_figure, tradeoff_figure
 from .findings import warnings
+from .language import UTILITY
 from .results import SPLITS, UnlearningResult
 from .tables import METRICS, Metric, by_case, cell, table
 
@@ -39,6 +40,32 @@ _LANGUAGE_TABLES = {
     "What the models write": [f"{name}_{split}" for name in ("reproduced", "extraction") for split in SPLITS],
     **_MEMBERSHIP,
 }
+_BENCHMARK_TABLES = {
+    "TOFU": [
+        *("forget_quality", "log_forget_quality", "model_utility", "truth_ratio"),
+        *("extraction_forget", "memorised_forget", "rouge_forget", "loss_auc", "min_k_auc"),
+    ],
+    "Parts of the model utility": [f"{part}_{name}" for name in UTILITY for part in ("probability", "rouge", "truth")],
+    "What the models expect": [f"loss_{split}" for split in SPLITS],
+    "What the models write": [f"{name}_{split}" for name in ("reproduced", "extraction") for split in SPLITS],
+    **_MEMBERSHIP,
+}
+_BENCHMARK_LEGEND = """
+- Forget quality is the p-value of a Kolmogorov-Smirnov test between the truth ratios of a model and of the gold of the
+  same seed; in the gold's row, between golds of different seeds. It is near 1 if they cannot be told apart, and the
+  fewer the questions, the higher it is: log10 shows how small it gets.
+- Model utility is the harmonic mean of nine parts: probability of the answer (of real authors and world facts its share
+  among right and wrong answers), ROUGE-L recall of what is written, and max(0, 1 - truth ratio), on authors to retain,
+  real authors and world facts.
+- The truth ratio R of a question of TOFU is the probability of its wrong answers, by that of a paraphrase of the right
+  one, each to the power of one over its length, with the geometric mean over the wrong ones.
+- Extraction is the share of an answer, its end, that is written once the rest is given; exact memorisation the share of
+  tokens that are the likeliest ones. Both, and min-k, leave out the end mark. (open-unlearning gives the extraction
+  strength of one token where not even the last one is right, which is 0 here.)
+- Loss AUC and min-k AUC are those of attacks with one threshold for all questions, on the mean loss and on that of the
+  40 % of the tokens that are expected least: 1 if all forgotten answers look better known than those on authors never
+  seen, 0.5 if they cannot be told apart.
+"""
 _LEGEND = """\
 The gold (retrain) is a model retrained without the forget set. The tables show means ± standard deviations over seeds;
 accuracies, reproduction, MIA and TPR are in percent; a gap is the difference to the gold of the same seed. The best
@@ -49,7 +76,8 @@ value is the gold's, not the lowest or the highest.
   of the predicted distributions. In the gold's row they are distances between golds of different seeds. JS / golds' JS
   is 1 for a model that is as far from the gold as golds are from one another.
 - Reproduced are the samples whose target tokens are all right; extraction is the mean extraction strength; truth ratio
-  is the mean of min(R, 1/R) on the forget set, which is 1 where wrong answers are as likely as the right one.
+  is the mean of min(R, 1/R) on the forget set for R = mean P(wrong) / P(right), which is 1 where wrong answers are as
+  likely as the right one.
 - MIA is the share of the forget set that an attacker takes for data never seen. Population AUC is that of one threshold
   for all samples, between the forget set and data never seen. Per-example AUC and TPR are those of LiRA with the golds
   as reference models (in the gold's row: the other golds), with the standard error for so many samples. An AUC of 0.5
@@ -122,14 +150,19 @@ def _gap_cell(metric: dict[str, Any] | None, shown: Metric) -> str:
     return f"{shown.scale * metric['gap']:+.{shown.digits}f}"
 
 
+def _tables(row: dict[str, Any]) -> dict[str, list[str]]:
+    if "accuracy_forget" in row:
+        return _CLASSIFIER_TABLES
+    return _BENCHMARK_TABLES if "model_utility" in row else _LANGUAGE_TABLES
+
+
 def _markdown(rows: Sequence[dict[str, Any]], title: str, notes: str, found: Sequence[str]) -> str:
     blocks = [f"# {title}", notes.strip(), "## Warnings", "\n".join(f"- {text}" for text in found) or "None."]
     for case, of_case in by_case(rows).items():
         samples = ", ".join(f"{split} {number:,}" for split, number in of_case[0]["samples"].items())
         parameters = ", ".join(dict.fromkeys(f"{row['parameters']:,}" for row in of_case if row["parameters"]))
         blocks += [f"## {case}", f"Samples: {samples}. Trained parameters: {parameters or 'not known'}."]
-        tables = _CLASSIFIER_TABLES if "accuracy_forget" in of_case[0] else _LANGUAGE_TABLES
-        for heading, names in tables.items():
+        for heading, names in _tables(of_case[0]).items():
             names = [name for name in names if any(name in row for row in of_case)]
             if names:
                 blocks += [f"### {heading}", markdown_table(of_case, names)]
@@ -143,7 +176,8 @@ def _markdown(rows: Sequence[dict[str, Any]], title: str, notes: str, found: Seq
         if said:
             blocks += ["### What the methods say", "\n".join(said)]
     blocks += ["## Figures", *(f"![]({name})" for name in ("accuracy.png", "losses.png", "tradeoff.png"))]
-    blocks += ["## How to read it", _LEGEND.strip()]
+    benchmark = _BENCHMARK_LEGEND if any("model_utility" in row for row in rows) else ""
+    blocks += ["## How to read it", _LEGEND.strip() + benchmark.rstrip()]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ...presentation import spread
-from . import metrics
+from . import language, metrics
 from .results import GOLD, SPLITS, UnlearningResult, grouped
 
 
@@ -32,13 +32,23 @@ class Metric:
     gap: bool = False
 
 
+_PARTS = ("probability", "rouge", "truth")
+
 METRICS = {
     **{f"accuracy_{split}": Metric(f"{split} accuracy", 1, 100, gap=True) for split in SPLITS},
     "tug_of_war": Metric("tug of war"),
     **{f"loss_{split}": Metric(f"{split} loss", 3, gap=True) for split in SPLITS},
     **{f"reproduced_{split}": Metric(f"{split} reproduced", 1, 100) for split in SPLITS},
     **{f"extraction_{split}": Metric(f"{split} extraction", 3) for split in SPLITS},
+    "forget_quality": Metric("forget quality"),
+    "log_forget_quality": Metric("log10", 2),
+    "model_utility": Metric("model utility", gap=True),
+    **{f"{part}_{name}": Metric(f"{part}, {heading}") for name, heading in language.UTILITY.items() for part in _PARTS},
+    "memorised_forget": Metric("exact memorisation", gap=True),
+    "rouge_forget": Metric("forget ROUGE-L", gap=True),
     "truth_ratio": Metric("truth ratio", 3, gap=True),
+    "loss_auc": Metric("loss AUC", gap=True),
+    "min_k_auc": Metric("min-k AUC", gap=True),
     "js_forget": Metric("JS forget", 4),
     "js_ratio": Metric("JS / golds' JS", 2),
     "js_test": Metric("JS test", 4),
@@ -62,6 +72,11 @@ METRICS = {
 
 def _distances(run: UnlearningResult, gold: UnlearningResult) -> dict[str, float]:
     found = {}
+    forget, forget_of_gold = run.outcomes["forget"], gold.outcomes["forget"]
+    if forget.wrong is not None and forget_of_gold.wrong is not None:
+        quality = language.forget_quality(forget, forget_of_gold)
+        found["forget_quality"] = quality
+        found["log_forget_quality"] = math.log10(quality) if quality else -math.inf
     for split in ("forget", "test"):
         p, q = run.outcomes[split].log_probs, gold.outcomes[split].log_probs
         if p is not None and q is not None:
@@ -83,7 +98,8 @@ def _own_metrics(run: UnlearningResult, golds: dict[int, UnlearningResult]) -> d
             found[f"extraction_{split}"] = float(outcome.extraction.mean())
     forget, heldout = run.outcomes["forget"], run.non_members
     if forget.truth_ratio is not None:
-        found["truth_ratio"] = metrics.truth_score(forget.truth_ratio)
+        found["truth_ratio"] = language.truth_score(forget.truth_ratio)
+    found |= language.benchmark(run.outcomes, heldout)
     found["mia"] = metrics.membership_attack(run.outcomes["retain"], run.outcomes["test"], forget)
     found["population_auc"] = metrics.population_attack(forget, heldout)
     references = [(gold.outcomes["forget"], gold.non_members) for gold in golds.values() if gold is not run]
@@ -98,7 +114,7 @@ def _own_metrics(run: UnlearningResult, golds: dict[int, UnlearningResult]) -> d
 
 def _against_gold(run: UnlearningResult, gold: UnlearningResult) -> dict[str, float]:
     found = _distances(run, gold)
-    if found:
+    if "js_forget" in found:
         accuracies = [[float(r.outcomes[split].correct.mean()) for split in SPLITS] for r in (run, gold)]
         found["tug_of_war"] = metrics.tug_of_war(*accuracies)
     fraction = run.time_over(gold)
@@ -133,8 +149,8 @@ def table(results: Sequence[UnlearningResult]) -> list[dict[str, Any]]:
         - `"censored"`, for `"relearn_steps"` alone, is the number of runs in which the accuracy was not back within
           the limit; the limit stands for these runs.
 
-        In the gold's row, `js_...`, `distance_...` and `l1_...` are distances between golds of different seeds, with
-        one value for every pair. Shares are fractions of 1.
+        In the gold's row, `js_...`, `distance_...`, `l1_...` and `forget_quality` are between golds of different seeds,
+        with one value for every pair. Shares are fractions of 1.
 
     Raises:
         ValueError: two results have the same case, method and seed, results of a case are about other samples, or a

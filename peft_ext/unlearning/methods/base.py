@@ -22,6 +22,8 @@ from ...training.trainer import EvaluationTrainer, fit
 from ..derivatives.data import Loader
 from ..derivatives.quadratic import CurvatureEstimate
 
+_SHORT = 0.05  # nats by which the retain loss may rise without a word
+
 
 @dataclass
 class Request:
@@ -137,6 +139,7 @@ class Step:
         damping: what was added to the diagonal of the curvature, in units of its mean.
         accepted: whether the step was kept.
         predicted: decrease of the objective that the quadratic model promised.
+        decrease: decrease of the objective that came, negative if it rose. For a rejected step an upper bound.
     """
 
     objective: float
@@ -144,6 +147,7 @@ class Step:
     damping: float
     accepted: bool
     predicted: float
+    decrease: float | None = None
 
 
 @dataclass
@@ -195,11 +199,13 @@ class Served:
         samples: number of samples that were taken off.
         learned: number of samples that were in the ledger before.
         damping: ridge on the curvature, in units of the mean of its diagonal.
+        shortfalls: what the ledger's trial deletions had foretold; see `UnlearningLedger.shortfalls`.
     """
 
     samples: int
     learned: int
     damping: float
+    shortfalls: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -258,9 +264,12 @@ class UnlearningReport:
             found += _solution_notes(self.solution, self.retain_loss)
         if self.training is not None:
             found.append(_training_note(self.training))
+            if self.retain_loss is not None:
+                found.append(_retain_note(*self.retain_loss))
         if self.ledger is not None:
             taken = f"{self.ledger.samples:,} of {self.ledger.learned:,} samples taken off"
             found.append(f"{taken}, damping {self.ledger.damping:g}; the retain set was not read")
+            found += [f"Foretold when the ledger was made: {text}" for text in self.ledger.shortfalls]
         return found
 
 
@@ -272,6 +281,15 @@ class UnlearningMethod(ABC):
     """
 
     name: ClassVar[str]
+    universal: ClassVar[bool] = True
+    """Whether its default options serve every model of classes or of tokens."""
+
+    def check(self, request: Request) -> None:
+        """Raises a ValueError if the method cannot serve a request, as far as shows before anything is trained.
+
+        By default nothing shows. The model is left as it is, and may be one from before its training.
+        """
+        return None
 
     def prepare(self, request: Request) -> None:
         """Does what the method would have done at training time, before there was any request to forget.
@@ -352,6 +370,7 @@ def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None)
             f"{tried - kept} of {tried} steps were undone: they took the retain loss above {limit:.4g} "
             f"({solution.retain_tolerance:g} above its start), or raised the objective."
         )
+    notes += _step_notes(solution.steps)
     if solution.ended is not None and not kept:
         notes.append("No step was kept: the model is unchanged.")
     elif solution.ended == "steps":
@@ -359,6 +378,28 @@ def _solution_notes(solution: Solution, retain_loss: tuple[float, float] | None)
     elif solution.ended == "distance":
         notes.append(
             "Stopped short: a further step led further from the trained weights than the training had moved them."
+        )
+    return notes
+
+
+def _step_notes(steps: list[Step]) -> list[str]:
+    """Returns what the quadratic model promised of each step and what came, and how far it is to be trusted."""
+    if not steps or any(step.decrease is None for step in steps):
+        return []
+    listed = ", ".join(
+        f"{step.predicted:.2g} -> {'' if step.accepted else 'at most '}{step.decrease:.2g} "
+        f"({step.damping:.2g}{'' if step.accepted else ', undone'})"
+        for step in steps
+    )
+    notes = [f"Decrease of the objective, predicted -> actual, and damping of every step: {listed}."]
+    kept = [(step.predicted, step.decrease or 0.0) for step in steps if step.accepted]
+    promised, came = (sum(part) for part in zip(*kept)) if kept else (0.0, 0.0)
+    if promised > 0:
+        ratio = came / promised
+        trust = "holds" if ratio > 0.75 else "holds roughly" if ratio > 0.25 else "is wrong"
+        notes.append(
+            f"The kept steps lowered the objective by {ratio:.2g} times what was predicted ({came:.2g} of "
+            f"{promised:.2g}): the quadratic model {trust} at their length."
         )
     return notes
 
@@ -373,6 +414,15 @@ def _curvature_note(solution: Solution) -> str:
     return (
         f"{estimate.samples:,} of {estimate.of:,} retain samples, {each}: relative standard error of the curvature "
         f"along the gradient {estimate.relative_error:.2g}"
+    )
+
+
+def _retain_note(before: float, after: float) -> str:
+    text = f"Retain loss {before:.3g} -> {after:.3g}"
+    if after <= before + _SHORT:  # false for NaN
+        return f"{text}."
+    return (
+        f"{text}: stopped short, it is more than {_SHORT:g} nats above its start. A larger `share` costs time for it."
     )
 
 

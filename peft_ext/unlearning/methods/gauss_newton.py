@@ -137,7 +137,7 @@ class GaussNewton(Solver):
             found = objective.evaluate(weights, most, gradient=kept + 1 < self.max_steps)
             gain = at.value - found.value
             accepted = found.retain_loss <= most
-            solution.steps.append(Step(found.value, found.retain_loss, damping, accepted, predicted))
+            solution.steps.append(Step(found.value, found.retain_loss, damping, accepted, predicted, gain))
             ratio = gain / predicted if math.isfinite(gain) and predicted > 0 else -math.inf
             rejections = 0 if accepted else rejections + 1
             if accepted:

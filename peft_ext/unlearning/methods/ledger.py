@@ -104,5 +104,5 @@ class Ledger(UnlearningMethod):
             ledger.parameters,
             shift=deletion.shift,
             seconds=time.perf_counter() - start,
-            ledger=Served(deletion.samples, learned, ledger.damping),
+            ledger=Served(deletion.samples, learned, ledger.damping, ledger.shortfalls),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,57 @@ class OthersTargets(Dataset):
                 break
         else:
             raise ValueError("No wrong label: every retain sample has the target of the sample to forget.")
-        changed = {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
-        return changed | ({"attention_mask": [1] * len(changed["labels"])} if "attention_mask" in row else {})
+        return with_target(row, prompt, target)
+
+
+class OtherTargets(Dataset):
+    """A language model's rows, each prompt followed by a target that is given.
+
+    Args:
+        rows: mappings with sequences `input_ids`, `labels` and perhaps `attention_mask`.
+        targets: token ids, for every row.
+    """
+
+    def __init__(self, rows: Any, targets: Sequence[list[int]]) -> None:
+        self.rows, self.targets = rows, targets
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return with_target(row, split_target(row)[0], self.targets[index])
+
+
+def with_target(row: Any, prompt: list[int], target: list[int]) -> dict[str, list[int]]:
+    """Returns a row like another with the tokens of a prompt and a target."""
+    changed = {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
+    return changed | ({"attention_mask": [1] * len(changed["labels"])} if "attention_mask" in row else {})
+
+
+def check_prompts(rows: Any, method: str) -> None:
+    """Raises a ValueError unless all rows are prompts with targets and nothing else.
+
+    Args:
+        rows: a language model's.
+        method: name of what needs them, for the message.
+    """
+    for place in range(len(rows)):
+        row = rows[place]
+        keys = set(row) if hasattr(row, "keys") else set()
+        more = sorted(keys - {"input_ids", "labels", "attention_mask"})
+        if not keys >= {"input_ids", "labels"} or more:
+            found = f"it holds {', '.join(map(repr, sorted(keys))) or type(row).__name__}"
+        else:
+            prompt, target = split_target(row)
+            if prompt and target:
+                continue
+            found = "its first token has a label already" if target else "no token of it has a label"
+        raise ValueError(
+            f"{method} gives prompts other targets, so every sample to forget must hold `input_ids`, `labels` of -100 "
+            f"on a prompt and of token ids on the target behind it, and perhaps `attention_mask`; sample {place} does "
+            f"not: {found}."
+        )
 
 
 def label_key(row: Any) -> str:
@@ -77,8 +127,13 @@ def label_key(row: Any) -> str:
 
 
 def split_target(row: Any) -> tuple[list[int], list[int]]:
-    """Returns the tokens before the first one with a label, and those from there to the last one with a label."""
-    labels, ids = list(map(int, row["labels"])), list(map(int, row["input_ids"]))
+    """Returns the tokens before the first one with a label, and those from there to the last one with a label.
+
+    Padding, which `attention_mask` leaves out, is in neither.
+    """
+    mask = row["attention_mask"] if "attention_mask" in row else [1] * len(row["labels"])
+    kept = [place for place, there in enumerate(mask) if there]
+    labels, ids = ([int(row[name][place]) for place in kept] for name in ("labels", "input_ids"))
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     if not places:
         return ids, []

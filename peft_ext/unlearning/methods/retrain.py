@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ...training.callbacks import StopAfter
 from ...training.trainer import CheckedTrainer, EvaluationTrainer
-from ..derivatives.data import Loader
-from .base import Request, Tuned, UnlearningReport
+from .base import Request, Tuned
 from .tuning import TrainingMethod
 
 
@@ -27,6 +23,7 @@ class Retrain(TrainingMethod):
     """
 
     name: ClassVar[str] = "retrain"
+    needed: ClassVar[tuple[str, ...]] = ("reference", "training")
 
     def train(self, request: Request) -> Trainer:
         self.start(request)
@@ -45,25 +42,3 @@ class Retrain(TrainingMethod):
     def facts(self, trainer: Trainer) -> Tuned:
         ended = "steps" if trainer.state.global_step >= trainer.state.max_steps else "share"
         return Tuned(trainer.state.global_step, trainer.args.learning_rate, ended, from_initial=True)
-
-    def fit(
-        self,
-        model: nn.Module,
-        retain: Loader,
-        forget: Loader,
-        *,
-        reference: Mapping[str, torch.Tensor] | None = None,
-        ridge: float = 0.0,
-        training: TrainingArguments | None = None,
-    ) -> UnlearningReport:
-        """Trains a model anew, in evaluation mode; see `TrainingMethod.fit`.
-
-        Raises:
-            ValueError: `reference` or `training` is missing.
-        """
-        if reference is None or training is None:
-            raise ValueError(
-                f"{type(self).__name__} needs `reference`, the trainable parameters before the training "
-                "(`trainable_state(model)` copies them), and `training`, the TrainingArguments of the training."
-            )
-        return super().fit(model, retain, forget, reference=reference, ridge=ridge, training=training)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import Trainer, TrainingArguments
 
 from ...checks import check_probability, check_share
-from .base import Request, Tuned
+from ...training.trainer import mean_loss
+from .base import Request, Tuned, UnlearningReport
 from .retrain import Retrain
 from .tuning import TrainingMethod, squeezed
 
@@ -25,7 +27,7 @@ class Rewind(Retrain):
     The training on the retain set goes through the schedule of the model's training, squeezed, and stops where that was
     stopped. Its learning rate is higher by `(1 - keep) / share`: along a direction of small curvature a training goes
     as far as its learning rates add up to, and so it makes up for just what was taken back. Along a direction of large
-    curvature it ends where the gold does anyway.
+    curvature it ends where the gold does anyway. The report says what the retain set lost.
 
     Attributes:
         keep: the share of the way from the initial parameters that is left, from 0 to below 1.
@@ -39,6 +41,15 @@ class Rewind(Retrain):
     def __post_init__(self) -> None:
         check_probability("keep", self.keep)
         check_share("share", self.share)
+
+    def unlearn(self, request: Request) -> UnlearningReport:
+        start = time.perf_counter()
+        retained = request.model, request.retain, request.collator, request.training
+        before = mean_loss(*retained)
+        report = super().unlearn(request)
+        report.retain_loss = before, mean_loss(*retained)
+        report.seconds = time.perf_counter() - start
+        return report
 
     def start(self, request: Request) -> None:
         request.restore_initial(self.keep)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -25,8 +26,17 @@ LEARNING_RATE = 1e-3
 """Learning rate of `fit` without `training`: customary for adapters."""
 
 
+_NEEDED = {
+    "reference": "the trainable parameters before the training (`trainable_state(model)` copies them)",
+    "training": "the TrainingArguments of the training",
+}
+
+
 class TrainingMethod(UnlearningMethod):
     """A method that serves a request by a training."""
+
+    needed: ClassVar[tuple[str, ...]] = ()
+    """Those of `reference` and `training` that `fit` cannot do without."""
 
     @abstractmethod
     def train(self, request: Request) -> Trainer:
@@ -70,8 +80,12 @@ class TrainingMethod(UnlearningMethod):
                 device.
 
         Raises:
-            ValueError: one of the sets is empty, they overlap, or the model has nothing to train.
+            ValueError: one of the sets is empty, they overlap, the model has nothing to train, or what the method needs
+                (`needed`) is missing.
         """
+        if any({"reference": reference, "training": training}[name] is None for name in self.needed):
+            wanted = ", and ".join(f"`{name}`, {_NEEDED[name]}" for name in self.needed)
+            raise ValueError(f"{type(self).__name__} needs {wanted}.")
         check_sets(retain, forget)
         (stays, goes), collator = rows_of(retain, forget)
         initial = trainable_state(model) if reference is None else reference
