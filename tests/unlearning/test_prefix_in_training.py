@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tiny_models
 import torch
 import transformers
 from peft import PromptTuningConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from problems import images, texts
 from test_prefix import LAST, Skipping
 from torch import nn
@@ -19,6 +21,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_ext import NolaConfig
 from peft_ext.training.callbacks import trainable_parameters, trainable_state
+from peft_ext.training.prefix_in_training import PrefixInTraining
 from peft_ext.training.trainer import CheckedTrainer, EvaluationTrainer, fit
 
 EPOCHS, BATCHES = 4, 3
@@ -266,6 +269,72 @@ class InTheMiddle(TrainerCallback):
 def test_frozen_blocks_that_change_in_the_middle(thaw, tmp_path):
     kept, _ = both(vit, pixels(), tmp_path, callbacks=[InTheMiddle(thaw)])
     assert kept[:2] == [BATCHES + 1, 1] and kept[2] >= BATCHES
+
+
+def other_adapter(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """Makes the adapter that is active another one, which cannot be trained and stands in the first block, too."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter("other", inference_mode=True)
+    assert not any("other" in name for name in trainable_parameters(model))
+
+
+def hook(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    model.get_submodule("base_model.model.vit.layers.0").register_forward_hook(lambda *_: None)
+
+
+def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    batch["pixel_values"] = batch["pixel_values"].clone().requires_grad_()
+
+
+CHANGES: dict[str, Any] = {
+    "hidden states": lambda model, batch: batch.update(output_hidden_states=True),
+    "other adapter": other_adapter,
+    "hook": hook,
+    "training mode": lambda model, batch: model.train(),
+    "gradients of the inputs": gradients,
+}
+
+
+@pytest.fixture
+def settled() -> Iterator[tuple[nn.Module, PrefixInTraining, dict[str, Any], list[bool]]]:
+    """Gives a model, a prefix that passes over its first block, a batch and the computations of that block."""
+    model = vit()
+    model.add_adapter("other", NolaConfig(r=2, num_basis=4, target_modules=["q_proj"], init_weights=False))
+    model.eval()
+    calls = computations(model)
+    prefix = PrefixInTraining(model, 1e9, samples=4)
+    batch = default_data_collator(pixels(4))
+    with prefix.remembering():
+        for _ in range(3):
+            before = len(calls)
+            with prefix.step(model, 0):
+                model(**batch)
+        assert len(calls) == before
+        yield model, prefix, batch, calls
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_forward_passes_of_another_kind_are_computed_whole(change, settled):
+    model, prefix, batch, calls = settled
+    CHANGES[change](model, batch)
+    for _ in range(3):
+        before = len(calls)
+        with prefix.step(model, 0):
+            model(**batch)
+        assert len(calls) > before
+
+
+def test_derivatives_are_taken_through_all_blocks(settled):
+    model, prefix, batch, _ = settled
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        return model(pixel_values=images).logits
+
+    expected = torch.func.jvp(logits, (batch["pixel_values"],), (batch["pixel_values"],))[1]
+    with prefix.step(model, 0):
+        found = torch.func.jvp(logits, (batch["pixel_values"],), (batch["pixel_values"],))[1]
+    assert torch.equal(found, expected) and found.abs().max() > 0
 
 
 def test_blocks_with_hooks_are_computed(tmp_path):
