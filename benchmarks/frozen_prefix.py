@@ -61,15 +61,14 @@ def make(arguments: Arguments) -> Any:
             arguments.model_name_or_path, num_labels=10, dtype=torch.float32
         )
     else:
+        labels = {place: str(place) for place in range(10)}
         size: dict[str, Any] = {
             "hidden_size": 384,
             "intermediate_size": 1536,
             "num_attention_heads": 6,
             "num_labels": 10,
         }
-        model = ViTForImageClassification(
-            ViTConfig(**size, id2label={i: str(i) for i in range(10)}, image_size=arguments.image_size, patch_size=14)
-        )
+        model = ViTForImageClassification(ViTConfig(**size, image_size=arguments.image_size, patch_size=14))
     layers = list(range(8, 12))
     return get_peft_model(
         model, NolaConfig(r=8, num_basis=64, alpha=8, layers_to_transform=layers, modules_to_save=["classifier"])
