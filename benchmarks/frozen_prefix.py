@@ -56,19 +56,16 @@ class Arguments:
 def make(arguments: Arguments) -> Any:
     """A classifier of ten classes with its adapter."""
     torch.manual_seed(0)
+    labels = {place: str(place) for place in range(10)}
     if arguments.model_name_or_path:
         model: Any = AutoModelForImageClassification.from_pretrained(
-            arguments.model_name_or_path, num_labels=10, dtype=torch.float32
+            arguments.model_name_or_path, id2label=labels, dtype=torch.float32
         )
     else:
-        labels = {place: str(place) for place in range(10)}
-        size: dict[str, Any] = {
-            "hidden_size": 384,
-            "intermediate_size": 1536,
-            "num_attention_heads": 6,
-            "num_labels": 10,
-        }
-        model = ViTForImageClassification(ViTConfig(**size, image_size=arguments.image_size, patch_size=14))
+        size: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
+        model = ViTForImageClassification(
+            ViTConfig(**size, id2label=labels, image_size=arguments.image_size, patch_size=14)
+        )
     layers = list(range(8, 12))
     return get_peft_model(
         model, NolaConfig(r=8, num_basis=64, alpha=8, layers_to_transform=layers, modules_to_save=["classifier"])
