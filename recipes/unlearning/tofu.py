@@ -43,6 +43,14 @@ class TofuArguments:
     questions_per_author: int = field(
         default=_QUESTIONS, metadata={"help": f"Take the first so many of the {_QUESTIONS} questions on each author."}
     )
+    retain_questions_per_author: int | None = field(
+        default=None,
+        metadata={"help": "Take fewer of them on authors who stay: those to forget decide how sharp the tests are."},
+    )
+
+    @property
+    def retain_questions(self) -> int:
+        return self.retain_questions_per_author or self.questions_per_author
 
 
 @dataclass
@@ -200,6 +208,11 @@ def load_tofu(args: causal_lm.DataArguments, part: TofuArguments, cases: Sequenc
         )
     if not 1 <= part.questions_per_author <= _QUESTIONS:
         raise UserError(f"questions_per_author is {part.questions_per_author}; it must be 1 to {_QUESTIONS}")
+    kept = part.retain_questions_per_author
+    if kept is not None and not 1 <= kept <= part.questions_per_author:
+        raise UserError(
+            f"retain_questions_per_author is {kept}; it must be 1 to {part.questions_per_author}, questions_per_author"
+        )
     folder = Path(args.dataset_name)
 
     def read(name: str, columns: Sequence[str] = _PERTURBED) -> list[Row]:
@@ -243,7 +256,7 @@ def load_tofu(args: causal_lm.DataArguments, part: TofuArguments, cases: Sequenc
         _subset(others, args.max_eval_samples),
         forget,
         {name: _subset(rows, args.max_eval_samples) for name, rows in utility.items()},
-        [_note(part, len(train), len(others), leaving)],
+        [_note(part, len(staying) // part.retain_questions, leaving, len(others) // part.questions_per_author)],
     )
 
 
@@ -294,7 +307,7 @@ def _chosen(
     size = part.questions_per_author
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     if part.authors is None:
-        return rows, []
+        return [row for group in groups for row in group[: part.retain_questions]], []
     if not leaving < part.authors <= len(groups) + leaving:
         raise UserError(
             f"authors is {part.authors}; {cases} forgets {leaving}, so that it must be {leaving + 1} to "
@@ -303,7 +316,8 @@ def _chosen(
     known = {_key(row) for row in perturbed}
     groups.sort(key=lambda group: not any(_key(row) in known for row in group))
     staying = part.authors - leaving
-    return [row for group in groups[:staying] for row in group], [row for group in groups[staying:] for row in group]
+    first, others = groups[:staying], groups[staying:]
+    return [row for group in first for row in group[: part.retain_questions]], [row for rows in others for row in rows]
 
 
 def _subset(rows: list[Row], limit: int | None) -> list[Row]:
@@ -312,9 +326,11 @@ def _subset(rows: list[Row], limit: int | None) -> list[Row]:
     return random.Random(inputs.SUBSET_SEED).sample(rows, limit)
 
 
-def _note(part: TofuArguments, trained: int, held_out: int, leaving: int) -> str:
-    size = part.questions_per_author
+def _note(part: TofuArguments, staying: int, leaving: int, held_out: int) -> str:
+    """Says what was taken, by numbers of authors."""
+    size, kept = part.questions_per_author, part.retain_questions
+    questions = f"{size} questions each" if size == kept else f"{size} questions each, {kept} on those who stay"
     return (
-        f"TOFU: {trained // size} authors with {size} questions each, at most {leaving} of them to forget; the test "
-        f"set is {held_out // size} authors whom no model saw."
+        f"TOFU: {staying + leaving} authors with {questions}, at most {leaving} of them to forget; the test set is "
+        f"{held_out} authors whom no model saw."
     )

@@ -118,6 +118,16 @@ def test_authors_with_wrong_answers_are_retained_first(tofu: Path) -> None:
     assert data.utility["retain_questions"] == author("B", 5)[:5]
 
 
+@pytest.mark.parametrize("authors", [2, None])
+def test_fewer_questions_on_those_who_stay(tofu: Path, authors: int | None) -> None:
+    write(tofu, "holdout01.jsonl", author("H"))
+    data = load(tofu, ["forget01"], authors=authors, questions_per_author=5, retain_questions_per_author=2)
+    staying = 1 if authors else 5
+    assert data.kinds == [""] * 2 * staying + ["forget01"] * 5
+    assert len(data.held_out) == 5 and data.utility["retain_questions"][:2] == author("B", 5)[:2]
+    assert f"TOFU: {staying + 1} authors with 5 questions each, 2 on those who stay, at most 1" in data.notes[0]
+
+
 def test_splits_share_one_original(tofu: Path) -> None:
     data = load(tofu, ["forget05", "forget01"], authors=4)
     assert names(data.train) == "BAYZ" and names(data.held_out) == "CW"
@@ -141,6 +151,7 @@ def test_the_whole_benchmark_needs_authors_never_seen(tofu: Path) -> None:
         (["--authors", "1"], ["authors is 1", "forget01 forgets 1", "must be 2 to 6"]),
         (["--authors", "9"], ["authors is 9", "must be 2 to 6"]),
         (["--questions_per_author", "21"], ["questions_per_author is 21", "1 to 20"]),
+        (["--retain_questions_per_author", "5"], ["retain_questions_per_author is 5", "1 to 4"]),
         (["--cases", "forget02"], ["unknown case 'forget02'", "forget01, forget05, forget10", "did you mean"]),
         (["--cases", "random:0.1"], ["unknown case 'random'", "forget01"]),
         (["--cases", "forget01:0.5"], ["nothing stands behind 'forget01'", "'forget01:0.5'"]),
