@@ -38,9 +38,10 @@ from .checkpoint.identity import (
 )
 from .checks import check_choice
 from .generators.base import Frozen
-from .tuners.config import SeededConfig, Target
+from .tuners.config import PLAIN, SeededConfig
 from .tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, describe
 from .tuners.expansion import SharedExpansion
+from .tuners.target import network_target
 
 _ADAPTER = "network"
 NETWORK_COEFFICIENTS = f"coefficients.{_ADAPTER}"
@@ -97,7 +98,7 @@ class SeededNetwork(nn.Module):
         if not isinstance(config, SeededConfig):
             raise ValueError(f"`config` must be a PrancConfig or a McncConfig, got {type(config).__name__}.")
         self.generator = config.network_generator(size, keep_basis)
-        start = config.initial(Target("", size, 1), (self.generator,)).float()
+        start = config.initial(network_target(size), (self.generator,)).float()
         self._slots = _take_parameters(network)
         self.network = network
         # transformers' Trainer looks at the signature of `forward`, which is the network's behind `*args, **kwargs`.
@@ -321,7 +322,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
         shapes = [[int(size) for size in shape] for shape in weights.values()]
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")
-        config = PeftConfig.from_peft_type(**method)
+        # Networks from before there was a choice name none.
+        config = PeftConfig.from_peft_type(**{"parametrization": PLAIN, **method})
     except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(path / NETWORK_CONFIG_NAME)!r} is damaged: {error!r}.") from error
     if not isinstance(config, SeededConfig):

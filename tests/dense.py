@@ -17,6 +17,7 @@ from peft_ext import McncConfig, NolaConfig, PrancConfig
 from peft_ext.randomness import uniform
 
 PREFIX = "base_model.model."
+INPUTS = 10.0  # factor on the inputs of MCNC's network
 FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {  # activations and their usual gains
     "sine": (torch.sin, math.sqrt(2)),
     "relu": (torch.relu, math.sqrt(2)),
@@ -118,7 +119,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Tensor) -> Update:
+def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, adapted: int) -> Update:
     """`A = A0 + sum_i a_i A_i` and `B = sum_j b_j B_j`."""
     out_features, in_features = matrix_shape(layer)
     last = name.rpartition(".")[-1]
@@ -128,6 +129,8 @@ def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Te
     stream_A: tuple[Any, ...] = ("nola", "A", r, in_features, *own)
     stream_B: tuple[Any, ...] = ("nola", "B", out_features, r, *own)
     a, b = coefficients.split([num_A, num_B])
+    if config.parametrization == "scaled":
+        a, b = a * math.sqrt(3), b * math.sqrt(3 * out_features * r / num_B)
     A = uniform(config.seed, (*stream_A, "offset"), r * in_features).to(a.dtype) / math.sqrt(in_features)
     A = A + a / math.sqrt(num_A) @ dense_matrix(config.seed, stream_A, num_A, r * in_features).to(a.dtype)
     B = b / math.sqrt(num_B) @ dense_matrix(config.seed, stream_B, num_B, out_features * r).to(b.dtype)
@@ -135,7 +138,7 @@ def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Te
     return Update(scaling * B @ A, factors=(A, B), scaling=scaling)
 
 
-def pranc(config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.Tensor) -> Update:
+def pranc(config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, adapted: int) -> Update:
     """`basis @ coefficients / sqrt(fan_in)`."""
     shape, k = matrix_shape(layer), config.num_coefficients
     weights, bias = shape[0] * shape[1], getattr(layer, "bias", None)
@@ -146,27 +149,42 @@ def pranc(config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.
         basis = dense_matrix(config.seed, stream, k, size) * math.sqrt(3 / k)  # variance 1 / k
     else:
         basis = sparse_matrix(config.seed, stream, k, size, config.nnz)
+    if config.parametrization == "scaled":
+        coefficients = coefficients * math.sqrt(adapted / k)
     flat = coefficients @ (basis / math.sqrt(shape[1])).to(coefficients.dtype)
     return Update(flat[:weights].view(shape), flat[weights:] if biased else None)
 
 
-def mcnc(config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Tensor) -> Update:
+def mcnc(config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, adapted: int) -> Update:
     """Chunks that fill A, beside its random start, and B; or the weight, scaled by `1 / sqrt(fan_in)`."""
     out_features, in_features = matrix_shape(layer)
     d, widths = config.d or 5000, tuple(config.widths)
     stream = ("mcnc", "phi", config.k, *widths, d)
+    scaled = config.parametrization == "scaled"
+    rest = coefficients
 
-    def chunks(size: int) -> torch.Tensor:
-        assert len(coefficients) == math.ceil(size / d) * (config.k + 1)
+    def chunks(size: int, amplitude: float) -> torch.Tensor:
+        nonlocal rest
+        number = math.ceil(size / d)
+        own, rest = rest[: number * (config.k + 1)], rest[number * (config.k + 1) :]
+        if scaled:
+            own = own * own.new_tensor([*config.k * [INPUTS], amplitude]).repeat(number)
         return on_manifold(
-            coefficients, config.seed, stream, size, config.k, d, widths, config.activation, config.frequency,
-            config.normalize,
-        )  # fmt: skip
+            own, config.seed, stream, size, config.k, d, widths, config.activation, config.frequency, config.normalize
+        )
 
     if config.apply_to == "weight":
-        return Update(chunks(out_features * in_features).view(out_features, in_features) / math.sqrt(in_features))
+        size = out_features * in_features
+        weight = chunks(size, math.sqrt(min(d, size))).view(out_features, in_features) / math.sqrt(in_features)
+        assert not len(rest)
+        return Update(weight)
     r = config.r
-    A, B = chunks(r * (in_features + out_features)).split([r * in_features, out_features * r])
+    size_A, size_B = r * in_features, out_features * r
+    if scaled:
+        A, B = chunks(size_A, 1.0), chunks(size_B, math.sqrt(min(d, size_B)))
+    else:
+        A, B = chunks(size_A + size_B, 1.0).split([size_A, size_B])
+    assert not len(rest)
     start = uniform(config.seed, ("mcnc", "A", r, in_features, "offset"), r * in_features).to(A.dtype)
     A, B = (A + start / math.sqrt(in_features)).view(r, in_features), B.view(out_features, r)
     return Update(config.alpha / r * B @ A, factors=(A, B), scaling=config.alpha / r)
@@ -199,7 +217,9 @@ def layer_update(config: Any, base: nn.Module, name: str, coefficients: dict[str
     """The update of one layer. PRANC's one vector is with the first."""
     value = next(iter(coefficients.values())) if isinstance(config, PrancConfig) else coefficients[name]
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    return REFERENCES[type(config)](config, base.get_submodule(name), name, value)
+    shapes = [matrix_shape(base.get_submodule(each)) for each in targets(base, config)]
+    adapted = sum(rows * columns for rows, columns in shapes)
+    return REFERENCES[type(config)](config, base.get_submodule(name), name, value, adapted)
 
 
 def updates(config: Any, base: nn.Module, coefficients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

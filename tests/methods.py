@@ -19,7 +19,7 @@ METHODS: dict[str, tuple[type[Config], dict[str, Any]]] = {
     "PRANC": (PrancConfig, {"num_coefficients": 13}),
     "PRANC, two a weight, biases": (PrancConfig, {"num_coefficients": 13, "nnz": 2, "adapt_bias": True}),
     "PRANC, dense": (PrancConfig, {"num_coefficients": 13, "basis": "dense"}),
-    "MCNC": (McncConfig, {"r": 2, "k": 3, "d": 13, "widths": (5,), "alpha": 1.0}),
+    "MCNC": (McncConfig, {"r": 2, "k": 3, "d": 10, "widths": (5,), "alpha": 1.0}),
     "MCNC, weight": (McncConfig, {"apply_to": "weight", "k": 2, "d": 13, "widths": (5, 4), "activation": "tanh"}),
 }
 ONE_OF_EACH = ["NOLA", "PRANC", "MCNC"]
@@ -31,7 +31,7 @@ FURTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pranc": ({"num_coefficients": 9, "basis": "dense"}, {"num_coefficients": 20, "nnz": 2, "adapt_bias": True}),
     "mcnc": (
         {"apply_to": "weight", "k": 2, "d": 10, "widths": ()},
-        {"r": 3, "k": 1, "d": 31, "widths": (4, 3), "alpha": 2.0, "activation": "relu", "normalize": False},
+        {"r": 3, "k": 1, "d": 24, "widths": (4, 3), "alpha": 2.0, "activation": "relu", "normalize": False},
     ),
 }
 

@@ -60,17 +60,25 @@ def digest(data: bytes) -> str:
 
 
 GENERATING = {
-    "NOLA": "alpha alpha_pattern fan_in_fan_out generator_version num_basis r rank_pattern seed share_basis",
-    "PRANC": "adapt_bias basis fan_in_fan_out generator_version nnz num_coefficients seed",
-    "MCNC": "activation alpha apply_to d fan_in_fan_out frequency generator_version k normalize r seed widths",
+    "NOLA": "alpha alpha_pattern fan_in_fan_out generator_version num_basis parametrization r rank_pattern seed "
+    "share_basis",
+    "PRANC": "adapt_bias basis fan_in_fan_out generator_version nnz num_coefficients parametrization seed",
+    "MCNC": "activation alpha apply_to d fan_in_fan_out frequency generator_version k normalize parametrization r seed "
+    "widths",
     "VISUAL_PROMPT": "deep num_prompts",
 }
+
+
+def scaled(config: Mapping[str, Any]) -> bool:
+    return config.get("parametrization") == "scaled"
 
 
 def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """The identity of an adapter or a network, from its configuration and a row for every module or parameter."""
     fields = {"method": config["peft_type"]}
     fields |= {name: config.get(name) for name in GENERATING[config["peft_type"]].split()}
+    if not scaled(config):
+        fields.pop("parametrization", None)
     described = {}
     for name, value in fields.items():
         text = canonical(value)
@@ -202,6 +210,7 @@ def sparse(seed: int, stream: Sequence[Any], coefficients: np.ndarray, size: int
     return total
 
 
+INPUTS = 10.0
 ACTIVATIONS = {
     "sine": (np.sin, math.sqrt(2)),
     "relu": (lambda x: np.maximum(x, 0), math.sqrt(2)),
@@ -210,8 +219,13 @@ ACTIVATIONS = {
 }
 
 
-def manifold(config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float) -> np.ndarray:
+def manifold(
+    config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float, amplitude: float | None = None
+) -> np.ndarray:
+    """`amplitude` is the factor of the amplitudes, where it is not that of a factor B or a weight."""
     k, d = config["k"], config.get("d") or 5000
+    factor_inputs = INPUTS if scaled(config) else 1.0
+    factor_amplitudes = amplitude or (math.sqrt(min(d, size)) if scaled(config) else 1.0)
     sizes = [k, *config["widths"], d]
     activation, gain = ACTIVATIONS[config["activation"]]
     layers = []
@@ -220,13 +234,13 @@ def manifold(config: Mapping[str, Any], coefficients: np.ndarray, size: int, sca
         factor = np.float32((gain if i else 1.0) * math.sqrt(3 / fan_in))
         layers.append((uniform(config["seed"], stream, fan_in * fan_out) * factor).reshape(fan_in, fan_out))
     chunks = coefficients.astype(np.float64).reshape(-1, k + 1)
-    hidden = chunks[:, :k] * config["frequency"]
+    hidden = chunks[:, :k] * (config["frequency"] * factor_inputs)
     for layer in layers[:-1]:
         hidden = activation(hidden @ layer)
     outputs = hidden @ layers[-1]
     if config["normalize"]:
         outputs = outputs / np.sqrt((outputs**2).mean(axis=1, keepdims=True) + 1e-12)
-    return (scale * chunks[:, k:] * outputs).reshape(-1)[:size]
+    return (scale * factor_amplitudes * chunks[:, k:] * outputs).reshape(-1)[:size]
 
 
 # Adapters
@@ -267,15 +281,18 @@ def lengths(config: Mapping[str, Any], module: Module) -> list[int]:
         pair = config["num_basis"]
         return list(pair) if isinstance(pair, list) else [pair, pair]
     if config["peft_type"] == "MCNC":
-        chunks = -(-_generated(config, module) // (config.get("d") or 5000))
+        d = config.get("d") or 5000
+        chunks = sum(-(-size // d) for size in _generated(config, module))
         return [chunks * config["k"], chunks]
     return [config["num_coefficients"]] if config["peft_type"] == "PRANC" else [module.fan_out * module.fan_in]
 
 
-def _generated(config: Mapping[str, Any], module: Module) -> int:
-    if config["apply_to"] == "factors":
-        return module.experts * config["r"] * (module.fan_out + module.fan_in)
-    return module.experts * module.fan_out * module.fan_in
+def _generated(config: Mapping[str, Any], module: Module) -> list[int]:
+    """The numbers of every sequence that is cut into chunks."""
+    if config["apply_to"] == "weight":
+        return [module.experts * module.fan_out * module.fan_in]
+    A, B = (module.experts * config["r"] * size for size in (module.fan_in, module.fan_out))
+    return [A, B] if scaled(config) else [A + B]
 
 
 def joined(config: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -285,27 +302,41 @@ def joined(config: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray
     return np.concatenate([parts[0].reshape(-1, config["k"]), parts[1][:, None]], axis=1).reshape(-1)
 
 
-def update(config: Mapping[str, Any], module: Module, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a module's weight, as a matrix, and its bias get."""
+def pranc_factor(config: Mapping[str, Any], adapted: int) -> float:
+    return math.sqrt(adapted / config["num_coefficients"]) if scaled(config) else 1.0
+
+
+def update(
+    config: Mapping[str, Any], module: Module, coefficients: np.ndarray, adapted: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a module's weight, as a matrix, and its bias get; `adapted` numbers are in the weights of all modules."""
     seed, method, (name, fan_out, fan_in, biases, experts) = config["seed"], config["peft_type"], module
     none = np.zeros(0, np.float32)
     stack = [experts] if experts > 1 else []
     if method == "PRANC":
+        factor = pranc_factor(config, adapted)
         weights = experts * fan_out * fan_in
         size = weights + (biases if config["adapt_bias"] else 0)
         stream = ["pranc", config["basis"], name, fan_out, fan_in]
         if config["basis"] == "dense":
-            flat = dense(seed, stream, coefficients, size, math.sqrt(3 / (len(coefficients) * fan_in)))
+            flat = dense(seed, stream, coefficients, size, factor * math.sqrt(3 / (len(coefficients) * fan_in)))
         else:
-            flat = sparse(seed, stream, coefficients, size, 1 / math.sqrt(fan_in), config["nnz"])
+            flat = sparse(seed, stream, coefficients, size, factor / math.sqrt(fan_in), config["nnz"])
         return flat[:weights].reshape(*stack, fan_out, fan_in), flat[weights:]
     if method == "MCNC" and config["apply_to"] == "weight":
         flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in))
         return flat.reshape(*stack, fan_out, fan_in), none
     if method == "MCNC":
         r, alpha = config["r"], config["alpha"]
-        flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0)
-        A, B = flat[: experts * r * fan_in], flat[experts * r * fan_in :]
+        size_A = experts * r * fan_in
+        if scaled(config):
+            _, size_B = _generated(config, module)
+            first = -(-size_A // (config.get("d") or 5000)) * (config["k"] + 1)
+            A = manifold(config, coefficients[:first], size_A, 1.0, amplitude=1.0)
+            B = manifold(config, coefficients[first:], size_B, 1.0)
+        else:
+            flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0)
+            A, B = flat[:size_A], flat[size_A:]
         A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], experts * r * fan_in, 1 / math.sqrt(fan_in))
     else:
         r = matching(config["rank_pattern"], name, config["r"])
@@ -313,11 +344,13 @@ def update(config: Mapping[str, Any], module: Module, coefficients: np.ndarray) 
         own = [] if config["share_basis"] else [name]
         num_A, num_B = lengths(config, module)
         stream_A, stream_B = ["nola", "A", r, fan_in, *own], ["nola", "B", fan_out, r, *own]
+        factor_A = math.sqrt(3) if scaled(config) else 1.0
+        factor_B = math.sqrt(3 * experts * fan_out * r / num_B) if scaled(config) else 1.0
         own_A = signed(seed, stream_A, coefficients[:num_A], experts)
         own_B = signed(seed, stream_B, coefficients[num_A:], experts)
-        A = np.concatenate([dense(seed, stream_A, each, r * fan_in, 1 / math.sqrt(num_A)) for each in own_A])
+        A = np.concatenate([dense(seed, stream_A, each, r * fan_in, factor_A / math.sqrt(num_A)) for each in own_A])
         A = A + offset(seed, [*stream_A, "offset"], experts * r * fan_in, 1 / math.sqrt(fan_in))
-        B = np.concatenate([dense(seed, stream_B, each, fan_out * r, 1 / math.sqrt(num_B)) for each in own_B])
+        B = np.concatenate([dense(seed, stream_B, each, fan_out * r, factor_B / math.sqrt(num_B)) for each in own_B])
     return alpha / r * (B.reshape(*stack, fan_out, r) @ A.reshape(*stack, r, fan_in)), none
 
 
@@ -435,9 +468,12 @@ def read_network(described: Mapping[str, Any], data: bytes, parameters: Sequence
     if config["peft_type"] == "MCNC":
         flat = manifold(config, coefficients, size, 1.0)
     elif config["basis"] == "dense":
-        flat = dense(config["seed"], ["network", "dense"], coefficients, size, math.sqrt(3 / len(coefficients)))
+        scale = pranc_factor(config, size) * math.sqrt(3 / len(coefficients))
+        flat = dense(config["seed"], ["network", "dense"], coefficients, size, scale)
     else:
-        flat = sparse(config["seed"], ["network", "sparse"], coefficients, size, 1.0, config["nnz"])
+        flat = sparse(
+            config["seed"], ["network", "sparse"], coefficients, size, pranc_factor(config, size), config["nnz"]
+        )
     found, place = {name.removeprefix("network."): buffer for name, buffer in tensors.items()}, 0
     for parameter in parameters:
         mean, width, spread = start_of(parameter)

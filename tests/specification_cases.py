@@ -31,6 +31,11 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         NolaConfig,
         {"r": 2, "num_basis": 6, "share_basis": False, "seed": 2**64 - 1, "target_modules": LAYERS},
     ),
+    "nola-plain": (
+        "Layers",
+        NolaConfig,
+        {"r": 2, "num_basis": 5, "parametrization": "plain", "target_modules": LAYERS},
+    ),
     "nola-patterns": (
         "Layers",
         NolaConfig,
@@ -54,6 +59,11 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {"r": 2, "num_basis": 6, "share_basis": False, "target_modules": [], "target_parameters": EXPERTS[:2]},
     ),
     "pranc": ("Layers", PrancConfig, {"num_coefficients": 13, "target_modules": ALL}),
+    "pranc-plain": (
+        "Layers",
+        PrancConfig,
+        {"num_coefficients": 13, "parametrization": "plain", "target_modules": ALL},
+    ),
     "pranc-two": (
         "Layers",
         PrancConfig,
@@ -74,6 +84,11 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "Layers",
         McncConfig,
         {"r": 2, "k": 3, "d": 13, "widths": (5,), "alpha": 1.0, "target_modules": LAYERS},
+    ),
+    "mcnc-plain": (
+        "Layers",
+        McncConfig,
+        {"r": 2, "k": 3, "d": 13, "widths": (5,), "parametrization": "plain", "target_modules": LAYERS},
     ),
     "mcnc-relu": (
         "Layers",
@@ -136,7 +151,7 @@ def save(case: str, dtype: str, folder: Path, **options: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         for buffer in model.buffers():
             if name == "Mixed":
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) * 10)
@@ -216,13 +231,14 @@ def rebuilt_weights(case: str, folder: Path) -> dict[str, np.ndarray]:
     modules = list(_modules(base, fields))
     data = (folder / "adapter_model.safetensors").read_bytes()
     coefficients, _ = read_adapter(config, data, [module for module, _, _ in modules])
+    adapted = sum(module.experts * module.fan_out * module.fan_in for module, _, _ in modules)
     found = {}
     for module, kind, shape in modules:
         own = coefficients[module.name]
         if kind == "tokens":
             found[f"{module.name}.tokens"] = own.reshape(shape)
             continue
-        matrix, bias = update(config, module, own)
+        matrix, bias = update(config, module, own, adapted)
         found[module.name.removesuffix(".weight") + ".weight"] = base_weight(matrix, kind, shape)
         if len(bias):
             found[f"{module.name}.bias"] = bias

@@ -111,7 +111,7 @@ def test_equal_to_the_bit_in_a_new_process(name: str, reloaded: Path) -> None:
     [
         ("NOLA", {"num_basis": 256, "r": 8}, 60 * 512),
         ("PRANC", {"num_coefficients": 10_000}, 10_000),
-        ("MCNC", {"r": 8, "d": 100, "k": 5}, 30 * (6 + 4) * 6),  # 8 * (32 + 32) and 8 * (32 + 16) numbers
+        ("MCNC", {"r": 8, "d": 100, "k": 5}, 30 * (3 + 3 + 3 + 2) * 6),  # 8 * 32 numbers, and 8 * 16 in B of a value
     ],
     ids=ONE_OF_EACH,
 )
@@ -342,8 +342,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     "d": ("MCNC", edit_config(d=3), ["`d`", "larger than `k` (3)", "got 3"]),
     "d, too long": (
         "MCNC",
-        edit_config(d=129, **NEW),
-        ["`d`", "at most", "128 for the largest of the 4", "got 129"],
+        edit_config(d=65, **NEW),
+        ["`d`", "at most", "64 in the largest factor of the 4", "got 65"],
     ),
     "widths": ("MCNC", edit_config(widths=[8, 0]), ["`widths`", "positive integer", "got 0"]),
     "activation": (

@@ -160,9 +160,31 @@ def test_trainer_does_not_resume_with_another_seed(tmp_path: Path) -> None:
 # Fields
 
 GENERATING = {
-    "NOLA": ["seed", "fan_in_fan_out", "r", "num_basis", "alpha", "share_basis", "rank_pattern", "alpha_pattern"],
-    "PRANC": ["seed", "fan_in_fan_out", "num_coefficients", "basis", "nnz", "adapt_bias"],
-    "MCNC": ["seed", "k", "d", "widths", "activation", "frequency", "normalize", "apply_to", "r", "alpha"],
+    "NOLA": [
+        "seed",
+        "fan_in_fan_out",
+        "r",
+        "num_basis",
+        "alpha",
+        "share_basis",
+        "rank_pattern",
+        "alpha_pattern",
+        "parametrization",
+    ],
+    "PRANC": ["seed", "fan_in_fan_out", "num_coefficients", "basis", "nnz", "adapt_bias", "parametrization"],
+    "MCNC": [
+        "seed",
+        "k",
+        "d",
+        "widths",
+        "activation",
+        "frequency",
+        "normalize",
+        "apply_to",
+        "r",
+        "alpha",
+        "parametrization",
+    ],
 }
 UNUSUAL: dict[str, dict[str, Any]] = {  # so that a removed field, which means its default, is another one
     "NOLA": {
@@ -204,6 +226,7 @@ EDITS: dict[str, Any] = {
     "frequency": 3.0,
     "normalize": True,
     "apply_to": "factors",
+    "parametrization": "plain",
 }
 
 

@@ -22,7 +22,7 @@ from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, VisualP
 from peft_ext.__main__ import main
 from peft_ext.adapters.saved import read
 from peft_ext.checkpoint.quantization import DTYPES
-from peft_ext.tuners.config import Target
+from peft_ext.tuners.target import Target, together
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -117,7 +117,8 @@ def test_what_is_drawn_at_every_use_takes_no_memory(method: str, run: Any, tmp_p
     drawn = json.loads(run("inspect", saved(tmp_path, method), "--json")[1])["drawn"]
     config = config_of(method)
     shapes = [(32, 32), (16, 32)]
-    generators = [each for shape in shapes for each in config.generators(Target("", *shape))]
+    targets = together([Target("", *shape) for shape in shapes])
+    generators = [each for target in targets for each in config.generators(target)]
     assert sum(row["numbers"] for row in drawn) == 2 * sum(each.num_basis * each.size for each in generators)
     assert all(row["memory"] == 0 and "at every use" in row["what"] for row in drawn)
 

@@ -35,9 +35,10 @@ from ..checkpoint.identity import (
     unnamed,
 )
 from ..seeded_network import NETWORK_COEFFICIENTS
-from ..tuners.config import CheckpointedConfig, Target
+from ..tuners.config import CheckpointedConfig
 from ..tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME
 from ..tuners.surroundings import PREFIX
+from ..tuners.target import Target, network_target, together
 from ..tuners.target_parameters import owners_of
 
 _MOST_GUESSES = 5_000
@@ -175,7 +176,7 @@ def _read_network(folder: Path) -> Saved:
     tensors = _load(folder / NETWORK_WEIGHTS_NAME)
     record = read_record(tensors.get("identity"), "identity")
     size = sum(torch.Size(shape).numel() for shape in described["weights"].values())
-    targets, vectors = [Target("", size, 1)], [NETWORK_COEFFICIENTS]
+    targets, vectors = [network_target(size)], [NETWORK_COEFFICIENTS]
     return Saved(folder, config, described, record, targets, True, vectors, "packed", "identity", tensors)
 
 
@@ -223,14 +224,15 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target]
             if counts != sizes:
                 continue
             by_end = dict(zip(ends, guess))
-            targets = [Target(name, *by_end[end_of[name]]) for name in names]
+            targets = together([Target(name, *by_end[end_of[name]]) for name in names])
             found = Identity(config.generating(), [config.described(target) for target in targets]).to_dict()
             if found["modules"] == config.identity.get("modules"):
                 return targets, True
     every = [size for size, number in sizes.items() for _ in range(number)]
     if len(sizes) == 1 and not with_biases:
         raise ValueError("`target_names` or `target_shapes` was edited: the hash of both in `identity` is another.")
-    return [Target(name, out, columns, 0, experts) for name, (out, columns, experts) in zip(names, every)], False
+    targets = [Target(name, out, columns, 0, experts) for name, (out, columns, experts) in zip(names, every)]
+    return together(targets), False
 
 
 def verify(saved: Saved) -> list[str]:

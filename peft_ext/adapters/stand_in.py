@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.identity import Identity, check_identity
-from ..tuners.config import Target
 from ..tuners.layers import SeededLayer, layer_kind, target_of
+from ..tuners.target import Target, together
 from .inspection import head_options, model_class
 from .saved import Saved
 
@@ -63,7 +63,7 @@ def on_stand_in(saved: Saved, base: nn.Module | str | None) -> tuple[nn.Module, 
             raise ValueError(f"`base` must be the model that was adapted, got one without {missing[0]!r}.")
         modules = {name: _stand_in(name, found[name]) for name in names}
 
-    targets = [target_of(name, module) for name, module in modules.items()]
+    targets = together([target_of(name, module) for name, module in modules.items()])
     described = [saved.config.described(target) for target in targets]
     check_identity(saved.identity, Identity(saved.config.generating(), described), "of the saved adapter")
     saved = copy.copy(saved)

@@ -11,10 +11,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .config import CheckpointedConfig, Target
+from .config import CheckpointedConfig
 from .mixed import MixedBatch, Pool, copies_of, mixed_batch
 from .provenance import CheckpointedLayer, Provenance
 from .surroundings import Keys, saved_modules
+from .target import Target
 
 
 class CheckpointedModel(BaseTuner):

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Optional, TypeVar, Union
+from typing import Any, ClassVar, Optional, TypeVar, Union
 
 import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .. import randomness
-from ..checkpoint.identity import check_fingerprint, check_identity, shape_name, unfold_names
+from ..checkpoint.identity import check_fingerprint, check_identity, unfold_names
 from ..checkpoint.quantization import DTYPES, Layout
 from ..checks import check_choice, check_probability, check_types, declared_type
 from ..generators import Generator
 from .description import DescribedConfig
+from .target import Target, shape_counts
 
 C = TypeVar("C", bound=type[PeftConfig])
 
@@ -44,28 +44,7 @@ def documented(config: C) -> C:
     return config
 
 
-class Target(NamedTuple):
-    """A module or a parameter that an adapter adapts, as its coefficients see it.
-
-    Attributes:
-        name: of the module or the parameter in the base model; empty for a whole network.
-        fan_out: rows of its weight as a matrix; of one of them if there are several.
-        fan_in: columns.
-        biases: numbers in its bias.
-        experts: how many matrices the weight is a stack of.
-    """
-
-    name: str
-    fan_out: int
-    fan_in: int
-    biases: int = 0
-    experts: int = 1
-
-    @property
-    def size(self) -> int:
-        """Numbers in the weight."""
-        return self.experts * self.fan_out * self.fan_in
-
+PLAIN, SCALED = "plain", "scaled"
 
 MULTIPLE = 16
 """A configuration may ask for so many times what the adapted weights are, in numbers and in memory."""
@@ -102,11 +81,6 @@ def check_multiple(field: str, value: int, size: int, what: str) -> None:
         raise ValueError(
             f"`{field}` must be at most {MULTIPLE * size:,}, {MULTIPLE} times the {size:,} {what}, got {value:,}."
         )
-
-
-def shape_counts(targets: Sequence[Target]) -> dict[str, int]:
-    """`{"out x in": number of modules}`; the shape of a stack of experts is `"out x in x experts"`."""
-    return dict(Counter(shape_name(target.fan_out, target.fan_in, target.experts) for target in targets))
 
 
 def _refuse_pickle(folder: Path, what_to_do: str) -> None:
@@ -340,6 +314,18 @@ class SeededConfig(CheckpointedConfig):
             )
         },
     )
+    parametrization: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": (
+                "'scaled' (default): coefficients are multiplied by fixed factors, computed from the sizes, with which "
+                "a learning rate that suits LoRA suits them, and MCNC cuts A and B into chunks apart. 'plain': as in "
+                "adapters that were saved before there was a choice; every method and size needs a learning rate of "
+                "its own."
+            ),
+            "generates": True,
+        },
+    )
     generator_version: int = field(
         default=randomness.GENERATOR_VERSION,
         metadata={"help": "Version of the random number specification. Leave it alone.", "generates": True},
@@ -360,6 +346,9 @@ class SeededConfig(CheckpointedConfig):
         if self.bias not in ("none", "all", f"{self.method()}_only"):
             raise ValueError(f"`bias` must be 'none', 'all' or '{self.method()}_only', got {self.bias!r}.")
         check_probability(f"{self.method()}_dropout", self.dropout)
+        if self.parametrization is None:
+            self.parametrization = SCALED if self.identity is None else PLAIN
+        check_choice("parametrization", self.parametrization, (SCALED, PLAIN))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
@@ -377,8 +366,27 @@ class SeededConfig(CheckpointedConfig):
             )
 
     def generating(self) -> dict[str, Any]:
-        tied = {"ensure_weight_tying": True} if self.ensure_weight_tying else {}
-        return {**super().generating(), **tied}
+        found = super().generating()
+        if self.ensure_weight_tying:
+            found["ensure_weight_tying"] = True
+        if self.parametrization == PLAIN:
+            del found["parametrization"]  # adapters from before there was a choice know no such field
+        return found
+
+    def factors(self, target: Target) -> list[float]:
+        """What the coefficients of each of the `kinds` of a module are multiplied by before they are used.
+
+        With LoRA's learning rate, one step of Adam then changes the loss by as much, to first order, as one of LoRA.
+        Adam moves every parameter by about the learning rate. Where `N` numbers are independent, the change of the
+        loss is the sum of the absolute values of their gradients, of the order of `N` times a gradient's root mean
+        square; a coefficient that `N / k` of them share, with random signs or weights, has a gradient that is only
+        `sqrt(N / k)` times as large, and there are `k`. The factor `sqrt(N / k)` makes up for that.
+        """
+        factors = self._factors(target)
+        return factors if self.parametrization == SCALED else [1.0 for _ in factors]
+
+    def _factors(self, target: Target) -> list[float]:
+        raise NotImplementedError
 
     def generators(self, target: Target) -> tuple[Generator, ...]:
         """What makes the weights of an adapted module; each reads the next part of the module's coefficients."""
@@ -390,7 +398,15 @@ class SeededConfig(CheckpointedConfig):
     def initial(self, target: Target, generators: tuple[Generator, ...]) -> torch.Tensor:
         """The coefficients that a module, or a whole network, starts from: zeros, or random without `init_weights`."""
         size = sum(generator.num_coefficients for generator in generators)
-        return torch.zeros(size) if self.init_weights else torch.randn(size)
+        if self.init_weights:
+            return torch.zeros(size)
+        return self.unscaled(torch.randn(size), target)
+
+    def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
+        """The coefficients of a module that are these when they are multiplied by their factors; changed in place."""
+        for places, factor in zip(self.kinds(len(coefficients)), self.factors(target)):
+            coefficients[places] /= factor
+        return coefficients
 
     def combined(self, vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
         """The coefficients of a module that LoRA's `linear` combination of some adapters has.

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..generators.base import autocast_off
-from .config import Target
 from .layers import SeededLayer, Update
 from .mixed import BASE, MixedBatch
+from .target import Target
 
 
 def stored_transposed(base_layer: nn.Module, parameter: torch.Tensor, fan_in_fan_out: bool) -> bool:

@@ -12,16 +12,16 @@ from peft.utils import quantization_extra_repr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..generators import Generator
 from . import idle
 from .coefficients import Coefficients
-from .config import SeededConfig, Target
+from .config import SeededConfig
 from .expansion import SharedExpansion
 from .mixed import MixedBatch, Part
 from .provenance import CheckpointedLayer
 from .quantized import backend_of
 from .reading import read
 from .scaling import ScaledLayer
+from .target import Target
 
 Update = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 """Of a weight: a matrix of shape `(fan_out, fan_in)`, or its factors A `(r, fan_in)` and B `(fan_out, r)`.
@@ -181,7 +181,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         adapter_name: str,
         config: Any,
         target: Target,
-        expansions: dict[Generator, SharedExpansion],
+        expansions: dict[Any, SharedExpansion],
         inference_mode: bool = False,
     ) -> None:
         """Adds an adapter to this layer.
@@ -201,7 +201,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
 
     @abstractmethod
     def add_adapter(
-        self, adapter_name: str, config: Any, target: Target, expansions: dict[Generator, SharedExpansion]
+        self, adapter_name: str, config: Any, target: Target, expansions: dict[Any, SharedExpansion]
     ) -> tuple[SharedExpansion, ...]:
         """Makes the scaling and the coefficients of an adapter, and returns what expands them.
 

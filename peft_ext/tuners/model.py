@@ -19,14 +19,13 @@ from peft.utils.other import _get_submodules, get_pattern_key
 from torch import nn
 
 from ..checkpoint.identity import Identity, check_identity, check_target_shapes, unfold_names
-from ..generators import Generator
 from .checkpointed import CheckpointedModel
 from .combining import add_weighted_adapter
-from .config import Target, shape_counts
 from .expansion import SharedExpansion
 from .expert_layers import SeededExperts, parameter_target
 from .layers import SeededLayer, execution_device, layer_kind, target_of
 from .mixed import MixedBatch, Pool
+from .target import Target, shape_counts
 from .target_parameters import Place, parameter_hint, resolve
 
 _KINDS = {
@@ -69,7 +68,7 @@ class SeededModel(CheckpointedModel):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._mixed = None
-        self._expansions: dict[Generator, SharedExpansion] = {}
+        self._expansions: dict[Any, SharedExpansion] = {}
         self._saved_names: dict[str, str] = {}
         self._targets_from_state_dict = state_dict is not None
         self._places: list[Place] = []
@@ -244,6 +243,7 @@ class SeededModel(CheckpointedModel):
         if peft_config.identity is not None:
             identity = Identity(peft_config.generating(), [peft_config.described(target) for target in saved])
             check_identity(peft_config.identity, identity, "in adapter_config.json")
+        self._adapted = sum(target.size for target in found)
         self._saved_names = {target.name: name.name for target, name in zip(found, saved)}
         if found:
             peft_config.check_sizes(found)
@@ -289,7 +289,7 @@ class SeededModel(CheckpointedModel):
             existing = target.adapting(parameter_name) or target
         if isinstance(existing, self.tuner_layer_cls) and existing.parameter_name == (parameter_name or "weight"):
             target = existing
-            described = target.target(saved_name)
+            described = target.target(saved_name)._replace(adapted=self._adapted)
             target.update_layer(adapter_name, peft_config, described, self._expansions)
             self._record(peft_config, adapter_name, target, described)
             return
@@ -302,7 +302,7 @@ class SeededModel(CheckpointedModel):
                 f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {peft_config.method_name}."
             )
         layer = self.layer_classes[kind](target, fan_in_fan_out=peft_config.fan_in_fan_out, **options)
-        described = layer.target(saved_name)
+        described = layer.target(saved_name)._replace(adapted=self._adapted)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, peft_config, described, self._expansions)
         self._record(peft_config, adapter_name, layer, described)

@@ -34,9 +34,10 @@ from ..checkpoint.identity import (
     write_record,
 )
 from .coefficients import Coefficients
-from .config import CheckpointedConfig, Target
+from .config import CheckpointedConfig
 from .scaling import warn_of_scales
 from .surroundings import PREFIX, Base, Keys, clean, renamed_alike, whole
+from .target import Target
 
 
 class Provenance:

@@ -53,6 +53,7 @@ def nola_update(
     experts, fan_out, fan_in = (shape[0], shape[2], shape[1]) if is_transposed else shape
     a, b = coefficients.split((num_A, num_B))
     stream_A, stream_B = ("nola", "A", r, fan_in), ("nola", "B", fan_out, r)
+    a, b = a * math.sqrt(3), b * math.sqrt(3 * experts * fan_out * r / num_B)
     basis_A = uniform(0, (*stream_A, "basis"), num_A * r * fan_in).view(num_A, r, fan_in) / math.sqrt(num_A)
     basis_B = uniform(0, (*stream_B, "basis"), num_B * fan_out * r).view(num_B, fan_out, r) / math.sqrt(num_B)
     signs_A = uniform(0, (*stream_A, "sign"), experts * num_A).view(experts, num_A).lt(0)
@@ -179,6 +180,8 @@ def test_saved_and_loaded(method: str, targets: dict[str, Any], tmp_path: Path) 
 def test_saved_small(method: str, dtype: str, tmp_path: Path) -> None:
     base = tiny_models.mixture("gpt_oss")
     model, _ = adapt(base, method, coefficient_dtype=dtype, **ALONE)
+    for parameter in coefficients_of(model).values():
+        parameter.data.copy_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     for old, new in zip(layers_of(model).values(), layers_of(again).values()):

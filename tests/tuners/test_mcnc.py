@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from dense import close, coefficients_of, run_dense
+from dense import close, coefficients_of, run_dense, updates
 from methods import METHODS, adapt, config_of
 from peft import get_peft_model
 from torch import nn
 
 from peft_ext import McncConfig, randomness
 from peft_ext.tuners.mcnc import McncLayer
+from peft_ext.tuners.target import Target
 
 KINDS = [name for name, (config, _) in METHODS.items() if config is McncConfig]
 kinds = pytest.mark.parametrize("method", KINDS)
@@ -44,7 +45,7 @@ def test_initialisation(method: str) -> None:
         alpha, beta = parts(parameter, config)
         assert not beta.any() and alpha.all() and alpha.abs().max() < 1
         drawn = randomness.uniform(3, ("mcnc", "alpha", name), parameter.numel()).view(alpha.shape[0], -1)
-        assert torch.equal(alpha, drawn[:, : config.k])
+        torch.testing.assert_close(10 * alpha, drawn[:, : config.k], rtol=1e-6, atol=0)
         assert torch.equal(parameter, coefficients_of(again)[name])
         assert not torch.equal(alpha, parts(coefficients_of(other)[name], config)[0])
     starts = [parameter[:10] for parameter in found.values()]
@@ -80,26 +81,54 @@ def test_random_amplitudes_for_tests(method: str) -> None:
 @pytest.mark.parametrize(
     ("options", "numbers"),
     [
-        ({"r": 2}, {"first": 32, "wide": 64, "conv2d": 66, "embedding": 38}),
-        ({"r": 3}, {"first": 48, "wide": 96, "conv2d": 99, "embedding": 57}),
-        ({"apply_to": "weight"}, {"first": 64, "wide": 192, "conv2d": 162, "embedding": 88}),
+        ({"r": 2}, {"first": (16, 16), "wide": (16, 48), "conv2d": (54, 12), "embedding": (22, 16)}),
+        ({"r": 3}, {"first": (24, 24), "wide": (24, 72), "conv2d": (81, 18), "embedding": (33, 24)}),
+        ({"r": 2, "parametrization": "plain"}, {"first": (32,), "wide": (64,), "conv2d": (66,), "embedding": (38,)}),
+        ({"apply_to": "weight"}, {"first": (64,), "wide": (192,), "conv2d": (162,), "embedding": (88,)}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("d", [7, 32, 60])
-def test_chunks_are_cut_layer_by_layer(options: dict[str, Any], numbers: dict[str, int], d: int) -> None:
+@pytest.mark.parametrize("d", [7, 32, 54])
+def test_every_factor_or_weight_is_cut_into_chunks(
+    options: dict[str, Any], numbers: dict[str, tuple[int, ...]], d: int
+) -> None:
     config = McncConfig(**options, k=3, d=d, widths=(5,), target_modules=list(numbers))
     model = get_peft_model(tiny_models.Layers(), config)
     found = {name: parameter.numel() for name, parameter in coefficients_of(model).items()}
-    assert found == {name: math.ceil(size / d) * 4 for name, size in numbers.items()}
+    assert found == {name: sum(math.ceil(size / d) for size in sizes) * 4 for name, sizes in numbers.items()}
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "inner", "r", "published"), [(32, 4096, 11008, 8, 25_152), (40, 5120, 13824, 16, 77_280)]
+)
+def test_the_published_numbers_of_coefficients(layers: int, hidden: int, inner: int, r: int, published: int) -> None:
+    """LLaMA-2 7B and 13B, all linear layers (paper, table of language models): A and B are cut apart."""
+    shapes = [*4 * [(hidden, hidden)], *2 * [(inner, hidden)], (hidden, inner)]
+    config = McncConfig(r=r)
+    targets = [Target(f"{layer}.{i}", *shape) for layer in range(layers) for i, shape in enumerate(shapes)]
+    assert sum(config.vector_sizes(targets)) == published
+
+
+def test_layers_whose_factors_have_other_numbers_of_chunks() -> None:
+    """B of two layers comes from chunks at other places, and A of a third has as many numbers as their B."""
+    base = tiny_models.Layers().double()
+    names = ["embedding", "first", "wide", "conv1d"]
+    model, config = adapt(base, "MCNC", target_modules=names, d=13)
+    model.double()
+    found = {f"{name}.weight" for name in names}
+    for name, delta in updates(config, base, coefficients_of(model)).items():
+        layer = model.base_model.model.get_submodule(name.removesuffix(".weight"))
+        close(layer.get_delta_weight("default"), delta)
+        found.remove(name)
+    assert not found
 
 
 def test_the_default_length_of_a_chunk_fits_every_layer() -> None:
-    """Layers smaller than a chunk have one, of which the beginning is used."""
+    """A factor smaller than a chunk has one, of which the beginning is used."""
     base = tiny_models.Layers().double()
     model, config = adapt(base, "MCNC", target_modules=["first", "wide"], d=None)
     assert config.chunk_size == 5000
-    assert [parameter.numel() for parameter in coefficients_of(model).values()] == [4, 4]
+    assert [parameter.numel() for parameter in coefficients_of(model).values()] == [8, 8]
     x = torch.randn(3, 8, dtype=torch.float64)
     expected = run_dense(base, config, coefficients_of(model), lambda m: m(x, ("first", "wide")))
     close(model(x, ("first", "wide")), expected)
@@ -129,12 +158,14 @@ def test_factors_and_weights_in_one_model() -> None:
 
 @kinds
 def test_the_size_of_updates(method: str) -> None:
-    """With an amplitude of 1, a weight has the size of a fresh initialisation, and so has a factor beside A0."""
-    model, config = adapt(tiny_models.llama(1, hidden_size=64), method, target_modules=["q_proj"], d=200)
+    """With a scaled amplitude of 1, a weight is as large as a fresh one, and the entries of a factor are 1."""
+    model, config = adapt(tiny_models.llama(1, hidden_size=64), method, target_modules=["q_proj"], d=64)
     (parameter,) = coefficients_of(model).values()
     parts(parameter.data, config)[1].fill_(1.0)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
+        alpha, beta = parts(parameter.data, config)
+        beta[2 if config.apply_to == "factors" else 0 :] /= 8  # sqrt(64); the first two chunks are those of A
         update, _ = layer.update("default")
     if isinstance(update, tuple):
         A, B = update
@@ -160,10 +191,13 @@ def test_phi_is_held_once(method: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d": 65}, r"`d` must be at most .* 64 for the largest of the 2 .*`apply_to='factors'` and `r=2`, got 65"),
+        (
+            {"d": 49},
+            r"`d` must be .* 48 in the largest factor of the 2 .*`apply_to='factors'` and `r=2`, got 49",
+        ),
         (
             {"d": 193, "apply_to": "weight"},
-            r"`d` must be at most .* 192 for the largest of the 2 with `apply_to='weight'`, got 193: a longer chunk",
+            r"`d` must be .* 192 in the largest of the 2 target modules with `apply_to='weight'`, got 193: a longer",
         ),
     ],
 )

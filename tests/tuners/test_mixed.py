@@ -264,7 +264,7 @@ def test_equal_adapters_are_expanded_in_one_product_a_shape(method: str, monkeyp
     with torch.no_grad():
         for _ in range(3):
             model(input_ids=x, adapter_names=["default", "second", "default", "__base__"])
-    parts = 2 if method == "NOLA" else 1  # q_proj and o_proj have one shape, and so one basis for A and one for B
+    parts = 2  # q_proj and o_proj have one shape, and so one generator of A and one of B
     assert len(shapes) == parts and all(shape[:2] == (4, 2) for shape in shapes)  # two layers of two projections
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -357,11 +358,14 @@ def test_biases_are_part_of_the_update() -> None:
 
 
 def test_the_size_of_updates() -> None:
-    """`1 / sqrt(fan_in)` for coefficients of size 1, whatever the basis; a norm's update is as large as they are."""
+    """`1 / sqrt(fan_in)` for scaled coefficients of 1, whatever the basis; a norm's update is as large as they are."""
     for method in KINDS:
-        model, _ = adapt(tiny_models.llama(1, hidden_size=64), method, target_modules=["q_proj", "down_proj", "norm"])
+        model, config = adapt(
+            tiny_models.llama(1, hidden_size=64), method, target_modules=["q_proj", "down_proj", "norm"]
+        )
         (vector,) = coefficients_of(model).values()
-        vector.data = vector.data.sign()
+        weights = sum(layer.fan_out * layer.fan_in for layer in layers_of(model).values())
+        vector.data = vector.data.sign() / math.sqrt(weights / config.num_coefficients)
         for name, layer in layers_of(model).items():
             rms = layer.get_delta_weight("default").square().mean().sqrt() * layer.fan_in**0.5
             assert 0.7 < rms < 1.4, (method, name)

@@ -447,7 +447,7 @@ def test_training_matches_dense_training(method: str) -> None:
     model, base, config = make(method)
     dense = {name: value.detach().clone().requires_grad_() for name, value in coefficients_of(model).items()}
     optimizers = [
-        torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1)
+        torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
         for parameters in (list(coefficients_of(model).values()), list(dense.values()))
     ]
     for batch in range(4):

@@ -14,8 +14,10 @@ from ...checkpoint.identity import parse_shape
 from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SeededConfig, Target, check_memory, check_multiple, documented
+from ..config import SCALED, SeededConfig, check_memory, check_multiple, documented
+from ..target import Target, network_target
 
+_INPUTS = 10.0
 _MOST_LAYERS = 64  # hidden ones of the frozen network
 
 
@@ -37,8 +39,9 @@ class McncConfig(SeededConfig):
         default=None,
         metadata={
             "help": (
-                "Outputs of the frozen network, the numbers in a chunk; 5000 by default. Chunks are cut layer by "
-                "layer, the last one of a layer may be shorter. If given, at most what the largest layer needs."
+                "Outputs of the frozen network, the numbers in a chunk; 5000 by default. Each factor of a layer, or "
+                "its weight, is cut into chunks, of which the last may be shorter. If given, at most the numbers of "
+                "the largest one."
             ),
             "generates": True,
         },
@@ -125,33 +128,56 @@ class McncConfig(SeededConfig):
         places = torch.arange(size).view(-1, self.k + 1)
         return [places[:, : self.k].flatten(), places[:, self.k]]  # inputs and amplitudes
 
+    def _factors(self, target: Target) -> list[float]:
+        """Those of the inputs and of the amplitudes of every sequence."""
+        found = []
+        for place, size in enumerate(self.sizes(target.fan_out, target.fan_in, target.experts)):
+            # An amplitude has so many numbers of its own. Those of A start at the size of its random start, as LoRA's
+            # do: steps that are larger than LoRA's would drown it.
+            numbers = min(self.chunk_size, size)
+            found += [_INPUTS, 1.0 if self.apply_to == "factors" and place == 0 else math.sqrt(numbers)]
+        return found
+
+    def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
+        sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
+        lengths = [self._chunks(size) * (self.k + 1) for size in sizes]
+        factors = self.factors(target)
+        for part, inputs, amplitudes in zip(coefficients.split(lengths), factors[::2], factors[1::2]):
+            part.view(-1, self.k + 1)[:, : self.k] /= inputs
+            part.view(-1, self.k + 1)[:, self.k] /= amplitudes
+        return coefficients
+
     @property
     def chunk_size(self) -> int:
         """`d`, or its default."""
         return 5000 if self.d is None else self.d
 
-    def layer_size(self, fan_out: int, fan_in: int, experts: int = 1) -> int:
-        """The numbers that chunks make for a layer with a weight of that shape."""
-        return experts * (self.r * (fan_out + fan_in) if self.apply_to == "factors" else fan_out * fan_in)
+    def sizes(self, fan_out: int, fan_in: int, experts: int = 1) -> list[int]:
+        """The numbers that chunks make for a module with a weight of that shape, in sequences that are cut apart."""
+        if self.apply_to == "weight":
+            return [experts * fan_out * fan_in]
+        A, B = experts * self.r * fan_in, experts * fan_out * self.r
+        return [A, B] if self.parametrization == SCALED else [A + B]
 
-    def _size(self, target: Target) -> int:
-        return self.layer_size(target.fan_out, target.fan_in, target.experts)
+    def _chunks(self, size: int) -> int:
+        return -(-size // self.chunk_size)
 
     def check_sizes(self, targets: Sequence[Target]) -> None:
-        sizes = [self._size(target) for target in targets]
+        sizes = [size for target in targets for size in self.sizes(target.fan_out, target.fan_in, target.experts)]
         factors = self.apply_to == "factors"
         if factors:
             widest = max(max(target.fan_out, target.fan_in) for target in targets)
             check_multiple("r", self.r, widest, "columns or rows of the largest module")
             check_memory("`r`", "the factors", sum(sizes), targets)
         if self.d is not None and self.d > max(sizes):
+            what = "the largest factor" if factors else "the largest"
             raise ValueError(
-                f"`d` must be at most the numbers that a target module needs, {max(sizes)} for the largest of the "
-                f"{len(targets)} with `apply_to={self.apply_to!r}`"
+                f"`d` must be at most the numbers that are cut into chunks, {max(sizes)} in {what} of the "
+                f"{len(targets)} target modules with `apply_to={self.apply_to!r}`"
                 + (f" and `r={self.r}`" if factors else "")
                 + f", got {self.d}: a longer chunk would be cut off everywhere."
             )
-        self._check_chunks(sum(-(-size // self.chunk_size) for size in sizes), targets)
+        self._check_chunks(sum(map(self._chunks, sizes)), targets)
 
     def _check_chunks(self, chunks: int, targets: Sequence[Target]) -> None:
         check_memory("`widths`, `k` and `d`", "the frozen network", self._network_size, targets)
@@ -165,21 +191,21 @@ class McncConfig(SeededConfig):
         sizes = (self.k, *self.widths, self.chunk_size)
         return sum(fan_in * fan_out for fan_in, fan_out in zip(sizes, sizes[1:]))
 
-    def generators(self, target: Target) -> tuple[SineManifold]:
-        """What fills the factors of a module, A `(r, fan_in)` and then B `(fan_out, r)`, or its update.
+    def generators(self, target: Target) -> tuple[SineManifold, ...]:
+        """What fills the factors A `(r, fan_in)` and B `(fan_out, r)` of a module, or its update.
 
-        Those of experts are filled one after the other: all A, then all B.
+        Those of experts are filled one after the other: all A, then all B. Without scaling, one sequence of chunks
+        fills both factors.
         """
         if self.apply_to == "weight":
-            return (self._manifold(self._size(target), scale=1 / math.sqrt(target.fan_in)),)
-        return (
-            self._manifold(
-                self._size(target),
-                offset_stream=("mcnc", "A", self.r, target.fan_in, "offset"),
-                offset_size=target.experts * self.r * target.fan_in,
-                offset_scale=1 / math.sqrt(target.fan_in),
-            ),
-        )
+            return (self._manifold(target.size, target, 0, scale=1 / math.sqrt(target.fan_in)),)
+        first, *rest = self.sizes(target.fan_out, target.fan_in, target.experts)
+        start: dict[str, Any] = {
+            "offset_stream": ("mcnc", "A", self.r, target.fan_in, "offset"),
+            "offset_size": target.experts * self.r * target.fan_in,
+            "offset_scale": 1 / math.sqrt(target.fan_in),
+        }
+        return self._manifold(first, target, 0, **start), *(self._manifold(size, target, 1) for size in rest)
 
     def network_generator(self, size: int, keep_basis: bool = False) -> SineManifold:
         if self.apply_to != "weight":
@@ -189,11 +215,16 @@ class McncConfig(SeededConfig):
             )
         if self.chunk_size > size:
             raise ValueError(f"`d` must be at most the {size} parameters of the network, got {self.chunk_size}.")
-        self._check_chunks(-(-size // self.chunk_size), [Target("", size, 1)])
-        return self._manifold(size)
+        self._check_chunks(self._chunks(size), [network_target(size)])
+        return self._manifold(size, network_target(size), 0)
 
-    def _manifold(self, size: int, **options: Any) -> SineManifold:
-        """The generator of `size` numbers; phi is one and the same for all sizes."""
+    def _manifold(self, size: int, target: Target, place: int, scale: float = 1.0, **options: Any) -> SineManifold:
+        """The generator of a sequence of `size` numbers; phi is one and the same for all of them.
+
+        Args:
+            place: of the sequence among those of the target.
+        """
+        factor_inputs, factor_amplitudes = self.factors(target)[2 * place : 2 * place + 2]
         return SineManifold(
             self.seed,
             ("mcnc", "phi", self.k, *self.widths, self.chunk_size),
@@ -202,8 +233,9 @@ class McncConfig(SeededConfig):
             self.chunk_size,
             tuple(self.widths),
             self.activation,
-            self.frequency,
+            self.frequency * factor_inputs,
             self.normalize,
+            scale * factor_amplitudes,
             version=self.generator_version,
             **options,
         )
@@ -214,14 +246,14 @@ class McncConfig(SeededConfig):
         size = sum(generator.num_coefficients for generator in generators)
         start = randomness.uniform(self.seed, stream, size, version=self.generator_version)
         start.view(-1, self.k + 1)[:, -1] *= 0.0 if self.init_weights else 0.1
-        return start
+        return self.unscaled(start, target)
 
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
         numbers = coefficients = 0
         for shape, layers in target_shapes.items():
-            size = self.layer_size(*parse_shape(shape))
-            numbers += layers * size
-            coefficients += layers * -(-size // self.chunk_size) * (self.k + 1)
+            sizes = self.sizes(*parse_shape(shape))
+            numbers += layers * sum(sizes)
+            coefficients += layers * sum(map(self._chunks, sizes)) * (self.k + 1)
         ratio = numbers / max(coefficients, 1)
         return {
             "compression": f"{numbers:,} numbers from {coefficients:,} coefficients ({ratio:.0f} to 1), by a frozen "

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...generators import Generator
-from ..config import Target
 from ..expansion import SharedExpansion
 from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
+from ..target import Target
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import McncConfig
 
@@ -20,8 +19,8 @@ class McncLayer(SeededLayer):
     """Chunks `beta * phi(alpha)` that fill the LoRA factors of a layer, or its whole update (paper, section 3).
 
     The one parameter of an adapter is `mcnc_coefficients`: alpha and beta of every chunk of this layer, one chunk
-    after the other. In factors, a layer's A and B are filled as one sequence, A first, and A starts at LoRA's usual
-    random initialisation; see `peft_ext.generators.SineManifold` for phi.
+    after the other, those of A first. A starts at LoRA's usual random initialisation; see
+    `peft_ext.generators.SineManifold` for phi.
     """
 
     config_class = McncConfig
@@ -32,30 +31,36 @@ class McncLayer(SeededLayer):
         self.r: dict[str, int] = {}  # 0 where an adapter fills the whole weight
 
     def add_adapter(
-        self, adapter_name: str, config: McncConfig, target: Target, expansions: dict[Generator, SharedExpansion]
+        self, adapter_name: str, config: McncConfig, target: Target, expansions: dict[Any, SharedExpansion]
     ) -> tuple[SharedExpansion, ...]:
         factors = config.apply_to == "factors"
         r = self.r[adapter_name] = config.r if factors else 0
         self.scaling[adapter_name] = config.alpha / r if factors else 1.0
-        (generator,) = config.generators(target)
-        container = self.make_container(adapter_name, config.initial(target, (generator,)))
-        span = slice(0, generator.num_coefficients)
-        expansion = SharedExpansion(generator, (generator.size,), adapter_name, span)
-        if factors:
-            # Whole weights are expanded layer by layer: together, they and their gradients would be in memory at once.
-            expansion = expansions.setdefault(generator, expansion)
-        expansion.add(container)
-        return (expansion,)
+        generators = config.generators(target)
+        container = self.make_container(adapter_name, config.initial(target, generators))
+        joined, start = [], 0
+        for generator in generators:
+            span = slice(start, start + generator.num_coefficients)
+            expansion = SharedExpansion(generator, (generator.size,), adapter_name, span)
+            if factors:
+                # Whole weights are expanded layer by layer: together, they and their gradients would be in memory at
+                # once.
+                expansion = expansions.setdefault((generator, start), expansion)
+            expansion.add(container)
+            joined.append(expansion)
+            start = span.stop
+        return tuple(joined)
 
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, None]:
-        (flat,) = weights
-        flat, several = flat.to(self._dtype(adapter)), flat.shape[:-1]
+        weights = [weight.to(self._dtype(adapter)) for weight in weights]
+        several = weights[0].shape[:-1]
         r = self.r[adapter]
         if not r:
-            return flat.view(*several, *self.stack, self.fan_out, self.fan_in), None
-        A, B = flat.split((self.experts * r * self.fan_in, self.experts * self.fan_out * r), dim=-1)
+            return weights[0].view(*several, *self.stack, self.fan_out, self.fan_in), None
+        if len(weights) == 1:  # both factors in one sequence
+            weights = list(weights[0].split((self.experts * r * self.fan_in, self.experts * self.fan_out * r), dim=-1))
         several = (*several, *self.stack)  # type: ignore[assignment]
-        return (A.reshape(*several, r, self.fan_in), B.reshape(*several, self.fan_out, r)), None
+        return (weights[0].reshape(*several, r, self.fan_in), weights[1].reshape(*several, self.fan_out, r)), None
 
 
 class McncLinear(McncLayer, SeededLinear):

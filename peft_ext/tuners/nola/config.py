@@ -12,7 +12,8 @@ from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
-from ..config import ELSEWHERE, SeededConfig, Target, check_memory, check_multiple, documented, weighted_sum
+from ..config import ELSEWHERE, SeededConfig, check_memory, check_multiple, documented, weighted_sum
+from ..target import Target
 
 N = TypeVar("N", int, float)
 
@@ -98,6 +99,11 @@ class NolaConfig(SeededConfig):
     def kinds(self, size: int) -> list[torch.Tensor]:
         return list(torch.arange(size).split(self.num_basis_per_factor))
 
+    def _factors(self, target: Target) -> list[float]:
+        # The random matrices of a factor have a root mean square of 1 / sqrt(3) each.
+        r, (_, num_B) = self.rank(target.name), self.num_basis_per_factor
+        return [math.sqrt(3), math.sqrt(3 * target.experts * target.fan_out * r / num_B)]
+
     def rank(self, module_name: str) -> int:
         """The rank of a module: that of its pattern, or `r`."""
         return _matching("rank_pattern", self.rank_pattern, module_name, self.r)
@@ -152,8 +158,8 @@ class NolaConfig(SeededConfig):
     def generators(self, target: Target) -> tuple[Generator, Generator]:
         """What makes the factors A `(r, fan_in)` and B `(fan_out, r)` of a module.
 
-        The entries of A are uniform on [-1, 1) / sqrt(num_basis), beside an offset uniform on
-        [-1, 1) / sqrt(fan_in), LoRA's usual initialisation; those of B are uniform on [-1, 1) / sqrt(num_basis).
+        The entries of the random matrices are uniform on [-1, 1) / sqrt(num_basis), times the factor of A or B (see
+        `factors`). A has an offset beside them, uniform on [-1, 1) / sqrt(fan_in), LoRA's usual initialisation.
 
         Experts have factors `(experts, r, fan_in)` and `(experts, fan_out, r)` from equally many coefficients: each
         reads them with signs of its own, and its A has an offset of its own; see `SignedCopies`.
@@ -163,12 +169,13 @@ class NolaConfig(SeededConfig):
         own: tuple[str, ...] = () if self.share_basis else (target.name,)
         options: dict[str, Any] = {"streamed": not self.share_basis, "version": self.generator_version}
         experts, offset_scale = target.experts, 1 / math.sqrt(target.fan_in)
+        factor_A, factor_B = self.factors(target)
         basis_A = RandomBasis(
             self.seed,
             ("nola", "A", r, target.fan_in, *own),
             num_A,
             r * target.fan_in,
-            scale=1 / math.sqrt(num_A),
+            scale=factor_A / math.sqrt(num_A),
             offset_scale=offset_scale if experts == 1 else 0.0,
             **options,
         )
@@ -177,7 +184,7 @@ class NolaConfig(SeededConfig):
             ("nola", "B", target.fan_out, r, *own),
             num_B,
             target.fan_out * r,
-            scale=1 / math.sqrt(num_B),
+            scale=factor_B / math.sqrt(num_B),
             **options,
         )
         if experts > 1:

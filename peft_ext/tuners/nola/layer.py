@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from ...generators import Generator
-from ..config import Target
 from ..expansion import SharedExpansion
 from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
+from ..target import Target
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import NolaConfig
 
@@ -30,7 +31,7 @@ class NolaLayer(SeededLayer):
         self.alpha: dict[str, float] = {}
 
     def add_adapter(
-        self, adapter_name: str, config: NolaConfig, target: Target, expansions: dict[Generator, SharedExpansion]
+        self, adapter_name: str, config: NolaConfig, target: Target, expansions: dict[Any, SharedExpansion]
     ) -> tuple[SharedExpansion, ...]:
         r, alpha = config.rank(target.name), config.alpha_of(target.name)
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha

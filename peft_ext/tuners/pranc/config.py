@@ -12,7 +12,8 @@ import torch
 from ...checks import check_choice, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator
-from ..config import SeededConfig, Target, check_memory, documented, weighted_sum
+from ..config import SeededConfig, check_memory, documented, weighted_sum
+from ..target import Target, network_target
 
 
 @documented
@@ -99,7 +100,11 @@ class PrancConfig(SeededConfig):
         """What makes the update of a module's weights, and of its biases behind them with `adapt_bias`."""
         size = target.size + (target.biases if self.adapt_bias else 0)
         stream = ("pranc", self.basis, target.name, target.fan_out, target.fan_in)
-        return (self._generator(stream, size, target.fan_in),)
+        return (self._generator(stream, size, target),)
+
+    def _factors(self, target: Target) -> list[float]:
+        assert target.adapted, "a target alone does not say how many weights read the coefficients"
+        return [math.sqrt(target.adapted / self.num_coefficients)]
 
     def combined(self, vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
         """The sum of the vectors, each times its factor, whose update is that of the updates: they are linear."""
@@ -111,15 +116,16 @@ class PrancConfig(SeededConfig):
                 f"`num_coefficients` must be at most the {size} parameters of the network, got {self.num_coefficients}."
             )
         if self.basis == "sparse":
-            check_memory("`nnz`", "the tables of what weights read", self.nnz * size, [Target("", size, 1)])
-        return self._generator(("network", self.basis), size, 1, keep_basis)
+            check_memory("`nnz`", "the tables of what weights read", self.nnz * size, [network_target(size)])
+        return self._generator(("network", self.basis), size, network_target(size), keep_basis)
 
     def _generator(
-        self, stream: tuple[str | int, ...], size: int, fan_in: int, keep_basis: bool = False
+        self, stream: tuple[str | int, ...], size: int, target: Target, keep_basis: bool = False
     ) -> LinearGenerator:
-        """What makes `size` weights, with a variance of `1 / fan_in` where that of the coefficients is 1."""
-        k, version = self.num_coefficients, self.generator_version
+        """What makes `size` weights, with a variance of `1 / fan_in` where that of the scaled coefficients is 1."""
+        k, version, fan_in = self.num_coefficients, self.generator_version, target.fan_in
+        (factor,) = self.factors(target)
         if self.basis == "dense":
-            scale = math.sqrt(3 / (k * fan_in))
+            scale = factor * math.sqrt(3 / (k * fan_in))
             return RandomBasis(self.seed, stream, k, size, scale=scale, streamed=not keep_basis, version=version)
-        return SparseBasis(self.seed, stream, k, size, scale=1 / math.sqrt(fan_in), nnz=self.nnz, version=version)
+        return SparseBasis(self.seed, stream, k, size, scale=factor / math.sqrt(fan_in), nnz=self.nnz, version=version)

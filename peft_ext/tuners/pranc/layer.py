@@ -8,14 +8,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...generators import Generator
 from ..coefficients import Coefficients
-from ..config import Target
 from ..expansion import SharedExpansion
 from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
 from ..mixed import MixedBatch
 from ..reading import read
+from ..target import Target
 from ..weight_layers import SeededConv2d, SeededEmbedding, SeededLinear
 from .config import PrancConfig
 
@@ -60,7 +59,7 @@ class PrancLayer(SeededLayer):
         )  # PEFT looks for parameters, which this layer may not own
 
     def add_adapter(
-        self, adapter_name: str, config: PrancConfig, target: Target, expansions: dict[Generator, SharedExpansion]
+        self, adapter_name: str, config: PrancConfig, target: Target, expansions: dict[Any, SharedExpansion]
     ) -> tuple[SharedExpansion, ...]:
         self.scaling[adapter_name] = 1.0
         (generator,) = config.generators(target)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Optional
 
 from ... import randomness
 from ...checks import check_boolean, check_positive_integer, check_probability
-from ..config import CheckpointedConfig, Target, documented
+from ..config import CheckpointedConfig, documented
+from ..target import Target
 
 
 @documented

@@ -12,8 +12,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ... import randomness
 from ...checkpoint.identity import Identity, check_identity
 from ..checkpointed import CheckpointedModel
-from ..config import Target, check_multiple
+from ..config import check_multiple
 from ..model import base_layer_of
+from ..target import Target
 from .config import VisualPromptConfig
 from .layer import NO_MERGE, VisualPromptLayer
 

@@ -1,0 +1,111 @@
+"""Coefficients that are scaled take LoRA's learning rate: a step of Adam does as much to the loss as one of LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from methods import METHODS, adapt, config_of
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from peft_ext import McncConfig, NolaConfig, PrancConfig
+
+SEEDED = [name for name, (config, _) in METHODS.items() if config in (NolaConfig, PrancConfig, McncConfig)]
+
+
+def network() -> nn.Module:
+    return nn.ModuleDict({"wide": nn.Linear(48, 96), "narrow": nn.Linear(96, 32)})
+
+
+def first_order(config: Any, draws: int = 12) -> float:
+    """The change of random linear losses by a step of Adam at a learning rate of 1: the gradients' absolute values.
+
+    It is about the first step: all but what is zero at the start (B, amplitudes, dense updates) has no gradient yet.
+    """
+    total = 0.0
+    for draw in range(draws):
+        torch.manual_seed(draw)
+        base = network()
+        slopes = {name: torch.randn(len(layer.weight), layer.in_features) for name, layer in base.items()}
+        if hasattr(config, "seed"):
+            config.seed = draw
+        model: Any = get_peft_model(base, config)
+        for name, slope in slopes.items():
+            (model.base_model.model[name](torch.eye(slope.shape[1])).T * slope).sum().backward()
+        total += sum(
+            float(parameter.grad.abs().sum()) for parameter in model.parameters() if parameter.grad is not None
+        )
+    return total / draws
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        NolaConfig(r=4, num_basis=8),
+        NolaConfig(r=4, num_basis=(16, 64), share_basis=False),
+        McncConfig(r=4, k=2, d=8, widths=(16,)),
+        McncConfig(r=4, k=2, d=64, widths=(16,)),
+    ],
+    ids=["8 bases", "16 and 64 bases", "chunks of 8", "chunks of 64"],
+)
+def test_a_first_step_of_factors_is_one_of_lora(config: Any) -> None:
+    config.target_modules = {"wide", "narrow"}
+    config.alpha = 4.0
+    lora = LoraConfig(r=4, lora_alpha=4, target_modules=["wide", "narrow"])
+    assert first_order(config) == pytest.approx(first_order(lora), rel=0.15)
+    assert first_order(config) != pytest.approx(first_order(plain(config)), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PrancConfig(num_coefficients=20),
+        PrancConfig(num_coefficients=200, nnz=3),
+        PrancConfig(num_coefficients=20, basis="dense"),
+        McncConfig(k=2, d=64, widths=(16,), apply_to="weight"),
+    ],
+    ids=["20", "200, three a weight", "20, dense", "chunks of 64"],
+)
+def test_a_first_step_of_weights_is_one_of_weights_of_unit_variance(config: Any) -> None:
+    """That is, of weights which are parameters times `1 / sqrt(fan_in)`."""
+    config.target_modules = {"wide", "narrow"}
+    expected = math.sqrt(2 / math.pi) * (96 * 48 / math.sqrt(48) + 32 * 96 / math.sqrt(96))
+    if isinstance(config, PrancConfig):  # its coefficients see the gradients of all layers in one norm
+        expected = math.sqrt(2 / math.pi) * math.sqrt(96 * 48 + 32 * 96) * math.sqrt(96 + 32)
+    assert first_order(config) == pytest.approx(expected, rel=0.15)
+    assert first_order(plain(config)) != pytest.approx(expected, rel=0.3)
+
+
+def plain(config: Any) -> Any:
+    fields = {name: getattr(config, name) for name in config.generating() if name not in ("method", "parametrization")}
+    return type(config)(**fields, target_modules=sorted(config.target_modules), parametrization="plain")
+
+
+@pytest.mark.parametrize("method", SEEDED)
+def test_an_adapter_from_before_there_was_a_choice(method: str, tmp_path: Path) -> None:
+    base = nn.ModuleDict({"first": nn.Linear(16, 16), "second": nn.Linear(16, 8)})
+    model, _ = adapt(base, method, target_modules=["first", "second"], parametrization="plain")
+    expected = {name: model.base_model.model[name].get_delta_weight("default") for name in base}
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert saved.pop("parametrization") == "plain" and "parametrization" not in saved["identity"]
+    file.write_text(json.dumps(saved))
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    assert loaded.peft_config["default"].parametrization == "plain"
+    for name, update in expected.items():
+        assert torch.equal(loaded.base_model.model[name].get_delta_weight("default"), update) and update.any()
+    file.write_text(json.dumps({**saved, "parametrization": "scaled"}))
+    with pytest.raises(ValueError, match="`parametrization` of the saved adapter was 'not there'"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_what_a_parametrization_can_be() -> None:
+    assert config_of("NOLA").parametrization == "scaled"
+    with pytest.raises(ValueError, match="`parametrization` must be .*'scaled'.*'plain'.* got 'published'"):
+        NolaConfig(parametrization="published")
