@@ -38,28 +38,35 @@ def plot_rates(rows: Sequence[Row], title: str, path: Path) -> None:
     )
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     low, high = (min(losses), min(max(losses), _ROOM * min(losses))) if losses else (0.0, 1.0)
-    top = high + 0.08 * ((high - low) or 1.0)
-    for axis, (family, of_family) in zip(axes.flat, families.items()):
+    room = (high - low) or 1.0
+    top = high + 0.05 * room
+    for axis, of_family in zip(axes.flat, families.values()):
         contestants = by(of_family, "method")
         for colour, (label, of_label) in zip(colours(len(contestants)), contestants.items()):
             means = {rate: mean_loss(runs) for rate, runs in sorted(by(of_label, "rate").items())}
             stays = {rate: loss for rate, loss in means.items() if math.isfinite(loss)}
             axis.plot(list(stays), list(stays.values()), color=colour, marker="o", markersize=3, label=label)
             gone = [rate for rate in means if rate not in stays]
-            axis.plot(gone, [top] * len(gone), color=colour, marker="x", linestyle="none", clip_on=False)
+            axis.plot(gone, [top] * len(gone), color=colour, marker="x", linestyle="none")
         axis.set_xscale("log")
-        axis.set_title(family, loc="left", fontsize=10)
+        axis.set_title(_first_word(of_family[0]["method"]), loc="left", fontsize=10)
         axis.legend(frameon=False, fontsize=7)
         tidy(axis, "both")
-    axes.flat[0].set_ylim(low - 0.04 * ((high - low) or 1.0), top)
+    axes.flat[0].set_ylim(low - 0.05 * room, top + 0.05 * room)
     for axis in axes.flat[len(families) :]:
         axis.set_visible(False)
     for line in axes:
         line[0].set_ylabel("validation loss")
-    figure.supxlabel("learning rate", fontsize=10)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    for axis in axes.flat[max(0, len(families) - columns) : len(families)]:
+        axis.set_xlabel("learning rate")
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _first_word(label: str) -> str:
+    """Returns what the sizes of a method have in common in their labels."""
+    return label.partition(" ")[0]
 
 
 def plot_front(found: Sequence[Point], name: str, ylabel: str, title: str, path: Path) -> None:
@@ -93,7 +100,8 @@ def plot_front(found: Sequence[Point], name: str, ylabel: str, title: str, path:
         axis.annotate(label, (point.size, point.mean(name)), xytext=(3, -9 if name == "loss" else 5),
                       textcoords="offset points", fontsize=6)  # fmt: skip
     for family, colour in shades.items():
-        axis.plot([], [], color=colour, marker="o", linestyle="none", label=family)
+        name_of = next(_first_word(point.label) for point in shown if point.family == family)
+        axis.plot([], [], color=colour, marker="o", linestyle="none", label=name_of)
     for dtype in dict.fromkeys(point.dtype for point in shown if point.size):
         axis.plot([], [], color="0.3", marker=_MARKERS[dtype], linestyle="none", label=dtype)
     axis.set_xscale("log")

@@ -72,7 +72,7 @@ def report_quality(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list
     for task, of_task in by(kept, "task").items():
         found = points(of_task)
         score = next((row["metric"] for row in of_task if row.get("metric")), None)
-        best = {name: front(found, name) for name in ("loss", "score")}
+        best = {name: front([point for point in found if point.size], name) for name in ("loss", "score")}
         table = Table(title=f"Quality against bytes: {_title(task)}", caption=_note(left_out), title_justify="left")
         headings = [
             "contestant",
