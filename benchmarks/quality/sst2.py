@@ -19,6 +19,7 @@ class Sst2(QualityTask):
     targets = ("query", "value")
     steps = 150
     batch_size = 16
+    sampling = "group_by_length"
     metric = "accuracy"
 
     def load(self, training: TrainingArguments) -> Task:

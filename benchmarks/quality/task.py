@@ -53,6 +53,7 @@ class QualityTask(ABC):
         targets: the layers that are adapted.
         steps, batch_size: how long every contestant trains.
         eval_batch_size: rows of a batch of the evaluation.
+        sampling: the Trainer's strategy: texts of like length together have little padding.
         metric: the score beside the loss, if there is one; higher is better.
         schedule: warm-up steps, the head's own learning rate and the clipping of gradients; the head's rate does not
             follow the searched one, so that a curve over rates shows the adapter alone.
@@ -68,6 +69,7 @@ class QualityTask(ABC):
     steps: int
     batch_size: ClassVar[int]
     eval_batch_size: ClassVar[int] = 48
+    sampling: ClassVar[str] = "random"
     metric: ClassVar[str | None] = None
     warmup_steps: ClassVar[int] = 10
     head_rate: ClassVar[float] = 1e-3
@@ -90,6 +92,7 @@ class QualityTask(ABC):
             per_device_eval_batch_size=self.eval_batch_size,
             warmup_steps=self.warmup_steps,
             max_grad_norm=self.max_grad_norm,
+            train_sampling_strategy=self.sampling,
             lr_scheduler_type="linear",
             weight_decay=0.0,
             remove_unused_columns=False,
@@ -118,7 +121,7 @@ class QualityTask(ABC):
     def budget(self) -> dict[str, Any]:
         """What every contestant has: part of what tells results apart."""
         sizes = {name.removesuffix("_dataset") + "_rows": len(rows) for name, rows in self._rows.items()}
-        names = ("steps", "batch_size", "warmup_steps", "head_rate", "max_grad_norm")
+        names = ("steps", "batch_size", "sampling", "warmup_steps", "head_rate", "max_grad_norm")
         return {**{name: getattr(self, name) for name in names}, **sizes}
 
     @cached_property
