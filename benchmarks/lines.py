@@ -52,4 +52,5 @@ def provenance(command: Iterable[str]) -> dict[str, Any]:
 
 def _without_folders(word: str) -> str:
     flag, equals, value = word.rpartition("=")
-    return f"{flag}{equals}{Path(value).name}" if os.sep in value and Path(value).exists() else word
+    folder = Path(value).is_absolute() or (os.sep in value and Path(value).exists())
+    return f"{flag}{equals}{Path(value).name}" if folder else word

@@ -44,7 +44,8 @@ def _cell(values: Sequence[Any]) -> str:
     if all(isinstance(value, int) for value in present) and len(set(present)) == 1:
         return f"{present[0]:,}"
     if not all(isinstance(value, (int, float)) for value in present):
-        return ", ".join(dict.fromkeys(map(str, present)))
+        shown = [[round(part, _DIGITS) for part in each] if isinstance(each, list) else each for each in present]
+        return ", ".join(dict.fromkeys(map(str, shown)))
     return spread(present, _DIGITS)
 
 

@@ -95,6 +95,7 @@ def flags(folder: Path, *more: str) -> list[str]:
 
 
 def test_learning_rates_go_on_where_they_were_and_say_where_they_diverged(tmp_path, measured, monkeypatch, capsys):
+    tmp_path = tmp_path / "new"
     given = flags(tmp_path, "--methods", "head alone", NOLA, LORA, "--rates", "1e-2", "1e30")
     learning_rates.main(given)
     rows = lines.read(tmp_path / "learning_rates.jsonl")

@@ -39,8 +39,9 @@ class Arguments(RunArguments):
 
 def best_of(runs: Sequence[Run], known: Path, command: Sequence[str]) -> Run | None:
     """Returns the run with the lowest loss, None where all diverged."""
-    found = [(row["loss"], place) for place, run in enumerate(runs) if (row := run.line(known, command))["loss"]]
-    return runs[min(found)[1]] if found else None
+    losses = [run.line(known, command)["loss"] for run in runs]
+    found = [place for place, loss in enumerate(losses) if loss is not None]
+    return runs[min(found, key=losses.__getitem__)] if found else None
 
 
 def main(argv: Sequence[str]) -> None:

@@ -65,13 +65,17 @@ class Point:
 
     def mean(self, name: str) -> float:
         """Returns the mean over seeds, NaN if one diverged or the task has no such value."""
-        values = self.values[name]
-        return math.nan if any(value is None for value in values) else mean(values)  # type: ignore[type-var]
+        return mean(self._known(name) or [math.nan])
 
     def deviation(self, name: str) -> float:
         """Returns the standard deviation over seeds, 0 for a single one."""
-        values = self.values[name]
-        return stdev(values) if len(values) > 1 and None not in values else 0.0  # type: ignore[type-var]
+        values = self._known(name)
+        return stdev(values) if len(values) > 1 else 0.0
+
+    def _known(self, name: str) -> list[float]:
+        """The values of all seeds, or nothing where one has none: a mean of the rest would flatter."""
+        values = [value for value in self.values[name] if value is not None]
+        return values if len(values) == len(self.values[name]) else []
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
