@@ -85,6 +85,20 @@ class TestRewind(MethodCases):
             torch.testing.assert_close(value, start + 0.25 * (trained - start))
         assert report.training.steps == 4 * math.ceil(len(request.retain) / 8)
 
+    @pytest.mark.parametrize(("stopped_after", "kept", "rate"), [(1.0, 0.4, 2.4), (0.5, 0.75, 1.0)])
+    def test_it_keeps_more_of_a_training_that_was_stopped(
+        self, request_: Request, stopped_after: float, kept: float, rate: float
+    ) -> None:
+        training = copy.copy(request_.training)
+        training.learning_rate = 0.0
+        request = changed(request_, training=training, stopped_after=stopped_after)
+        Rewind(share=0.25).unlearn(request)
+        for name, value in trainable_state(request.model).items():
+            trained, start = trainable_state(request_.model)[name], request_.initial[name]
+            torch.testing.assert_close(value, start + kept * (trained - start))
+        report = Rewind(share=0.25).unlearn(changed(request_, stopped_after=stopped_after))
+        assert report.training.learning_rate == pytest.approx(rate * request_.training.learning_rate)
+
     def test_it_says_what_the_retain_set_lost(self, request_: Request) -> None:
         request = changed(request_, training=copy.copy(request_.training))
         before = loss(request, request.retain)

@@ -14,6 +14,8 @@ from .base import Request, Tuned, UnlearningReport
 from .retrain import Retrain
 from .tuning import TrainingMethod, squeezed
 
+_KEEP = 0.4
+
 
 @dataclass
 class Rewind(Retrain):
@@ -27,19 +29,23 @@ class Rewind(Retrain):
     The training on the retain set goes through the schedule of the model's training, squeezed, and stops where that was
     stopped. Its learning rate is higher by `(1 - keep) / share`: along a direction of small curvature a training goes
     as far as its learning rates add up to, and so it makes up for just what was taken back. Along a direction of large
-    curvature it ends where the gold does anyway. The report says what the retain set lost.
+    curvature it ends where the gold does anyway, if the learning rate falls in the end. That of a training that was
+    stopped early has not fallen, so there the default keeps as much as needs no higher one. The report says what the
+    retain set lost.
 
     Attributes:
-        keep: the share of the way from the initial parameters that is left, from 0 to below 1.
+        keep: the share of the way from the initial parameters that is left, from 0 to below 1. By default 0.4, and
+            `1 - share` where the training was stopped early.
         share: passes over the retain set, as a share of those that the training had made; above 0 and at most 1.
     """
 
     name: ClassVar[str] = "rewind"
-    keep: float = 0.4
+    keep: float | None = None
     share: float = 0.4
 
     def __post_init__(self) -> None:
-        check_probability("keep", self.keep)
+        if self.keep is not None:
+            check_probability("keep", self.keep)
         check_share("share", self.share)
 
     def unlearn(self, request: Request) -> UnlearningReport:
@@ -51,12 +57,18 @@ class Rewind(Retrain):
         report.seconds = time.perf_counter() - start
         return report
 
+    def kept(self, request: Request) -> float:
+        """Returns `keep`, or its default for the request."""
+        if self.keep is not None:
+            return self.keep
+        return _KEEP if request.stopped_after == 1 else 1 - self.share
+
     def start(self, request: Request) -> None:
-        request.restore_initial(self.keep)
+        request.restore_initial(self.kept(request))
 
     def schedule(self, request: Request) -> TrainingArguments:
         training = squeezed(request.training, self.share)
-        training.learning_rate *= (1 - self.keep) / self.share
+        training.learning_rate *= (1 - self.kept(request)) / self.share
         return training
 
     def facts(self, trainer: Trainer) -> Tuned:
