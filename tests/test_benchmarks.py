@@ -167,6 +167,13 @@ def test_lines_of_old_defaults_and_other_budgets_are_left_out():
     assert latest(rows) == ([rows[2], rows[3]], 2)
 
 
+def test_a_head_alone_is_no_contestant_where_there_is_none(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(TinyTask, "head", ())
+    for program in (learning_rates, quality):
+        program.main(flags(tmp_path, "--methods", "head alone"))
+    assert measured == []
+
+
 def test_what_does_not_exist_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'step_time'"):
         entry.main(["run", "steptime"])

@@ -58,8 +58,9 @@ def main(argv: Sequence[str]) -> None:
         for contestant in contestants:
             searched = grid(task, contestant, args.rates, [args.search_seed])
             best = best_of(searched, folder / learning_rates.FILE, command)
-            if best is None:
+            if searched and best is None:
                 print(f"{task.name}, {contestant.label}: every rate diverged; it has no point", file=sys.stderr)
+            if best is None:
                 continue
             for run in grid(task, contestant, [best.rate], args.seeds):
                 search = {"seed": args.search_seed, "rates": args.rates}

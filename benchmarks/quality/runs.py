@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.support.arguments import UserError, hint
-from recipes.support.methods import Method
+from recipes.support.methods import HEAD, Method
 
 from .. import lines
 from .cifar10 import Cifar10
@@ -125,6 +125,11 @@ def load(args: RunArguments, sources: Sources) -> tuple[list[QualityTask], list[
 
 
 def grid(task: QualityTask, contestant: Contestant, rates: Iterable[float], seeds: Iterable[int]) -> list[Run]:
-    """Returns the runs of a contestant on a task, all rates with the first seed first."""
+    """Returns the runs of a contestant on a task, all rates with the first seed first.
+
+    There are none of the head alone on a task without a head.
+    """
+    if contestant.method == HEAD and not task.task.head:
+        return []
     method = contestant.on(task)
     return [Run(task, method, rate, seed) for seed in seeds for rate in rates]
