@@ -1,23 +1,25 @@
-"""Time of a training step and of generation, wrapping, memory and file size: our methods beside PEFT's own.
+"""Time of a training step and of generation, wrapping, loading, memory and file size: our methods beside PEFT's own.
 
 Every method is timed in turn with LoRA r=8 on the same batch, step by step, and the table shows the median of the
-ratios of the pairs: a machine that slows down for a while slows both.
+ratios of the pairs with their quartiles: a machine that slows down for a while slows both.
 
     python -m benchmarks.step_time                      # a random Llama of the size of SmolLM2-135M
-    python -m benchmarks.step_time --model_name_or_path <folder> --gguf_file <file> --output step_time.json
+    python -m benchmarks.step_time --model_name_or_path <folder> --gguf_file <file> --output step_time.jsonl
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from rich.console import Console
@@ -28,7 +30,8 @@ from transformers import HfArgumentParser
 import peft_ext
 from peft_ext.tuners.layers import SeededLayer
 
-from .models import ModelArguments, load_model, machine
+from .lines import append, provenance
+from .models import ModelArguments, load_model
 
 BASELINE = "LoRA r=8"
 
@@ -69,7 +72,7 @@ class Arguments(ModelArguments):
     generation_pairs: int = field(default=5, metadata={"help": "Pairs of generations."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens to generate."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})
-    output: str = field(default="", metadata={"help": "JSON file for the figures."})
+    output: str = field(default="", metadata={"help": "JSON lines file that the figures are added to."})
 
 
 class Runner:
@@ -135,14 +138,19 @@ class Runner:
         }
         return sum(own.values()) + sum(bases.values())
 
-    def saved_bytes(self) -> int:
+    def saved(self) -> tuple[int, float]:
+        """Bytes of the saved adapter, and seconds to load it into a base model that is there."""
+        base = load_model(self.arguments)
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
-            return os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
+            size = os.path.getsize(os.path.join(folder, "adapter_model.safetensors"))
+            start = time.perf_counter()
+            peft.PeftModel.from_pretrained(base, folder)
+            return size, time.perf_counter() - start
 
 
-def paired(baseline: Callable[[], float], candidate: Callable[[], float], pairs: int) -> tuple[float, float]:
-    """(median of the candidate, median ratio to the baseline) of two measurements in turn, after a warm-up pair."""
+def paired(baseline: Callable[[], float], candidate: Callable[[], float], pairs: int) -> tuple[float, list[float]]:
+    """(median of the candidate, ratios to the baseline) of two measurements in turn, after a warm-up pair."""
     found, ratios = [], []
     for pair in range(pairs + 1):
         order = (0, 1) if pair % 2 else (1, 0)
@@ -150,52 +158,66 @@ def paired(baseline: Callable[[], float], candidate: Callable[[], float], pairs:
         if pair:
             found.append(values[1])
             ratios.append(values[1] / values[0])
-    return statistics.median(found), statistics.median(ratios)
+    return statistics.median(found), ratios
+
+
+def quartiles(ratios: list[float]) -> list[float]:
+    """The first quartile, the median and the third quartile."""
+    return [float(value) for value in np.percentile(ratios, (25, 50, 75))]
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    console = Console(width=150)
+    console = Console(width=190)
     known = methods(arguments.target_modules)
     chosen = [name for name in known if not arguments.method or any(part in name for part in arguments.method)]
     baseline = Runner(arguments, known[BASELINE]())
     rows: dict[str, dict[str, Any]] = {}
     for name in track(chosen, "Timing", console=Console(stderr=True)):
         candidate = Runner(arguments, known[name]())
-        step, step_ratio = paired(baseline.step_seconds, candidate.step_seconds, arguments.pairs)
-        generation, generation_ratio = paired(
+        step, step_ratios = paired(baseline.step_seconds, candidate.step_seconds, arguments.pairs)
+        generation, generation_ratios = paired(
             baseline.generation_seconds, candidate.generation_seconds, arguments.generation_pairs
         )
+        size, load_seconds = candidate.saved()
+        step_quartiles, generation_quartiles = quartiles(step_ratios), quartiles(generation_ratios)
         rows[name] = {
             "trainable": candidate.trainable,
-            "saved_bytes": candidate.saved_bytes(),
+            "saved_bytes": size,
             "frozen_bytes": candidate.frozen_bytes(),
             "wrap_seconds": candidate.wrap_seconds,
+            "load_seconds": load_seconds,
             "step_seconds": step,
-            "step_ratio": step_ratio,
+            "step_ratio": step_quartiles[1],
+            "step_ratio_quartiles": step_quartiles[::2],
             "generation_seconds": generation,
-            "generation_ratio": generation_ratio,
+            "generation_ratio": generation_quartiles[1],
+            "generation_ratio_quartiles": generation_quartiles[::2],
         }
 
     table = Table(title=f"Relative to {BASELINE}, median of {arguments.pairs} pairs of steps")
-    for heading in ("method", "trainable", "file (bytes)", "frozen (MB)", "wrap (s)", "step (s)", "step ratio"):
+    for heading in ("method", "trainable", "file (bytes)", "frozen (MB)", "wrap (s)", "load (s)", "step (s)"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    table.add_column("generate (s)", justify="right")
-    table.add_column("generate ratio", justify="right")
+    for heading in ("step ratio (quartiles)", "generate (s)", "generate ratio (quartiles)"):
+        table.add_column(heading, justify="right")
     for name, row in rows.items():
         table.add_row(
             name, f"{row['trainable']:,}", f"{row['saved_bytes']:,}", f"{row['frozen_bytes'] / 1e6:.1f}",
-            f"{row['wrap_seconds']:.2f}", f"{row['step_seconds']:.3f}", f"{row['step_ratio']:.3f}",
-            f"{row['generation_seconds']:.2f}", f"{row['generation_ratio']:.3f}",
+            f"{row['wrap_seconds']:.2f}", f"{row['load_seconds']:.2f}", f"{row['step_seconds']:.3f}",
+            ratio_cell(row, "step"), f"{row['generation_seconds']:.2f}", ratio_cell(row, "generation"),
         )  # fmt: skip
     console.print(table)
     if arguments.output:
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump(
-                {"machine": {**machine(), "device": arguments.device}, "arguments": vars(arguments), "methods": rows},
-                file,
-                indent=2,
-            )
+        setting = {"device": arguments.device, "batch_size": arguments.batch_size, "pairs": arguments.pairs}
+        for name, row in rows.items():
+            command = ["python", "-m", "benchmarks", "run", "step_time", *sys.argv[1:]]
+            append(Path(arguments.output), {"method": name, **row, **setting, **provenance(command)})
+
+
+def ratio_cell(row: dict[str, Any], what: str) -> str:
+    """A median ratio with its quartiles as text."""
+    low, high = row[f"{what}_ratio_quartiles"]
+    return f"{row[f'{what}_ratio']:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

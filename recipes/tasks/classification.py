@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 
 from recipes.support import inputs
 from recipes.support.arguments import UserError
@@ -202,3 +202,16 @@ def _head(model: PreTrainedModel) -> list[str]:
             other = type(model)(config)
         shapes.append({name: parameter.shape for name, parameter in other.named_parameters()})
     return sorted({name.rpartition(".")[0] for name, shape in shapes[0].items() if shapes[1][name] != shape})
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Returns the Trainer's metric; its predictions are classes."""
+    computed = inputs.load_metric("accuracy").compute(
+        predictions=prediction.predictions, references=prediction.label_ids
+    )
+    return dict(computed)
+
+
+def likeliest(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Returns classes in place of logits, which the Trainer would keep."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)

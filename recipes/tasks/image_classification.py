@@ -19,7 +19,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    EvalPrediction,
     PretrainedConfig,
     PreTrainedModel,
     default_data_collator,
@@ -170,19 +169,6 @@ def collate(rows: list[dict[str, Any]], options: dict[str, bool]) -> dict[str, A
     return {**default_data_collator(rows), **options}
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Returns the Trainer's metric; its predictions are classes."""
-    computed = inputs.load_metric("accuracy").compute(
-        predictions=prediction.predictions, references=prediction.label_ids
-    )
-    return dict(computed)
-
-
-def likeliest(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Returns classes in place of logits, which the Trainer would keep."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
 def load_saved(args: ModelArguments, adapter: Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Loads the base model of a saved adapter, with the adapter's classes, and its image processor."""
     classifier = load_classifier(args, list(AutoConfig.from_pretrained(adapter).id2label.values()))
@@ -242,8 +228,8 @@ class ImageTask(Task):
             "train_dataset": self.data.encoded(self.data.training_set(self.data_seed), self.processor),
             "eval_dataset": self.data.encoded(self.data.validation, self.processor),
             "data_collator": partial(collate, options=forward_options(self.classifier.model)),
-            "compute_metrics": accuracy,
-            "preprocess_logits_for_metrics": likeliest,
+            "compute_metrics": classification.accuracy,
+            "preprocess_logits_for_metrics": classification.likeliest,
         }
 
     def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:

@@ -18,7 +18,8 @@ from recipes.support.arguments import UserError
 from recipes.support.methods import Method
 from recipes.support.reporting import RunResult
 from recipes.tasks.base import Task
-from recipes.tasks.image_classification import ImageData, accuracy, likeliest
+from recipes.tasks.classification import accuracy, likeliest
+from recipes.tasks.image_classification import ImageData
 from recipes.tasks.resnet import CifarResNet
 
 FULL = "full"

@@ -1,17 +1,28 @@
-"""Telling texts apart with sequence classifiers: loading, data."""
+"""Telling texts apart with sequence classifiers: loading, data, scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from recipes.support import inputs
 from recipes.support.arguments import UserError
+from recipes.support.reporting import RunResult
 from recipes.tasks import classification
+from recipes.tasks.base import Task
 
 
 @dataclass
@@ -88,3 +99,50 @@ def check_length(classifier: Classifier, args: DataArguments) -> None:
     longest = min(positions or args.max_length, classifier.tokenizer.model_max_length)
     if args.max_length > longest:
         raise UserError(f"max_length is {args.max_length}; the model takes at most {longest} tokens")
+
+
+@dataclass
+class TextClassificationTask(Task):
+    """Telling classes of texts apart.
+
+    Attributes:
+        classifier: the base model and its head.
+        data: what it is trained and evaluated on.
+        data_seed: draws the subset, if `shots` asks for one.
+    """
+
+    classifier: Classifier
+    data: TextData
+    data_seed: int
+
+    task_type = "SEQ_CLS"
+    hub_task = "text-classification"
+
+    @property
+    def dataset(self) -> str:
+        return inputs.dataset_title(self.data.args)
+
+    @property
+    def head(self) -> Sequence[str]:
+        return self.classifier.head
+
+    def fresh_model(self) -> PreTrainedModel:
+        return self.classifier.fresh_model()
+
+    def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:
+        few = inputs.random_subset(self.data.training_set(self.data_seed), self.data.args.max_train_samples)
+        return {
+            "train_dataset": self.data.encoded(few, self.processor),
+            "eval_dataset": self.data.encoded(self.data.validation, self.processor),
+            "data_collator": DataCollatorWithPadding(self.processor),
+            "compute_metrics": classification.accuracy,
+            "preprocess_logits_for_metrics": classification.likeliest,
+        }
+
+    def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:
+        result.metrics = {"accuracy": evaluation["eval_accuracy"]}
+        result.data_seed = self.data_seed
+
+    def probes(self) -> list[dict[str, torch.Tensor]]:
+        rows = self.data.encoded(self.data.validation.select(range(2)), self.processor)
+        return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]

@@ -22,15 +22,18 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.quality.sst2 import Sst2
+from benchmarks.quality.task import Sources
 from peft_ext.unlearning import Finetune, GaussNewton, Rewind
 from peft_ext.unlearning.evaluation.metrics import Outcome
 from peft_ext.unlearning.evaluation.results import UnlearningResult
 from recipes import unlearn
 from recipes.support.arguments import UserError
 from recipes.support.inputs import ModelArguments
-from recipes.support.methods import parse_methods
+from recipes.support.methods import Method, parse_methods
 from recipes.tasks.base import adapt
 from recipes.tasks.text_classification import load_classifier
+from recipes.tasks.training import train
 from recipes.unlearn import main
 from recipes.unlearning.same_time import SameTime, parse_same_time
 
@@ -220,3 +223,21 @@ def test_columns_must_be_named(sentences: list[str], refused: Callable[..., str]
     place = sentences.index("--text_column")
     message = refused([*sentences[:place], *sentences[place + 2 :]], main=main)
     assert "name the columns: --text_column" in message
+
+
+def test_a_benchmark_trains_a_classifier_of_sentences_and_its_head(bert_folder: Path, tmp_path: Path) -> None:
+    for name, samples in {"train": rows(0, 4), "validation": rows(1, 2)}.items():
+        lines = [{"sentence": row["text"], "label": WRITERS.index(row["writer"])} for row in samples]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    benchmark = Sst2(Sources(sst2_model=str(bert_folder), sst2_data=str(tmp_path)), steps=2)
+    lengths = [len(row["input_ids"]) for row in benchmark.trainer_arguments(None)["eval_dataset"]]
+    assert len(lengths) == 6 and benchmark.budget["train_rows"] == 12
+    assert benchmark.shapes == [(16, 16)] * 4
+    options = {"r": 2, "num_basis": 8, "target_modules": list(benchmark.targets)}
+    found = train(benchmark.task, Method("nola", "NOLA", options), 0, False, tmp_path / "out")
+    assert 0 <= found.metrics["accuracy"] <= 100 and found.validation_loss is not None
+    # The classifier and the pooler that the weights lack are trained whole.
+    assert found.trainable_parameters - found.head_parameters == 4 * 2 * 8
+    assert found.head_parameters == 3 * 17 + 16 * 17
+    probes = benchmark.task.probes()
+    assert len(probes) == 2 and probes[0]["input_ids"].ndim == 1

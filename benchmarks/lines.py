@@ -1,0 +1,56 @@
+"""Results as JSON lines, each with what it takes to measure it again: versions, machine and command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import peft_ext
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a file, none where there is no file.
+
+    Raises:
+        ValueError: a line is no JSON, such as the last one of a process that was killed while it wrote.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is no JSON ({error}); delete the line") from error
+    return rows
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line in one write, so that several programs can add to one file. NaN and infinity are refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def provenance(command: Iterable[str]) -> dict[str, Any]:
+    """Returns the machine, the versions, and a command without the folders that only this machine has."""
+    return {
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft, peft_ext)},
+        "command": shlex.join(_without_folders(word) for word in command),
+    }
+
+
+def _without_folders(word: str) -> str:
+    flag, equals, value = word.rpartition("=")
+    folder = Path(value).is_absolute() or (os.sep in value and Path(value).exists())
+    return f"{flag}{equals}{Path(value).name}" if folder else word

@@ -1,0 +1,31 @@
+"""CIFAR-10: ten images of every class, with DINOv2 ViT-S and a head."""
+
+from __future__ import annotations
+
+from transformers import TrainingArguments
+
+from recipes.tasks import image_classification
+from recipes.tasks.base import Task
+
+from .task import QualityTask
+
+
+class Cifar10(QualityTask):
+    """140 steps of 16 images, that is 20 passes over 100 images, and the accuracy on 500 test images."""
+
+    name = "cifar10"
+    title = "CIFAR-10, 10 images a class, DINOv2 ViT-S"
+    targets = ("q_proj", "v_proj")
+    steps = 140
+    batch_size = 16
+    eval_batch_size = 50
+    metric = "accuracy"
+
+    def load(self, training: TrainingArguments) -> Task:
+        source = image_classification.ModelArguments(self.sources.need("cifar10_model"), image_size=56)
+        args = image_classification.DataArguments(
+            self.sources.need("cifar10_data"), eval_split="test", shots=10, max_eval_samples=500
+        )
+        data = image_classification.load_image_data(args)
+        classifier = image_classification.load_classifier(source, data.labels)
+        return image_classification.ImageTask(source, classifier.processor, training, classifier, data, data_seed=0)

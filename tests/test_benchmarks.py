@@ -1,0 +1,221 @@
+"""The benchmarks' entry: what it lists, runs and reports, and that the figures which the text names are there."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as entry
+from benchmarks import catalog, lines
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import learning_rates, runs
+from benchmarks.quality.contestants import CONTESTANTS
+from benchmarks.quality.summary import Point, front, latest
+from benchmarks.quality.task import QualityTask
+from recipes.support.arguments import UserError
+from recipes.support.inputs import ModelArguments
+from recipes.tasks.base import Task
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class TinyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.head(self.query(x).relu())
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class TinyTask(Task):
+    head = ("head",)
+    dataset = "random numbers"
+
+    def fresh_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return TinyModel()
+
+    def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:
+        x = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+        rows = [{"x": row, "labels": row[:3].argmax()} for row in x]
+        accuracy = lambda found: {"accuracy": 100.0 * (found.predictions.argmax(-1) == found.label_ids).mean()}  # noqa: E731
+        collator = lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]}  # noqa: E731
+        return {
+            "train_dataset": rows[:16],
+            "eval_dataset": rows[16:],
+            "data_collator": collator,
+            "compute_metrics": accuracy,
+        }
+
+    def score(self, model, evaluation, result):
+        raise AssertionError("the benchmarks read the Trainer's metrics")
+
+    def probes(self):
+        raise AssertionError("the benchmarks compare no processes")
+
+
+class Tiny(QualityTask):
+    name, title, targets, steps, batch_size, metric = "tiny", "Random numbers", ("query",), 4, 4, "accuracy"
+
+    def load(self, training):
+        return TinyTask(ModelArguments(), None, training)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, float, int]]:
+    """The trainings that are done, on a tiny task beside the others."""
+    done = []
+
+    def measure(task, method, rate, seed, dtypes=()):
+        done.append((method.label, rate, seed))
+        return real(task, method, rate, seed, dtypes)
+
+    real = runs.measure
+    monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setitem(runs.TASKS, "tiny", Tiny)
+    return done
+
+
+NOLA = "{name: nola, r: 2, num_basis: 8, label: NOLA 8}"
+LORA = "{name: lora, r: 2, label: LoRA tiny, init_lora_weights: false}"
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    return ["--tasks", "tiny", "--output", str(folder), *more]
+
+
+def test_learning_rates_go_on_where_they_were_and_say_where_they_diverged(tmp_path, measured, monkeypatch, capsys):
+    tmp_path = tmp_path / "new"
+    given = flags(tmp_path, "--methods", "head alone", NOLA, LORA, "--rates", "1e-2", "1e30")
+    learning_rates.main(given)
+    rows = lines.read(tmp_path / "learning_rates.jsonl")
+    assert len(measured) == len(rows) == 6
+    found = {(row["method"], row["rate"]): row for row in rows}
+    row = found["NOLA 8", 1e-2]
+    assert row["coefficients"] == 16 and row["saved"]["float32"]["bytes"] >= 64
+    assert math.isfinite(row["loss"]) and 0 <= row["score"] <= 100 and row["options"] == {"r": 2, "num_basis": 8}
+    assert row["versions"].keys() == {"torch", "transformers", "peft", "peft_ext"}
+    assert str(tmp_path) not in row["command"] and "learning_rates --tasks tiny" in row["command"]
+    lost = found["LoRA tiny", 1e30]
+    assert lost["loss"] is None and lost["score"] is None and 2 <= lost["diverged_at"] <= 4
+    # The head has a rate of its own: the searched one changes nothing where there is no adapter.
+    assert found["head alone", 1e-2]["loss"] == found["head alone", 1e30]["loss"]
+    assert found["head alone", 1e-2]["coefficients"] == found["head alone", 1e-2]["saved"]["float32"]["bytes"] == 0
+
+    learning_rates.main(given)
+    assert len(measured) == 6
+    for more in (["--seeds", "1"], ["--steps", "2"]):
+        learning_rates.main(flags(tmp_path, "--methods", NOLA, "--rates", "1e-2", *more))
+    learning_rates.main(flags(tmp_path, "--methods", NOLA.replace("r: 2", "r: 3"), "--rates", "1e-2"))
+    assert len(measured) == 9
+
+    monkeypatch.setattr(runs, "measure", None)  # a report trains nothing
+    (tmp_path / "learning_rates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry.main(["report", "learning_rates", "--results", str(tmp_path), "--output", str(tmp_path / "plots")])
+    shown = capsys.readouterr().out
+    assert "Random numbers" in shown and "diverged" in shown and f"{row['loss']:.3f}" in shown
+    assert (tmp_path / "plots" / "learning-rates-tiny.png").stat().st_size > 1000
+
+
+def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):
+    given = flags(tmp_path, "--methods", NOLA, "--rates", "1e-6", "1e-1", "--seeds", "1", "2")
+    quality.main(given)
+    searched = {row["rate"]: row["loss"] for row in lines.read(tmp_path / "learning_rates.jsonl")}
+    best = min(searched, key=searched.__getitem__)
+    assert measured == [("NOLA 8", 1e-6, 0), ("NOLA 8", 1e-1, 0), ("NOLA 8", best, 1), ("NOLA 8", best, 2)]
+    quality.main(given)
+    assert len(measured) == 4
+    row = lines.read(tmp_path / "quality.jsonl")[0]
+    assert row["search"] == {"seed": 0, "rates": [1e-6, 1e-1]}
+    sizes = [row["saved"][dtype]["bytes"] for dtype in ("float32", "int8", "int4")]
+    assert len(set(sizes)) == 3 and math.isfinite(row["saved"]["int4"]["loss"])
+    entry.main(["report", "quality", "--results", str(tmp_path), "--output", str(tmp_path / "plots")])
+    shown = capsys.readouterr().out
+    assert "int4" in shown and "end of grid" in shown
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "quality-tiny-loss.png",
+        "quality-tiny-accuracy.png",
+    }
+    with pytest.raises(UserError, match="search_seed: 0 is one of --seeds"):
+        quality.main(flags(tmp_path, "--seeds", "0", "1"))
+
+
+def point(label: str, size: int, loss: float | None) -> Point:
+    return Point(label, "m", "float32", size, {"loss": [loss], "score": [None if loss is None else -loss]})
+
+
+def test_the_front_has_what_nothing_smaller_beats():
+    found = [point("a", 10, 3.0), point("b", 20, 3.5), point("c", 30, 2.0), point("d", 30, 1.5), point("e", 40, None)]
+    assert [each.label for each in front(found, "loss")] == ["a", "d"]
+    assert [each.label for each in front(found, "score")] == ["a", "d"]
+    assert found[-1].diverged() == 1
+
+
+def test_lines_of_old_defaults_and_other_budgets_are_left_out():
+    row = {"task": "t", "method": "m", "config": "new", "budget": {"steps": 5}}
+    rows = [{**row, "config": "old"}, {**row, "budget": {"steps": 1}}, {**row, "method": "n", "config": "x"}, row]
+    assert latest(rows) == ([rows[2], rows[3]], 2)
+
+
+def test_a_head_alone_is_no_contestant_where_there_is_none(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(TinyTask, "head", ())
+    for program in (learning_rates, quality):
+        program.main(flags(tmp_path, "--methods", "head alone"))
+    assert measured == []
+
+
+def test_what_does_not_exist_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="did you mean 'step_time'"):
+        entry.main(["run", "steptime"])
+    with pytest.raises(UserError, match="there are no results of quality"):
+        entry.main(["report", "quality", "--results", str(tmp_path)])
+    with pytest.raises(UserError, match="there is no 'NOLA 145'; there are .*; did you mean 'NOLA 144'"):
+        learning_rates.main(["--methods", "NOLA 145"])
+    with pytest.raises(UserError, match="the task sst2 needs --sst2_model: all-MiniLM-L6-v2"):
+        learning_rates.main(["--tasks", "sst2"])
+    with pytest.raises(UserError, match="rates: they must be positive"):
+        learning_rates.main(["--rates", "0"])
+    (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a"')
+    with pytest.raises(ValueError, match="line 2 of .* is no JSON .*; delete the line"):
+        lines.read(tmp_path / "broken.jsonl")
+
+
+def test_every_benchmark_is_listed_and_every_result_is_one_of_theirs(capsys, tmp_path):
+    programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    programs = (programs - {"__main__", "catalog"}) | {"parity", "quality", "learning_rates"}
+    assert catalog.NEEDS.keys() == programs and all(map(catalog.summary, programs))
+    entry.main(["list"])
+    assert all(name in capsys.readouterr().out for name in ["step_time"])
+    assert {path.stem for path in lines.RESULTS.glob("*.jsonl")} <= programs
+    entry.main(["report", "quantization", "--output", str(tmp_path)])
+    assert "SmolLM2-135M, E2E" in capsys.readouterr().out
+    assert len({contestant.label for contestant in CONTESTANTS}) == len(CONTESTANTS)
+
+
+def named_files() -> list[tuple[str, str]]:
+    """Figures and results that the text names, with the file that does."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "model_cards").rglob("*.md"))]
+    found = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        places = re.findall(r"""(?:\]\(|src=["'])([^)"'\s]+\.(?:png|svg|jsonl))""", text)
+        places += re.findall(r"benchmarks/results/[\w-]+\.jsonl", text)
+        found += [(str(page.relative_to(ROOT)), place) for place in dict.fromkeys(places)]
+    return found
+
+
+@pytest.mark.parametrize(("page", "place"), named_files())
+def test_figures_and_results_that_the_text_names_exist(page, place):
+    # A page that is shown elsewhere names its figures by an address, which ends in the path inside the repository.
+    inside = place.partition("/main/")[2] if "://" in place else place
+    assert any((folder / inside).is_file() for folder in (ROOT, (ROOT / page).parent))
