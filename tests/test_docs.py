@@ -59,6 +59,20 @@ def test_the_reference_has_every_public_name(page, package):
     assert sorted(documented) == sorted(name for name in package.__all__ if name != "METHODS")  # a dictionary
 
 
+def test_tables_of_bytes_hold_what_a_snippet_counts():
+    """The one in docs/choosing.md, which holds the snippet, and the shorter one of the README."""
+
+    def rows(name, columns):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (table,) = re.findall(rf"^\| method \|{columns}.*\n\| ---.*\n((?:\|.*\n)+)", text, flags=re.M)
+        return [re.findall(r"\b\d{1,3}(?:,\d{3})+\b|\b720\b", row) for row in table.splitlines()]
+
+    printed = re.findall(r"^# prints: [^:]+: (.*)$", (ROOT / "docs/choosing.md").read_text(encoding="utf-8"), re.M)
+    counted = [line.split() for line in printed]
+    assert rows("docs/choosing.md", " trained numbers . bytes") == counted
+    assert rows("README.md", " trained numbers . file") == [[*line[:2], *line[3:]] for line in counted]
+
+
 def test_every_page_is_in_the_navigation():
     def pages(entry):
         if isinstance(entry, str):
