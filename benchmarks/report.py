@@ -34,8 +34,8 @@ def table(name: str, rows: Sequence[Row]) -> Table:
         found.add_column(key.replace("_", " "))
     for key in numbers:
         found.add_column(key.replace("_", " "), justify="right")
-    for key, group in groups.items():
-        found.add_row(*key, *(_cell([row.get(number) for row in group]) for number in numbers))
+    for values, group in groups.items():
+        found.add_row(*values, *(_cell([row.get(number) for row in group]) for number in numbers))
     return found
 
 

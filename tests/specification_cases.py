@@ -31,6 +31,10 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         NolaConfig,
         {"r": 2, "num_basis": 6, "share_basis": False, "seed": 2**64 - 1, "target_modules": LAYERS},
     ),
+    "nola-scaled": ("Layers", NolaConfig, {"r": 2, "num_basis": 5, "target_modules": LAYERS}),
+    "pranc-scaled": ("Layers", PrancConfig, {"num_coefficients": 14, "target_modules": ALL}),
+    "mcnc-scaled": ("Layers", McncConfig, {"r": 2, "k": 3, "d": 14, "widths": (5,), "target_modules": LAYERS}),
+    "network-pranc-scaled": ("Mixed", PrancConfig, {"num_coefficients": 19, "seed": 4}),
     "nola-plain": (
         "Layers",
         NolaConfig,
@@ -151,7 +155,7 @@ def save(case: str, dtype: str, folder: Path, **options: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         for buffer in model.buffers():
             if name == "Mixed":
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) * 10)

@@ -300,7 +300,7 @@ def damages_of_coefficients(method: str, numbers: int) -> dict[str, tuple[str, C
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], list[str]]] = {
     **damages_of_coefficients("NOLA", 12),
     **damages_of_coefficients("PRANC", 13),
-    **damages_of_coefficients("MCNC", 40),
+    **damages_of_coefficients("MCNC", 56),
     **damages_of_coefficients("MCNC, weight", 79 * 3),
     "r": ("NOLA", edit_config(r=0), ["`r`", "positive integer", "got 0"]),
     "r, text": ("NOLA", edit_config(r="8"), ["`r`", "positive integer", "got '8'"]),
@@ -521,8 +521,8 @@ CARDS = {
     "MCNC": [
         "https://huggingface.co/papers/2406.19301",
         "A patent application covers the method (US 20250384255 A1).",
-        # 2 x (2 x (32 + 32) + 2 x (32 + 16)) numbers; 2 x (10 + 8) chunks of 13; 3 x 5 + 5 x 13 weights
-        "| compression | 448 numbers from 144 coefficients (3 to 1), by a frozen network of 80 weights",
+        # 2 x (2 x (32 + 32) + 2 x (32 + 16)) numbers; 2 x (7 + 7 + 7 + 4) chunks of 10; 3 x 5 + 5 x 10 weights
+        "| compression | 448 numbers from 200 coefficients (2 to 1), by a frozen network of 65 weights",
     ],
     "MCNC, weight": ["| compression | 3,072 numbers from 714 coefficients (4 to 1)"],  # 2 x (79 + 40) chunks
 }

@@ -57,7 +57,8 @@ def _mcnc(length: int, apply_to: str) -> Contestant:
     """Chunks of as many numbers as make the length with k + 1 coefficients each."""
 
     def options(shapes: Shapes) -> dict[str, Any]:
-        sizes = [_RANK * (out + into) if apply_to == "factors" else out * into for out, into in shapes]
+        factors = [_RANK * size for shape in shapes for size in shape]
+        sizes = factors if apply_to == "factors" else [out * into for out, into in shapes]
         chunk = min(max(sizes), math.ceil(sum(sizes) * (_INPUTS + 1) / length))
         return {"k": _INPUTS, "d": chunk, "apply_to": apply_to}
 

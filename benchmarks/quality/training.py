@@ -43,6 +43,7 @@ class WatchedTrainer(EvaluationTrainer):
         self.head_rate = head_rate
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        assert isinstance(self.model, nn.Module)
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         groups = [
             {"params": [value for name, value in trained if (_HEAD in name) == head], "lr": rate}

@@ -574,7 +574,7 @@ def three_adapters(method: str, order: tuple[str, ...]) -> tuple[PeftModel, nn.M
     for name in order:
         for layer, parameter in coefficients_of(model, name).items():
             generator = torch.Generator().manual_seed(sum(map(ord, name + layer)))
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model, base, configs
 
 
