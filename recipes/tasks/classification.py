@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 
 from recipes.support import inputs
 from recipes.support.arguments import UserError
+from recipes.support.reporting import RunResult
+from recipes.tasks.base import Task
 
 
 @dataclass
@@ -215,3 +218,33 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def likeliest(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     """Returns classes in place of logits, which the Trainer would keep."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+@dataclass
+class ClassificationTask(Task):
+    """Telling classes apart after a subset of the training samples.
+
+    Attributes:
+        classifier: the base model and its head.
+        data: what it is trained and evaluated on.
+        data_seed: draws the subset.
+    """
+
+    classifier: Classifier
+    data: LabelledData
+    data_seed: int
+
+    @property
+    def dataset(self) -> str:
+        return inputs.dataset_title(self.data.args)
+
+    @property
+    def head(self) -> Sequence[str]:
+        return self.classifier.head
+
+    def fresh_model(self) -> PreTrainedModel:
+        return self.classifier.fresh_model()
+
+    def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:
+        result.metrics = {"accuracy": evaluation["eval_accuracy"]}
+        result.data_seed = self.data_seed

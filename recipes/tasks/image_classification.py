@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from recipes.support import inputs
 from recipes.support.arguments import UserError
-from recipes.support.reporting import RunResult
 from recipes.tasks import classification
-from recipes.tasks.base import Task
 
 OUTPUT = "class"  # what `compute` gives beside the logits, for messages
 
@@ -197,31 +195,13 @@ def describe(
 
 
 @dataclass
-class ImageTask(Task):
-    """Telling classes apart after a subset of the training images.
-
-    Attributes:
-        classifier: the base model and its head.
-        data: what it is trained and evaluated on.
-        data_seed: draws the subset.
-    """
+class ImageTask(classification.ClassificationTask):
+    """Telling classes apart after a subset of the training images."""
 
     classifier: Classifier
     data: ImageData
-    data_seed: int
 
     hub_task = "image-classification"
-
-    @property
-    def dataset(self) -> str:
-        return inputs.dataset_title(self.data.args)
-
-    @property
-    def head(self) -> Sequence[str]:
-        return self.classifier.head
-
-    def fresh_model(self) -> PreTrainedModel:
-        return self.classifier.fresh_model()
 
     def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:
         return {
@@ -231,10 +211,6 @@ class ImageTask(Task):
             "compute_metrics": classification.accuracy,
             "preprocess_logits_for_metrics": classification.likeliest,
         }
-
-    def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:
-        result.metrics = {"accuracy": evaluation["eval_accuracy"]}
-        result.data_seed = self.data_seed
 
     def probes(self) -> list[dict[str, torch.Tensor]]:
         rows = self.data.encoded(self.data.validation, self.processor)[:2]

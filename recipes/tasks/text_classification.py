@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from recipes.support import inputs
 from recipes.support.arguments import UserError
-from recipes.support.reporting import RunResult
 from recipes.tasks import classification
-from recipes.tasks.base import Task
 
 
 @dataclass
@@ -102,32 +98,14 @@ def check_length(classifier: Classifier, args: DataArguments) -> None:
 
 
 @dataclass
-class TextClassificationTask(Task):
-    """Telling classes of texts apart.
-
-    Attributes:
-        classifier: the base model and its head.
-        data: what it is trained and evaluated on.
-        data_seed: draws the subset, if `shots` asks for one.
-    """
+class TextClassificationTask(classification.ClassificationTask):
+    """Telling classes of texts apart."""
 
     classifier: Classifier
     data: TextData
-    data_seed: int
 
     task_type = "SEQ_CLS"
     hub_task = "text-classification"
-
-    @property
-    def dataset(self) -> str:
-        return inputs.dataset_title(self.data.args)
-
-    @property
-    def head(self) -> Sequence[str]:
-        return self.classifier.head
-
-    def fresh_model(self) -> PreTrainedModel:
-        return self.classifier.fresh_model()
 
     def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:
         few = inputs.random_subset(self.data.training_set(self.data_seed), self.data.args.max_train_samples)
@@ -138,10 +116,6 @@ class TextClassificationTask(Task):
             "compute_metrics": classification.accuracy,
             "preprocess_logits_for_metrics": classification.likeliest,
         }
-
-    def score(self, model: PeftModel, evaluation: Mapping[str, float], result: RunResult) -> None:
-        result.metrics = {"accuracy": evaluation["eval_accuracy"]}
-        result.data_seed = self.data_seed
 
     def probes(self) -> list[dict[str, torch.Tensor]]:
         rows = self.data.encoded(self.data.validation.select(range(2)), self.processor)
