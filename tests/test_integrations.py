@@ -39,7 +39,7 @@ every_method = pytest.mark.parametrize("method", METHODS, indirect=True)
 def randomised(model: nn.Module, adapter: str = "default") -> None:
     torch.manual_seed(3)
     for parameter in coefficients_of(model, adapter).values():
-        parameter.data.normal_()
+        parameter.data.normal_(std=0.1)
 
 
 @pytest.fixture(params=ONE_OF_EACH)
@@ -127,7 +127,7 @@ def test_training_of_an_adapter_of_transformers(base_folder: str, method: str) -
     trainable = [name for name, p in own.named_parameters() if p.requires_grad]
     assert trainable and all(f"{lower(method)}_coefficients" in name for name in trainable)
     own.train()
-    optimizer = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for _ in range(5):
         loss = own(input_ids=X, labels=X).loss
@@ -304,7 +304,11 @@ def test_push_to_hub(model: PeftModel, uploaded: dict[str, bytes]) -> None:
 
 def test_trainable_parameters_and_status(model: PeftModel, method: str) -> None:
     trainable, total = model.get_nb_trainable_parameters()
-    expected = {"NOLA": 4 * 12, "PRANC": 13, "MCNC": 2 * (10 + 8) * 4}  # 128 and 96 numbers in chunks of 13
+    expected = {
+        "NOLA": 4 * 12,
+        "PRANC": 13,
+        "MCNC": 2 * (7 + 7 + 7 + 4) * 4,
+    }  # factors of 64 and 32 numbers in chunks of 10
     assert trainable == expected[method] == sum(p.numel() for p in coefficients_of(model).values())
     assert total == trainable + sum(p.numel() for p in tiny_models.llama().parameters())
     status = model.get_model_status()

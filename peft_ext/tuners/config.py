@@ -382,11 +382,12 @@ class SeededConfig(CheckpointedConfig):
         square; a coefficient that `N / k` of them share, with random signs or weights, has a gradient that is only
         `sqrt(N / k)` times as large, and there are `k`. The factor `sqrt(N / k)` makes up for that.
         """
-        factors = self._factors(target)
+        factors = self.scaled_factors(target)
         return factors if self.parametrization == SCALED else [1.0 for _ in factors]
 
-    def _factors(self, target: Target) -> list[float]:
-        raise NotImplementedError
+    def scaled_factors(self, target: Target) -> list[float]:
+        """The factors of a scaled adapter, one for each of the `kinds`; 1 unless a method says how it is scaled."""
+        return [1.0 for _ in self.kinds(0)]
 
     def generators(self, target: Target) -> tuple[Generator, ...]:
         """What makes the weights of an adapted module; each reads the next part of the module's coefficients."""

@@ -72,6 +72,7 @@ class SeededModel(CheckpointedModel):
         self._saved_names: dict[str, str] = {}
         self._targets_from_state_dict = state_dict is not None
         self._places: list[Place] = []
+        self._adapted = 0  # numbers in the weights of all targets
         with warnings.catch_warnings():
             # PEFT matches patterns with the names of modules alone.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")

@@ -31,7 +31,7 @@ from recipes.unlearning.cases import parse_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = argument_types(Unlearn)
-ADAPTER = ["--adapter", "{name: nola, r: 2, num_basis: 8}"]
+ADAPTER = ["--adapter", "{name: nola, r: 2, num_basis: 8, parametrization: plain}"]
 FLAGS = (
     "--num_train_epochs 6 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --learning_rate 2e-2 "
     "--relearn_limit 3 --use_cpu --disable_tqdm true"

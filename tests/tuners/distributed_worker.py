@@ -69,7 +69,9 @@ def build(scenario: Scenario, lora: bool = False) -> PeftModel:
         alpha = scenario.options.get("alpha", 1.0)
         config: Any = LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False, target_modules=targets)
     else:
-        config = config_of(scenario.method, target_modules=targets, **scenario.options)
+        # With SGD the factor of PRANC's coefficients would count twice: training would fall apart.
+        kind = "plain" if scenario.method.startswith("PRANC") else "scaled"
+        config = config_of(scenario.method, target_modules=targets, parametrization=kind, **scenario.options)
     model = get_peft_model(model, config)
     if scenario.checkpointing is not None:
         reentrant = scenario.checkpointing == "reentrant"

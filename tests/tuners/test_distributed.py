@@ -79,6 +79,7 @@ REFUSED = {
     "ddp, reentrant, head, find unused": ONCE,
     "ddp, reentrant, head, no_sync": ONCE,
     "ddp, reentrant, every layer": ONCE,
+    "mcnc, ddp, reentrant": ONCE,  # A of the head is expanded with that of the projections
     "pranc, ddp, reentrant": REENTRANT,
     "pranc, ddp, reentrant, head": REENTRANT,
     "pranc, ddp, reentrant, static graph": REENTRANT,

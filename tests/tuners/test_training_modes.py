@@ -520,7 +520,7 @@ def test_half_precision_base(dtype: torch.dtype, method: str) -> None:
     base = tiny_models.llama().to(dtype).float()
     for parameter in coefficients_of(model).values():
         assert parameter.dtype == torch.float32
-        parameter.data *= 0.3  # large updates of this model are ill-conditioned in half precision, dense ones as well
+        parameter.data *= 0.2  # large updates of this model are ill-conditioned in half precision, dense ones as well
     output = model(input_ids=tiny_models.tokens(seed=1)).logits
     assert output.dtype == dtype
     output.float().square().mean().backward()

@@ -73,13 +73,15 @@ def texts(n: int, seed: int = 0, length: int = 6):
 
 def classifier(config=None) -> nn.Module:
     if config is None:
-        config = NolaConfig(r=2, num_basis=6, init_weights=False, modules_to_save=["classifier"])
+        config = NolaConfig(
+            r=2, num_basis=6, init_weights=False, modules_to_save=["classifier"], parametrization="plain"
+        )
     return get_peft_model(tiny_models.vit(), config).double().eval()
 
 
 def language_model(config=None) -> nn.Module:
     # GPT-2 computes in float64 throughout; Llama's norms are always in float32.
-    config = config or NolaConfig(r=2, num_basis=6, init_weights=False)
+    config = config or NolaConfig(r=2, num_basis=6, init_weights=False, parametrization="plain")
     model = get_peft_model(tiny_models.gpt2(vocab_size=24), config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -128,7 +128,7 @@ class McncConfig(SeededConfig):
         places = torch.arange(size).view(-1, self.k + 1)
         return [places[:, : self.k].flatten(), places[:, self.k]]  # inputs and amplitudes
 
-    def _factors(self, target: Target) -> list[float]:
+    def scaled_factors(self, target: Target) -> list[float]:
         """Those of the inputs and of the amplitudes of every sequence."""
         found = []
         for place, size in enumerate(self.sizes(target.fan_out, target.fan_in, target.experts)):

@@ -99,7 +99,7 @@ class NolaConfig(SeededConfig):
     def kinds(self, size: int) -> list[torch.Tensor]:
         return list(torch.arange(size).split(self.num_basis_per_factor))
 
-    def _factors(self, target: Target) -> list[float]:
+    def scaled_factors(self, target: Target) -> list[float]:
         # The random matrices of a factor have a root mean square of 1 / sqrt(3) each.
         r, (_, num_B) = self.rank(target.name), self.num_basis_per_factor
         return [math.sqrt(3), math.sqrt(3 * target.experts * target.fan_out * r / num_B)]

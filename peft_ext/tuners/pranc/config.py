@@ -102,7 +102,7 @@ class PrancConfig(SeededConfig):
         stream = ("pranc", self.basis, target.name, target.fan_out, target.fan_in)
         return (self._generator(stream, size, target),)
 
-    def _factors(self, target: Target) -> list[float]:
+    def scaled_factors(self, target: Target) -> list[float]:
         assert target.adapted, "a target alone does not say how many weights read the coefficients"
         return [math.sqrt(target.adapted / self.num_coefficients)]
 
