@@ -9,9 +9,9 @@ mode; the trained weights must agree to the bit. Prints processor seconds, and a
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from peft_ext import NolaConfig
 from peft_ext.training.callbacks import trainable_state
 from peft_ext.training.trainer import EvaluationTrainer, fit
 
+from .lines import append
 from .models import machine
 
 
@@ -90,7 +91,6 @@ def main() -> None:
     shape = (3, arguments.image_size, arguments.image_size)
     rows = [{"pixel_values": torch.randn(shape), "labels": torch.tensor(i % 10)} for i in range(arguments.images)]
     table = Table("pair", "whole", "once a sample", "ratio", title="Seconds of a training")
-    lines = []
     for pair in track(range(arguments.pairs), "Pairs", console=Console(stderr=True)):
         whole, expected = train(arguments, rows, Whole)
         once, found = train(arguments, rows, EvaluationTrainer)
@@ -98,11 +98,10 @@ def main() -> None:
         if different:
             raise SystemExit(f"The trained {different[0]} is another one; it must be the same to the bit.")
         table.add_row(str(pair + 1), f"{whole:.1f}", f"{once:.1f}", f"{once / whole:.2f}")
-        lines.append({"whole_seconds": whole, "once_seconds": once, "ratio": once / whole, **machine()})
+        if arguments.output:
+            seconds = {"whole_seconds": whole, "once_seconds": once, "ratio": once / whole}
+            append(Path(arguments.output), {**seconds, **machine()})
     Console(width=100).print(table)
-    if arguments.output:
-        with open(arguments.output, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 if __name__ == "__main__":

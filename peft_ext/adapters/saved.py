@@ -224,10 +224,10 @@ def _targets(config: CheckpointedConfig, names: list[str]) -> tuple[list[Target]
             if counts != sizes:
                 continue
             by_end = dict(zip(ends, guess))
-            targets = together([Target(name, *by_end[end_of[name]]) for name in names])
+            targets = [Target(name, *by_end[end_of[name]]) for name in names]
             found = Identity(config.generating(), [config.described(target) for target in targets]).to_dict()
             if found["modules"] == config.identity.get("modules"):
-                return targets, True
+                return together(targets), True
     every = [size for size, number in sizes.items() for _ in range(number)]
     if len(sizes) == 1 and not with_biases:
         raise ValueError("`target_names` or `target_shapes` was edited: the hash of both in `identity` is another.")
