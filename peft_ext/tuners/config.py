@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,18 @@ def weighted_sum(vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> t
     return sum(vector.to(vectors[0].device) * factor for vector, factor in zip(vectors, factors))  # type: ignore[return-value]
 
 
+def beside_a_start(shared: float) -> float:
+    """The factor of coefficients that are added to the random start of A, which B waits for.
+
+    LoRA's step asks for the root of `shared`, with which the random part of the steps soon drowns the start; 1 leaves A
+    where it started. Half of the way, in the logarithm, is better than both.
+
+    Args:
+        shared: numbers of A for a coefficient.
+    """
+    return math.sqrt(math.sqrt(shared))  # roots are rounded alike on every machine, powers are not
+
+
 @dataclass
 class CheckpointedConfig(DescribedConfig):
     """PEFT's standard fields, and those that say and verify what a checkpoint holds.
@@ -145,6 +158,7 @@ class CheckpointedConfig(DescribedConfig):
     )
 
     size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
+    factors_version: ClassVar[int] = 1  # of the rule of `factors`: adapters that were scaled by another are refused
 
     @classmethod
     def method(cls) -> str:
@@ -371,6 +385,8 @@ class SeededConfig(CheckpointedConfig):
             found["ensure_weight_tying"] = True
         if self.parametrization == PLAIN:
             del found["parametrization"]  # adapters from before there was a choice know no such field
+        elif self.factors_version > 1:
+            found["factors_version"] = self.factors_version
         return found
 
     def factors(self, target: Target) -> list[float]:

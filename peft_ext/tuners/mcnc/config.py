@@ -14,7 +14,7 @@ from ...checkpoint.identity import parse_shape
 from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SCALED, SeededConfig, check_memory, check_multiple, documented
+from ..config import SCALED, SeededConfig, beside_a_start, check_memory, check_multiple, documented
 from ..target import Target, network_target
 
 _INPUTS = 10.0  # the factor of inputs, found by trying: 3 and 30 were worse
@@ -99,6 +99,7 @@ class McncConfig(SeededConfig):
     method_name = "MCNC"
     paper = "https://huggingface.co/papers/2406.19301"
     size_fields = ("k", "d", "r", "apply_to")
+    factors_version = 2
     notice = "A patent application covers the method (US 20250384255 A1)."
 
     def check_fields(self) -> None:
@@ -132,10 +133,14 @@ class McncConfig(SeededConfig):
         """Those of the inputs and of the amplitudes of every sequence."""
         found = []
         for place, size in enumerate(self.sizes(target.fan_out, target.fan_in, target.experts)):
-            # An amplitude has so many numbers of its own. Those of A start at the size of its random start, as LoRA's
-            # do: steps that are larger than LoRA's would drown it.
             numbers = min(self.chunk_size, size)
-            found += [_INPUTS, 1.0 if self.apply_to == "factors" and place == 0 else math.sqrt(numbers)]
+            if self.apply_to == "weight":
+                amplitude = math.sqrt(numbers)  # an amplitude has so many numbers of its own
+            else:
+                # The inputs move the numbers as well: with them counted, few images were learned better.
+                shared = numbers / (self.k + 1)
+                amplitude = math.sqrt(shared) if place else beside_a_start(shared)
+            found += [_INPUTS, amplitude]
         return found
 
     def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:

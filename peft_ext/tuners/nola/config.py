@@ -12,7 +12,15 @@ from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
-from ..config import ELSEWHERE, SeededConfig, check_memory, check_multiple, documented, weighted_sum
+from ..config import (
+    ELSEWHERE,
+    SeededConfig,
+    beside_a_start,
+    check_memory,
+    check_multiple,
+    documented,
+    weighted_sum,
+)
 from ..target import Target
 
 N = TypeVar("N", int, float)
@@ -71,6 +79,7 @@ class NolaConfig(SeededConfig):
     method_name = "NOLA"
     paper = "https://huggingface.co/papers/2310.02556"
     size_fields = ("num_basis",)
+    factors_version = 2
 
     def check_fields(self) -> None:
         super().check_fields()
@@ -101,8 +110,9 @@ class NolaConfig(SeededConfig):
 
     def scaled_factors(self, target: Target) -> list[float]:
         # The random matrices of a factor have a root mean square of 1 / sqrt(3) each.
-        r, (_, num_B) = self.rank(target.name), self.num_basis_per_factor
-        return [math.sqrt(3), math.sqrt(3 * target.experts * target.fan_out * r / num_B)]
+        r, (num_A, num_B) = self.rank(target.name), self.num_basis_per_factor
+        size_A, size_B = (target.experts * r * size for size in (target.fan_in, target.fan_out))
+        return [math.sqrt(3) * beside_a_start(size_A / num_A), math.sqrt(3 * size_B / num_B)]
 
     def rank(self, module_name: str) -> int:
         """The rank of a module: that of its pattern, or `r`."""
