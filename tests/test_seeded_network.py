@@ -79,9 +79,9 @@ def test_updates_are_those_of_one_generator_over_all_weights(config: Config) -> 
     moved = network.weights()
     spreads = {"conv.weight": 1 / math.sqrt(18), "first.weight": 1 / 2, "token": 0.02}
     flat = torch.cat([((moved[name] - start[name]) / spreads.get(name, 0.1)).flatten() for name in start])
-    assert flat.shape == (SIZE,) == (network.generator.size,)
+    assert flat.shape == (SIZE,) == (network.generators[0].size,)
     (coefficients,) = network.parameters()
-    torch.testing.assert_close(flat, network.generator.expand(coefficients.detach()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(flat, network.generators[0].expand(coefficients.detach()), rtol=1e-4, atol=1e-5)
     assert (flat != 0).float().mean() > 0.9
 
 
@@ -134,7 +134,7 @@ def test_a_dense_basis_can_be_kept() -> None:
     randomize(kept)
     for name, weight in streamed.weights().items():
         torch.testing.assert_close(kept.weights()[name], weight, rtol=1e-5, atol=1e-6)
-    assert streamed.generator.nbytes == 0 and kept.generator.nbytes == 4 * 20 * SIZE
+    assert streamed.generators[0].nbytes == 0 and kept.generators[0].nbytes == 4 * 20 * SIZE
 
 
 def test_copies_are_independent(config: Config) -> None:
