@@ -292,11 +292,11 @@ def load_from_seed(
         _check_weights(saved, name, weights)
         targets = [weight.target for weight in weights]
         matrices = matrices_of(targets, config.network_fillings(targets))
-        if matrices != described.get("matrices", {}):
-            raise ValueError(f"`matrices` in {NETWORK_CONFIG_NAME} must be those of the {name}: it was edited.")
         identity = _identity(config, weights, matrices)
         check_identity(described["identity"], identity, f"in {NETWORK_CONFIG_NAME}")
         check_identity(content.get("identity"), identity, f"in {NETWORK_WEIGHTS_NAME}")
+        if matrices != described.get("matrices", {}):
+            raise ValueError(f"`matrices` in {NETWORK_CONFIG_NAME} must be those of the {name}: it was edited.")
 
     if network is None:
         _check_network_config(path, described)
