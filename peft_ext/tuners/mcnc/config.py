@@ -91,9 +91,25 @@ class McncConfig(SeededConfig):
             "generates": True,
         },
     )
-    r: int = field(default=8, metadata={"help": "Rank of the update, for apply_to='factors'.", "generates": True})
+    r: int = field(
+        default=8,
+        metadata={
+            "help": (
+                "Rank of the update, for apply_to='factors'. In a whole network that of a smaller matrix is its "
+                "smaller side."
+            ),
+            "generates": True,
+        },
+    )
     alpha: float = field(
-        default=8.0, metadata={"help": "The update is scaled by alpha / r, for apply_to='factors'.", "generates": True}
+        default=8.0,
+        metadata={
+            "help": (
+                "The update is scaled by alpha / r, for apply_to='factors'. In a whole network it is scaled by the "
+                "rank alone, and alpha must be left alone."
+            ),
+            "generates": True,
+        },
     )
     mcnc_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
 

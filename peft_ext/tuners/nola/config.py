@@ -32,7 +32,13 @@ class NolaConfig(SeededConfig):
     size, and a checkpoint holds those and the seed.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the update.", "generates": True})
+    r: int = field(
+        default=8,
+        metadata={
+            "help": "Rank of the update. In a whole network that of a smaller matrix is its smaller side.",
+            "generates": True,
+        },
+    )
     num_basis: Union[int, tuple[int, int]] = field(
         default=256,
         metadata={
@@ -43,7 +49,16 @@ class NolaConfig(SeededConfig):
             "generates": True,
         },
     )
-    alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha / r.", "generates": True})
+    alpha: float = field(
+        default=8.0,
+        metadata={
+            "help": (
+                "The update is scaled by alpha / r. In a whole network it is scaled by the rank alone, and alpha, "
+                "rank_pattern and alpha_pattern must be left alone."
+            ),
+            "generates": True,
+        },
+    )
     nola_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
     share_basis: bool = field(
         default=True,
