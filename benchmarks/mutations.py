@@ -121,6 +121,7 @@ METHODS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], dict[str,
     ),
     "VisualPrompt": (vit, VisualPromptConfig, {"num_prompts": 3, "deep": True}, {"deep": False}),
     "network, PRANC": (vit, PrancConfig, {"num_coefficients": 20, "nnz": 2}, {}),
+    "network, NOLA": (vit, NolaConfig, {"r": 3, "num_basis": (5, 7)}, {}),
     "network, MCNC": (vit, McncConfig, {"apply_to": "weight", "k": 2, "d": 30, "widths": (8,)}, {}),
 }
 DTYPES = ("float32", "int4")
@@ -345,7 +346,7 @@ def edit_config(subject: Subject, files: Files, kind: str, chance: random.Random
     if "config.json" in files and chance.random() < 0.25:
         name = "config.json"
     described = json.loads(files[name])
-    place = chance.choice(paths(described, ("identity", "method", "weights")))
+    place = chance.choice(paths(described, ("identity", "method", "weights", "matrices")))
     holder = described if len(place) == 1 else described[place[0]]
     key, old = place[-1], holder[place[-1]]
     if kind == "field removed":

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -18,9 +17,7 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from . import randomness
 from .checkpoint import quantization
 from .checkpoint.card import About
 from .checkpoint.hub import local_folder, upload
@@ -37,43 +34,39 @@ from .checkpoint.identity import (
     write_record,
 )
 from .checks import check_choice
+from .generators import Generator
 from .generators.base import Frozen
-from .tuners.config import PLAIN, SeededConfig
+from .tuners.config import PLAIN, SCALED, SeededConfig
 from .tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, describe
 from .tuners.expansion import SharedExpansion
-from .tuners.target import network_target
+from .tuners.network import UPDATE, A, B, Weight, matrices_of, product, saved_targets, start_of, weights_of
+from .tuners.target import Target
 
 _ADAPTER = "network"
 NETWORK_COEFFICIENTS = f"coefficients.{_ADAPTER}"
 _RECORD = "_extra_state"
-_VECTOR_SPREAD = 0.1  # of updates of norm weights and biases, which start at 1 and 0
-
-
-class _Weight(NamedTuple):
-    """A parameter: starts uniform on `mean` +- `width`; updates of the size of the coefficients are times `spread`."""
-
-    name: str
-    shape: tuple[int, ...]
-    mean: float
-    width: float
-    spread: float
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 class SeededNetwork(nn.Module):
     """A network whose parameters are random numbers plus an update: `theta0 + spread * generator(coefficients)`.
 
-    The parameters are flattened into one sequence, in their order in the network, and filled by one generator
-    (PRANC, arXiv 2206.08464, equation 1; MCNC, arXiv 2406.19301, section 3), so that chunks and coefficients do not
-    end at layers. The sparse basis gives every coefficient equally many weights of the whole network.
+    PRANC and MCNC with `apply_to="weight"` flatten the parameters into one sequence, in their order in the network,
+    and fill it with one generator (PRANC, arXiv 2206.08464, equation 1; MCNC, arXiv 2406.19301, section 3), so that
+    chunks and coefficients do not end at layers. The sparse basis gives every coefficient equally many weights of the
+    whole network.
+
+    NOLA and MCNC with `apply_to="factors"` make the update of every matrix, `(fan_out, fan_in)`, a product of B
+    `(fan_out, r)` and A `(r, fan_in)`, of rank `r` or, if that is less, of the smaller side of the matrix. A linear or
+    convolutional layer has a weight of outputs by all else; an embedding, or another parameter of several dimensions,
+    one of all other dimensions by the last one. Vectors (biases, weights of norms, and matrices of one row or column)
+    are updated as they are, without factors. MCNC cuts all A, all B and all vectors of the network into chunks as one
+    sequence each. NOLA has `num_basis` coefficients for A and for B of every matrix, and as many as for B for all
+    vectors together. A starts at random numbers from the seed, B and the updates of vectors at zero.
 
     theta0 comes from the seed too, from a stream for every parameter name: uniform with variance `1 / fan_in` for the
     weights of linear and convolutional layers, 1 for the weights of norms, 0 for biases, uniform with a standard
-    deviation of 0.02 for all else. An update is as large as theta0's standard deviation where the coefficients are 1
-    (0.1 for norm weights and biases).
+    deviation of 0.02 for all else. An update is as large as theta0's standard deviation (0.1 for norm weights and
+    biases) where the coefficients, times the factors of the scaled parametrization, are 1.
 
     Only `coefficients` is trained. It, the network's buffers (batch-norm statistics) and a record that identifies them
     are the state dict; loading one into a network of another seed, size or architecture raises a ValueError.
@@ -81,39 +74,55 @@ class SeededNetwork(nn.Module):
     Args:
         network: any module; its weights are dropped, and it is used as it is afterwards by this object alone. Buffers
             keep their values.
-        config: `PrancConfig`, or `McncConfig` with `apply_to="weight"`. The fields that place an adapter in a model
-            (`target_modules` and others), and dropout, are ignored.
+        config: `PrancConfig`, `McncConfig` or `NolaConfig`. The fields that place an adapter in a model
+            (`target_modules` and others), and dropout, are ignored; `alpha` and NOLA's patterns must be left at their
+            defaults where there are factors.
         keep_basis: keep PRANC's dense basis in memory, `num_coefficients` numbers for every parameter, instead of
             drawing it again twice a step.
 
     Raises:
-        ValueError: another configuration, or one whose coefficients or chunks are more than the parameters.
+        ValueError: another configuration, one whose coefficients or chunks are more than the parameters, or a rank that
+            no parameter can have.
     """
 
     def __init__(self, network: nn.Module, config: SeededConfig, keep_basis: bool = False) -> None:
         super().__init__()
         self.config = config
-        self._weights = tuple(_weights(network))
-        size = sum(weight.size for weight in self._weights)
+        self._weights = tuple(weights_of(network))
         if not isinstance(config, SeededConfig):
-            raise ValueError(f"`config` must be a PrancConfig or a McncConfig, got {type(config).__name__}.")
-        self.generator = config.network_generator(size, keep_basis)
-        start = config.initial(network_target(size), (self.generator,)).float()
+            raise ValueError(
+                f"`config` must be a NolaConfig, a PrancConfig or a McncConfig, got {type(config).__name__}."
+            )
+        self._fillings = config.network_fillings([weight.target for weight in self._weights], keep_basis)
+        start = config.network_initial(self._fillings).float()
         self._slots = _take_parameters(network)
         self.network = network
         # transformers' Trainer looks at the signature of `forward`, which is the network's behind `*args, **kwargs`.
         parameters = inspect.signature(network.forward).parameters.values()
         self.accepts_loss_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        self._initial = Frozen.shared(_initial, config.seed, self._weights, config.generator_version)
+        self._initial = Frozen.shared(start_of, config.seed, self._weights, config.generator_version)
         self.coefficients = nn.ParameterDict({_ADAPTER: nn.Parameter(start)})
-        self._expansion = SharedExpansion(self.generator, (size,), _ADAPTER, slice(0, self.generator.num_coefficients))
-        self._expansion.add(self.coefficients)
+        self._expansions, first = [], 0
+        for generator in self.generators:
+            span = slice(first, first + generator.num_coefficients)
+            self._expansions.append(SharedExpansion(generator, (generator.size,), _ADAPTER, span))
+            self._expansions[-1].add(self.coefficients)
+            first = span.stop
         self.register_load_state_dict_pre_hook(_verify)
+
+    @property
+    def generators(self) -> tuple[Generator, ...]:
+        """What makes the updates; each reads the next part of the coefficients."""
+        return tuple(filling.generator for filling in self._fillings)
 
     @property
     def identity(self) -> Identity:
         """All that turns the coefficients into weights."""
-        return _identity(self.config, self._weights)
+        return _identity(self.config, self._weights, self._matrices)
+
+    @property
+    def _matrices(self) -> dict[str, list[int]]:
+        return matrices_of([weight.target for weight in self._weights], self._fillings)
 
     def get_extra_state(self) -> torch.Tensor:
         """The record of the coefficients and buffers, which state dicts hold as `_extra_state`."""
@@ -126,10 +135,23 @@ class SeededNetwork(nn.Module):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The network's parameters by name, differentiable in the coefficients."""
-        flat = self._expansion(self.coefficients)
-        sizes = [weight.size for weight in self._weights]
-        parts = zip(self._weights, self._initial.like(flat).split(sizes), flat.split(sizes))
-        return {weight.name: (start + part * weight.spread).view(weight.shape) for weight, start, part in parts}
+        parts: dict[tuple[int, str], torch.Tensor] = {}
+        for filling, expansion in zip(self._fillings, self._expansions):
+            numbers = expansion(self.coefficients).split([part.size for part in filling.parts])
+            parts |= {(part.place, part.kind): each.view(part.shape) for part, each in zip(filling.parts, numbers)}
+        starts = self._initial.like(next(iter(parts.values()))).split([weight.size for weight in self._weights])
+        return {
+            weight.name: start.view(weight.shape) + self._update(parts, place) * weight.spread
+            for place, (weight, start) in enumerate(zip(self._weights, starts))
+        }
+
+    def _update(self, parts: Mapping[tuple[int, str], torch.Tensor], place: int) -> torch.Tensor:
+        """The update of a parameter, in its shape, from what was generated for it."""
+        weight = self._weights[place]
+        if (place, UPDATE) in parts:
+            return parts[place, UPDATE].view(weight.shape)
+        update = product(parts[place, B], parts[place, A], self.config.parametrization == SCALED)
+        return (update.mT if weight.transposed else update).reshape(weight.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """That of the network."""
@@ -190,6 +212,7 @@ class SeededNetwork(nn.Module):
             "network": type(self.network).__name__,
             "network_config": _digest_of_network_config(path),
             "weights": {weight.name: list(weight.shape) for weight in self._weights},
+            **({"matrices": self._matrices} if self._matrices else {}),
             "method": {key: value for key, value in fields.items() if value is not None},
             "identity": self.identity.to_dict(),
         }
@@ -259,17 +282,21 @@ def load_from_seed(
         FileNotFoundError: neither a folder nor what could be the id of a repository.
     """
     path = local_folder(folder, (NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, transformers.CONFIG_NAME), revision, token)
-    described, config = read_config(path)
+    described, config, _ = read_config(path)
     state = load_file(path / NETWORK_WEIGHTS_NAME)
     content = read_record(state.pop("identity", None), "identity")
     saved, name = described["weights"], described["network"]
 
     def verify(network: nn.Module) -> None:
-        weights = list(_weights(network))
+        weights = list(weights_of(network))
         _check_weights(saved, name, weights)
-        identity = _identity(config, weights)
+        targets = [weight.target for weight in weights]
+        matrices = matrices_of(targets, config.network_fillings(targets))
+        identity = _identity(config, weights, matrices)
         check_identity(described["identity"], identity, f"in {NETWORK_CONFIG_NAME}")
         check_identity(content.get("identity"), identity, f"in {NETWORK_WEIGHTS_NAME}")
+        if matrices != described.get("matrices", {}):
+            raise ValueError(f"`matrices` in {NETWORK_CONFIG_NAME} must be those of the {name}: it was edited.")
 
     if network is None:
         _check_network_config(path, described)
@@ -310,8 +337,8 @@ def load_from_seed(
     return seeded.to_plain().eval()
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
-    """What `seed_config.json` of a folder says, and the configuration in it.
+def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig, list[Target]]:
+    """What `seed_config.json` of a folder says, and the configuration and the parameters in it.
 
     Raises:
         ValueError: it is damaged, or no configuration of a network.
@@ -322,6 +349,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
         shapes = [[int(size) for size in shape] for shape in weights.values()]
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")
+        targets = saved_targets(dict(zip(weights, shapes)), described.get("matrices", {}))
         # Networks from before there was a choice name none.
         config = PeftConfig.from_peft_type(**{"parametrization": PLAIN, **method})
     except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -329,9 +357,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig]:
     if not isinstance(config, SeededConfig):
         kind = method.get("peft_type")
         raise ValueError(f"`peft_type` in {NETWORK_CONFIG_NAME} must be a method that makes networks, got {kind!r}.")
-    parameters = sum(math.prod(shape) for shape in shapes)
-    config.network_generator(parameters)  # whether it makes networks, and has fewer coefficients than parameters
-    return described, config
+    config.network_fillings(targets)  # whether it makes networks, and has fewer coefficients than parameters
+    return described, config, targets
 
 
 def _digest_of_network_config(path: Path) -> str | None:
@@ -351,7 +378,7 @@ def _check_network_config(path: Path, described: Mapping[str, Any]) -> None:
         )
 
 
-def _check_weights(saved: Mapping[str, Any], name: str, weights: Sequence[_Weight]) -> None:
+def _check_weights(saved: Mapping[str, Any], name: str, weights: Sequence[Weight]) -> None:
     found = {weight.name: list(weight.shape) for weight in weights}
     if found != saved:
         differing = sorted(each for each in found.keys() | saved.keys() if found.get(each) != saved.get(each))
@@ -362,9 +389,12 @@ def _check_weights(saved: Mapping[str, Any], name: str, weights: Sequence[_Weigh
         )
 
 
-def _identity(config: SeededConfig, weights: Sequence[_Weight]) -> Identity:
-    """The parameters are known by their place in the sequence, name, shape and start."""
-    described = [[i, weight.name, *weight.shape, *weight[2:]] for i, weight in enumerate(weights)]
+def _identity(config: SeededConfig, weights: Sequence[Weight], matrices: Mapping[str, Sequence[int]]) -> Identity:
+    """The parameters are known by their place in the sequence, name, shape and start, and the sides of matrices."""
+    described = [
+        [i, each.name, *each.shape, each.mean, each.width, each.spread, *matrices.get(each.name, ())]
+        for i, each in enumerate(weights)
+    ]
     return Identity(config.generating(), described)
 
 
@@ -404,31 +434,6 @@ def _make_network(path: Path, name: str) -> nn.Module:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
-
-
-def _weights(network: nn.Module) -> Iterator[_Weight]:
-    owners = {
-        id(p): (module, name) for module in network.modules() for name, p in module.named_parameters(recurse=False)
-    }
-    for name, parameter in network.named_parameters():
-        module, attribute = owners[id(parameter)]
-        shape = tuple(parameter.shape)
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, Conv1D)) and attribute == "weight":
-            fan_in = shape[0] if isinstance(module, Conv1D) else parameter[0].numel()
-            yield _Weight(name, shape, 0.0, math.sqrt(3 / fan_in), 1 / math.sqrt(fan_in))
-        elif len(shape) == 1:
-            yield _Weight(name, shape, 1.0 if attribute == "weight" else 0.0, 0.0, _VECTOR_SPREAD)
-        else:
-            yield _Weight(name, shape, 0.0, 0.02 * math.sqrt(3), 0.02)
-
-
-def _initial(seed: int, weights: tuple[_Weight, ...], version: int) -> torch.Tensor:
-    flat = torch.empty(sum(weight.size for weight in weights), dtype=torch.float32)
-    for weight, part in zip(weights, flat.split([weight.size for weight in weights])):
-        part.fill_(weight.mean)
-        if weight.width:
-            part.add_(randomness.uniform(seed, ("network", weight.name), weight.size, 0, version), alpha=weight.width)
-    return flat
 
 
 def _take_parameters(network: nn.Module) -> list[tuple[nn.Module, str, str]]:

@@ -1,4 +1,4 @@
-"""Trains an image classifier that is a seed and a few coefficients, without base weights: PRANC and MCNC as published.
+"""Trains an image classifier that is a seed and a few coefficients, without base weights, by PRANC, MCNC or NOLA.
 
 ``python -m recipes.train_from_seed --preset resnet20_cifar10 --dataset_name <folder>``; ``--help`` lists the arguments.
 Without any, a small ViT learns scikit-learn's digits, and flags such as ``--output_dir`` change that. It runs under

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -450,16 +450,19 @@ def read_network(described: Mapping[str, Any], data: bytes, parameters: Sequence
     tensors, types = read_safetensors(data)
     record = json.loads(tensors.pop("identity").tobytes())
     assert described["weights"] == {each.name: list(each.shape) for each in parameters}
-    rows = [[i, each.name, *each.shape, *start_of(each)] for i, each in enumerate(parameters)]
+    rows = [
+        [i, each.name, *each.shape, *start_of(each), *((matrix_of(each) or ()) if has_factors(config) else ())]
+        for i, each in enumerate(parameters)
+    ]
+    if has_factors(config):
+        assert described["matrices"] == {each.name: list(fans) for each in parameters if (fans := matrix_of(each))}
     assert record["format"] == 1
     assert record["identity"] == described["identity"] == identity(config, rows)
 
-    size = sum(math.prod(each.shape) for each in parameters)
     if record["dtype"] in ("int8", "int4"):
         packed = tensors.pop("packed")
         assert record["coefficients"] == checksum([("coefficients", packed, "uint8")])
-        counts = lengths(config, Module("", size, 1))
-        coefficients = joined(config, unpack(packed, counts, record["dtype"]))
+        coefficients = joined(config, unpack(packed, network_lengths(config, parameters), record["dtype"]))
     else:
         stored = tensors.pop("coefficients.network")
         kind = types["coefficients.network"]
@@ -467,23 +470,119 @@ def read_network(described: Mapping[str, Any], data: bytes, parameters: Sequence
         coefficients = as_float32(stored, kind)
     assert record["others"] == checksum((name, tensor, types[name]) for name, tensor in tensors.items())
 
+    found = {name.removeprefix("network."): buffer for name, buffer in tensors.items()}
+    make = factored_updates if has_factors(config) else joint_updates
+    for parameter, update in zip(parameters, make(config, coefficients, parameters)):
+        mean, width, spread = start_of(parameter)
+        count = math.prod(parameter.shape)
+        start = np.full(count, mean, np.float32)
+        if width:
+            start = uniform(config["seed"], ["network", parameter.name], count) * np.float32(width)
+        found[parameter.name] = (start + update.reshape(-1) * np.float32(spread)).reshape(parameter.shape)
+    return found
+
+
+def joint_updates(
+    config: Mapping[str, Any], coefficients: np.ndarray, parameters: Sequence[Parameter]
+) -> list[np.ndarray]:
+    """The updates of all parameters, of one sequence."""
+    sizes = [math.prod(each.shape) for each in parameters]
+    size = sum(sizes)
     if config["peft_type"] == "MCNC":
         flat = manifold(config, coefficients, size, 1.0, "weight")
     elif config["basis"] == "dense":
         scale = pranc_factor(config, size) * math.sqrt(3 / len(coefficients))
         flat = dense(config["seed"], ["network", "dense"], coefficients, size, scale)
     else:
-        flat = sparse(
-            config["seed"], ["network", "sparse"], coefficients, size, pranc_factor(config, size), config["nnz"]
-        )
-    found, place = {name.removeprefix("network."): buffer for name, buffer in tensors.items()}, 0
+        factor = pranc_factor(config, size)
+        flat = sparse(config["seed"], ["network", "sparse"], coefficients, size, factor, config["nnz"])
+    return np.split(flat, np.cumsum(sizes)[:-1])
+
+
+def has_factors(config: Mapping[str, Any]) -> bool:
+    return config["peft_type"] == "NOLA" or config.get("apply_to") == "factors"
+
+
+def matrix_of(parameter: Parameter) -> tuple[int, int] | None:
+    """(fan_out, fan_in) of a parameter whose update has factors."""
+    shape = parameter.shape
+    if parameter.kind == "linear":
+        fans = shape[0], math.prod(shape[1:])
+    elif parameter.kind == "Conv1D":
+        fans = shape[1], shape[0]
+    else:
+        fans = math.prod(shape[:-1]), shape[-1]
+    return fans if min(fans) > 1 else None
+
+
+def network_lengths(config: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[int]:
+    """How many coefficients of every kind a network has."""
+    if not has_factors(config):
+        return lengths(config, Module("", sum(math.prod(each.shape) for each in parameters), 1))
+    sizes_A, sizes_B, vectors = factor_sizes(config, parameters)
+    if config["peft_type"] == "NOLA":
+        num_A, num_B = lengths(config, Module("", 1, 1))
+        return [len(sizes_A) * num_A, len(sizes_B) * num_B, *([num_B] if vectors else [])]
+    d = config.get("d") or 5000
+    chunks = sum(-(-size // d) for size in (sum(sizes_A), sum(sizes_B), vectors))
+    return [chunks * config["k"], chunks]
+
+
+def factor_sizes(config: Mapping[str, Any], parameters: Sequence[Parameter]) -> tuple[list[int], list[int], int]:
+    """Numbers in A and in B of every matrix, and in all vectors together."""
+    fans = [each for parameter in parameters if (each := matrix_of(parameter))]
+    vectors = sum(math.prod(each.shape) for each in parameters if not matrix_of(each))
+    return (
+        [min(config["r"], *each) * each[1] for each in fans],
+        [min(config["r"], *each) * each[0] for each in fans],
+        vectors,
+    )
+
+
+def factored_updates(
+    config: Mapping[str, Any], coefficients: np.ndarray, parameters: Sequence[Parameter]
+) -> Iterator[np.ndarray]:
+    """The update of every parameter: a product of factors for a matrix."""
+    seed, names = config["seed"], [each.name for each in parameters if matrix_of(each)]
+    sizes_A, sizes_B, vectors = factor_sizes(config, parameters)
+    if config["peft_type"] == "MCNC":
+        chunks = [-(-size // (config.get("d") or 5000)) for size in (sum(sizes_A), sum(sizes_B), vectors)]
+        own = np.split(coefficients, np.cumsum(chunks)[:-1] * (config["k"] + 1))
+        all_A = manifold(config, own[0], sum(sizes_A), 1.0, "A")
+        all_A = all_A + offset(seed, ["network", "mcnc", "A", "offset"], sum(sizes_A), math.sqrt(3))
+        factors_A = np.split(all_A, np.cumsum(sizes_A)[:-1])
+        factors_B = np.split(manifold(config, own[1], sum(sizes_B), 1.0, "B"), np.cumsum(sizes_B)[:-1])
+        rest = manifold(config, own[2], vectors, 1.0, "weight") if vectors else np.zeros(0)
+    else:
+        num_A, num_B = lengths(config, Module("", 1, 1))
+        own_A, own_B, own_rest = np.split(coefficients, [len(names) * num_A, len(names) * (num_A + num_B)])
+        factors_A, factors_B = [], []
+        for i, parameter in enumerate(each for each in parameters if matrix_of(each)):
+            fan_out, fan_in = matrix_of(parameter) or (0, 0)
+            r = min(config["r"], fan_out, fan_in)
+            name = [] if config["share_basis"] else [parameter.name]
+            stream_A, stream_B = ["network", "nola", "A", r, fan_in, *name], ["network", "nola", "B", fan_out, r, *name]
+            factor_A = math.sqrt(3) * math.sqrt(math.sqrt(fan_in * r / num_A)) if scaled(config) else 1.0
+            A = dense(seed, stream_A, own_A[i * num_A :][:num_A], r * fan_in, factor_A / math.sqrt(num_A))
+            factors_A.append(A + offset(seed, [*stream_A, "offset"], r * fan_in, math.sqrt(3)))
+            factor_B = math.sqrt(3 * fan_out * r / num_B) if scaled(config) else 1.0
+            factors_B.append(
+                dense(seed, stream_B, own_B[i * num_B :][:num_B], fan_out * r, factor_B / math.sqrt(num_B))
+            )
+        factor = math.sqrt(3 * vectors / num_B) if scaled(config) else 1.0
+        rest = np.zeros(0)
+        if vectors:
+            rest = dense(seed, ["network", "nola", "vectors"], own_rest, vectors, factor / math.sqrt(num_B))
+    place = 0
     for parameter in parameters:
-        mean, width, spread = start_of(parameter)
-        count = math.prod(parameter.shape)
-        start = np.full(count, mean, np.float32)
-        if width:
-            start = uniform(config["seed"], ["network", parameter.name], count) * np.float32(width)
-        part = flat[place : place + count] * np.float32(spread)
-        found[parameter.name] = (start + part).reshape(parameter.shape)
-        place += count
-    return found
+        fans = matrix_of(parameter)
+        if fans is None:
+            size = math.prod(parameter.shape)
+            yield rest[place : place + size]
+            place += size
+            continue
+        r = min(config["r"], *fans)
+        i = names.index(parameter.name)
+        scale = math.sqrt(fans[1]) / r if scaled(config) else 1 / math.sqrt(r)
+        matrix = scale * (factors_B[i].reshape(fans[0], r) @ factors_A[i].reshape(r, fans[1]))
+        yield matrix.T if parameter.kind == "Conv1D" else matrix

@@ -22,6 +22,8 @@ LAYERS = ["embedding", "first", "second", "wide", "conv1d", "conv2d"]
 ALL = [*LAYERS, "norm"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj", "router.weight"]
 NETWORK = {"apply_to": "weight", "k": 2, "d": 30, "widths": (8,), "seed": 3}
+FACTORS = {"r": 4, "k": 2, "d": 30, "widths": (8,), "seed": 3}
+NETWORKS = ["Mixed", "Embedded"]  # models that are whole networks from a seed
 
 # name: (model of tiny_models, configuration class, fields)
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -136,6 +138,14 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "network-pranc-two": ("Mixed", PrancConfig, {"num_coefficients": 21, "nnz": 2, "seed": 3}),
     "network-pranc-dense": ("Mixed", PrancConfig, {"num_coefficients": 20, "basis": "dense", "seed": 3}),
     "network-mcnc": ("Mixed", McncConfig, NETWORK),
+    "network-mcnc-factors": ("Embedded", McncConfig, FACTORS),
+    "network-mcnc-factors-plain": ("Mixed", McncConfig, {**FACTORS, "d": 16, "parametrization": "plain"}),
+    "network-nola": ("Embedded", NolaConfig, {"r": 4, "num_basis": (3, 4), "seed": 3}),
+    "network-nola-own": (
+        "Mixed",
+        NolaConfig,
+        {"r": 2, "num_basis": 5, "share_basis": False, "parametrization": "plain"},
+    ),
     "network-mcnc-relu": ("Mixed", McncConfig, {**NETWORK, "activation": "relu", "normalize": False}),
 }
 
@@ -150,14 +160,14 @@ def save(case: str, dtype: str, folder: Path, **options: Any) -> None:
     name, config_class, fields = CASES[case]
     config = config_class(**{**fields, "coefficient_dtype": dtype, **options})
     base = getattr(tiny_models, name)()
-    model: Any = SeededNetwork(base, config) if name == "Mixed" else get_peft_model(base, config)
+    model: Any = SeededNetwork(base, config) if name in NETWORKS else get_peft_model(base, config)
     generator = torch.Generator().manual_seed(len(case))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         for buffer in model.buffers():
-            if name == "Mixed":
+            if name in NETWORKS:
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) * 10)
     model.save_pretrained(str(folder))
 
@@ -228,7 +238,7 @@ def rebuilt_weights(case: str, folder: Path) -> dict[str, np.ndarray]:
     """The same as `loaded_weights`, by the reference reader."""
     name, _, fields = CASES[case]
     base = getattr(tiny_models, name)()
-    if name == "Mixed":
+    if name in NETWORKS:
         described = json.loads((folder / "seed_config.json").read_text())
         return read_network(described, (folder / "model.safetensors").read_bytes(), list(_parameters(base)))
     config = json.loads((folder / "adapter_config.json").read_text())

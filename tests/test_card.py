@@ -262,6 +262,27 @@ def test_code_of_the_card_of_a_network_runs(build: Any, tmp_path: Path, monkeypa
         assert torch.equal(names["network"].state_dict()[name], weight)
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            peft_ext.McncConfig(r=3, k=2, d=10, widths=(4,)),
+            "1 matrices by factors of rank 3 (A: 12 numbers from 6 coefficients; B: 12 numbers from 6 coefficients); "
+            "vectors: 4 numbers from 3 coefficients",
+        ),
+        (
+            peft_ext.NolaConfig(r=2, num_basis=(3, 4)),
+            "1 matrices by factors of rank 2 (A: 8 numbers from 3 coefficients; B: 8 numbers from 4 coefficients); "
+            "vectors: 4 numbers from 4 coefficients",
+        ),
+    ],
+)
+def test_the_card_of_a_network_tells_what_its_factors_are(config: Any, expected: str, tmp_path: Path) -> None:
+    peft_ext.SeededNetwork(Small(), config).save_pretrained(tmp_path)
+    table = rows((tmp_path / "README.md").read_text(), f"{config.method_name} network")
+    assert table["updates of"] == [expected]
+
+
 def test_only_our_checkpoints_are_described(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`folder` must hold an adapter or a network from a seed"):
         peft_ext.describe(tmp_path)

@@ -284,6 +284,14 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         lambda: McncConfig(apply_to="weight", k=2, d=30, widths=(8,), seed=3),
         {"k": 3, "d": 31, "widths": [9], "activation": "tanh", "frequency": 4.0, "normalize": False, "alpha": 2.0},
     ),
+    "MCNC, factors": (
+        lambda: McncConfig(r=3, k=2, d=30, widths=(9,), seed=3),
+        {"r": 4, "alpha": 2.0, "apply_to": "weight", "parametrization": "plain"},
+    ),
+    "NOLA": (
+        lambda: NolaConfig(r=3, num_basis=(5, 7), seed=3),
+        {"r": 4, "num_basis": [7, 5], "share_basis": False, "alpha": 2.0, "rank_pattern": {"a": 2}},
+    ),
 }
 
 
@@ -307,11 +315,30 @@ def test_every_field_of_a_network(method: str, field: str, change: str, tmp_path
     else:
         del described["method"][field]
     path.write_text(json.dumps(described))
-    default = NETWORKS[method][0]().__dataclass_fields__[field].default
-    if change == "removed" and getattr(NETWORKS[method][0](), field) == default:
-        load_from_seed(tmp_path)  # what is not there means the default
-        return
+    if change == "removed" and getattr(NETWORKS[method][0](), field) == getattr(type(NETWORKS[method][0]())(), field):
+        means = {"parametrization": "plain"}.get(field)  # what is not there means the default, or what it once was
+        if means is None:
+            load_from_seed(tmp_path)
+            return
     with refused(f"`{field}`"):
+        load_from_seed(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["MCNC, factors", "NOLA"])
+@pytest.mark.parametrize("change", ["turned", "vector", "missing"])
+def test_edited_matrices_of_a_network(method: str, change: str, tmp_path: Path) -> None:
+    saved_network(tmp_path, method)
+    path = tmp_path / "seed_config.json"
+    described = json.loads(path.read_text())
+    name = next(name for name, (fan_out, fan_in) in described["matrices"].items() if fan_out != fan_in)
+    if change == "turned":
+        described["matrices"][name].reverse()
+    elif change == "vector":
+        del described["matrices"][name]
+    else:
+        del described["matrices"]
+    path.write_text(json.dumps(described))
+    with refused("`r` must be at most 0" if change == "missing" else "`matrices` in seed_config.json"):
         load_from_seed(tmp_path)
 
 
@@ -584,6 +611,26 @@ def test_too_many_prompts() -> None:
 def test_networks_out_of_proportion(widths: tuple[int, ...]) -> None:
     with refused("`widths`"):
         SeededNetwork(tiny_models.vit(), McncConfig(apply_to="weight", k=2, d=30, widths=widths))
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (lambda: NolaConfig(r=10**9), "`r`"),
+        (lambda: NolaConfig(r=8, num_basis=10**9), "`num_basis`"),
+        (lambda: McncConfig(r=10**9), "`r`"),
+        (lambda: McncConfig(r=8, k=10**8, d=10**9), "`d`"),
+        (lambda: McncConfig(r=8, d=30, widths=(10**9,)), "`widths`"),
+    ],
+)
+def test_networks_with_factors_out_of_proportion(config: Callable[[], Any], field: str) -> None:
+    with refused(field):
+        SeededNetwork(tiny_models.vit(), config())
+
+
+def test_random_matrices_of_a_network_out_of_proportion() -> None:
+    with refused("`num_basis` and `r`"):  # 400 x 64 x 2,000 numbers, and as many for B, for each of two shapes
+        SeededNetwork(nn.Sequential(nn.Linear(2000, 800), nn.Linear(800, 2000)), NolaConfig(r=64, num_basis=900))
 
 
 def test_networks_that_read_too_much() -> None:

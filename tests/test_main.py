@@ -288,6 +288,31 @@ def test_quantize_a_network(run: Any, tmp_path: Path) -> None:
         assert run("verify", out)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        McncConfig(r=4, k=2, d=50, widths=(8,), frequency=0.5),
+        NolaConfig(r=4, num_basis=(9, 5)),
+        NolaConfig(r=4, num_basis=6, share_basis=False),
+    ],
+)
+def test_a_network_with_factors(config: Any, run: Any, tmp_path: Path) -> None:
+    network = randomised(SeededNetwork(tiny_models.vit(), config))
+    network.save_pretrained(tmp_path / "one")
+    found = json.loads(run("inspect", tmp_path / "one", "--json")[1])
+    assert found["coefficients"] == sum(parameter.numel() for parameter in network.parameters())
+    network.weights()
+    held = {id(each): each.nbytes for generator in network.generators for each in generator.frozen}
+    assert sum(row["memory"] for row in found["drawn"][1:]) == sum(held.values())
+    assert run("verify", tmp_path / "one")[0] == 0
+    assert run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "int8")[0] == 0
+    assert run("verify", tmp_path / "two")[0] == 0
+    before, after = (load_from_seed(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.equal(before[name], weight) for name, weight in network.weights().items())
+    change = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    assert 0 < change.norm() < 0.5 * torch.cat([weight.flatten() for weight in before.values()]).norm()
+
+
 def test_packed_coefficients_of_several_shapes_stay_packed(run: Any, tmp_path: Path) -> None:
     model = get_peft_model(
         tiny_models.llama(), McncConfig(r=2, k=3, d=13, target_modules=["q_proj", "up_proj"], coefficient_dtype="int8")

@@ -107,6 +107,16 @@ class Mixed(nn.Module):
         self.second = nn.Linear(6, 3)
 
 
+class Embedded(Mixed):
+    """Also parameters of several dimensions that are no layer's weight, and a layer of one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.positions = nn.Parameter(torch.randn(1, 3, 4))
+        self.score = nn.Linear(6, 1)
+
+
 def mixture(kind: str, experts: int = 4, layers: int = 2, **options: Any) -> transformers.PreTrainedModel:
     """A language model whose layers are mixtures of experts: `"mixtral"`, `"qwen3_moe"` or `"gpt_oss"`."""
     torch.manual_seed(0)

@@ -83,9 +83,9 @@ def _drawn(saved: Saved) -> list[dict[str, Any]]:
     if not isinstance(config, SeededConfig):
         return []
     if saved.is_network:
-        size = saved.targets[0].fan_out
+        size = sum(target.size for target in saved.targets)
         start = {"what": "start of the network", "number": 1, "numbers": size, "memory": 4 * size}
-        return [start, *_drawn_by([config.network_generator(size)])]
+        return [start, *_drawn_by([filling.generator for filling in config.network_fillings(saved.targets)])]
     return _drawn_by([generator for target in saved.targets for generator in config.generators(target)])
 
 

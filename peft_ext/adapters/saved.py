@@ -38,7 +38,7 @@ from ..seeded_network import NETWORK_COEFFICIENTS
 from ..tuners.config import CheckpointedConfig
 from ..tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME
 from ..tuners.surroundings import PREFIX
-from ..tuners.target import Target, network_target, together
+from ..tuners.target import Target, together
 from ..tuners.target_parameters import owners_of
 
 _MOST_GUESSES = 5_000
@@ -57,7 +57,7 @@ class Saved:
         config: its configuration.
         described: what `seed_config.json` of a network says; nothing for an adapter.
         record: what the record in the weights file says.
-        targets: the adapted modules. A network is one module.
+        targets: the adapted modules, or the parameters of a network.
         shapes_known: whether every target has its own shape: a file tells how many have which, and a hash of all.
         vectors: names of the tensors of coefficients, in the order of the model.
         packed: name of the tensor that holds the coefficients in a few bits each.
@@ -104,7 +104,8 @@ class Saved:
     def sizes(self) -> list[int]:
         """Numbers in every vector of coefficients; in an order of their own unless `shapes_known`."""
         if self.is_network:
-            return [self.config.network_generator(self.targets[0].fan_out).num_coefficients]
+            fillings = self.config.network_fillings(self.targets)
+            return [sum(filling.generator.num_coefficients for filling in fillings)]
         return self.config.vector_sizes(self.targets)
 
     def coefficients(self) -> list[torch.Tensor]:
@@ -172,12 +173,12 @@ def _read_adapter(folder: Path) -> Saved:
 
 
 def _read_network(folder: Path) -> Saved:
-    described, config = seeded_network.read_config(folder)
+    described, config, targets = seeded_network.read_config(folder)
     tensors = _load(folder / NETWORK_WEIGHTS_NAME)
     record = read_record(tensors.get("identity"), "identity")
-    size = sum(torch.Size(shape).numel() for shape in described["weights"].values())
-    targets, vectors = [network_target(size)], [NETWORK_COEFFICIENTS]
-    return Saved(folder, config, described, record, targets, True, vectors, "packed", "identity", tensors)
+    return Saved(
+        folder, config, described, record, targets, True, [NETWORK_COEFFICIENTS], "packed", "identity", tensors
+    )
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

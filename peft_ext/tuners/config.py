@@ -20,6 +20,7 @@ from ..checkpoint.quantization import DTYPES, Layout
 from ..checks import check_choice, check_probability, check_types, declared_type
 from ..generators import Generator
 from .description import DescribedConfig
+from .network import Filling, network_rows
 from .target import Target, shape_counts
 
 C = TypeVar("C", bound=type[PeftConfig])
@@ -398,7 +399,10 @@ class SeededConfig(CheckpointedConfig):
         square; a coefficient that `N / k` of them share, with random signs or weights, has a gradient that is only
         `sqrt(N / k)` times as large, and there are `k`. The factor `sqrt(N / k)` makes up for that.
         """
-        factors = self.scaled_factors(target)
+        return self.chosen(self.scaled_factors(target))
+
+    def chosen(self, factors: list[float]) -> list[float]:
+        """The factors, or ones with the plain parametrization."""
         return factors if self.parametrization == SCALED else [1.0 for _ in factors]
 
     def scaled_factors(self, target: Target) -> list[float]:
@@ -413,7 +417,7 @@ class SeededConfig(CheckpointedConfig):
         return [sum(generator.num_coefficients for generator in self.generators(target)) for target in targets]
 
     def initial(self, target: Target, generators: tuple[Generator, ...]) -> torch.Tensor:
-        """The coefficients that a module, or a whole network, starts from: zeros, or random without `init_weights`."""
+        """The coefficients that a module starts from: zeros, or random without `init_weights`."""
         size = sum(generator.num_coefficients for generator in generators)
         if self.init_weights:
             return torch.zeros(size)
@@ -437,19 +441,27 @@ class SeededConfig(CheckpointedConfig):
         """
         raise ValueError(f"Coefficients of {self.method_name} cannot be combined. {ELSEWHERE}")
 
-    def network_generator(self, size: int, keep_basis: bool = False) -> Generator:
-        """What makes the `size` parameters of a whole network.
+    def network_fillings(self, targets: Sequence[Target], keep_basis: bool = False) -> tuple[Filling, ...]:
+        """What makes the updates of the parameters of a whole network.
 
         Args:
+            targets: the parameters, vectors as columns.
             keep_basis: keep a dense basis in memory that would be drawn again at every use.
 
         Raises:
-            ValueError: the method makes no whole networks, or has more coefficients than there are parameters.
+            ValueError: the method makes no whole networks, or is out of proportion to this one.
         """
-        raise ValueError(
-            "`config` must be a PrancConfig, or a McncConfig with apply_to='weight', to make a whole network, got "
-            f"{type(self).__name__}."
-        )
+        raise ValueError(f"`config` must be a NolaConfig, a PrancConfig or a McncConfig, got {type(self).__name__}.")
+
+    def network_rows(self, targets: Sequence[Target]) -> dict[str, str]:
+        return network_rows(self.network_fillings(targets))
+
+    def network_initial(self, fillings: Sequence[Filling]) -> torch.Tensor:
+        """The coefficients that a whole network starts from; see `initial`."""
+        sizes = [filling.generator.num_coefficients for filling in fillings]
+        if self.init_weights:
+            return torch.zeros(sum(sizes))
+        return torch.cat([torch.randn(size) / filling.factors[0] for size, filling in zip(sizes, fillings)])
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "fingerprint": randomness.fingerprint(self.seed, self.generator_version)}

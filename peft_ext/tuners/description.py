@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,8 @@ from .. import randomness
 from ..checkpoint.card import About, CardFacts, write_card
 from ..checkpoint.identity import describe_shapes, read_record
 from ..checkpoint.markdown import code, escape, python_string
+from .network import saved_targets
+from .target import Target
 
 NETWORK_CONFIG_NAME = "seed_config.json"
 NETWORK_WEIGHTS_NAME = "model.safetensors"
@@ -46,6 +48,10 @@ class DescribedConfig(PeftConfig):
 
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
         """What the method adds to the table of a model card, for `{"out x in": number of layers}`; Markdown."""
+        return {}
+
+    def network_rows(self, targets: Sequence[Target]) -> dict[str, str]:
+        """What the method adds to the table of the card of a whole network of such parameters; Markdown."""
         return {}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -153,6 +159,7 @@ def _network_facts(described: Mapping[str, Any], folder: Path, about: About) -> 
             "network": f"{code(network)}, {numbers:,} parameters in {len(described['weights']):,} tensors",
             **_seed_rows(config),
             **_saved(config, folder / NETWORK_WEIGHTS_NAME),
+            **config.network_rows(saved_targets(described["weights"], described.get("matrices", {}))),
         },
         options=_options(config, placing | {f"{name.lower()}_dropout"}),
         hint="The network comes back with ordinary weights, in evaluation mode.",

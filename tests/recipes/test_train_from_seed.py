@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
 
-from peft_ext import load_from_seed
+import recipes
+from peft_ext import SeededNetwork, load_from_seed
+from peft_ext.tuners.config import SeededConfig
 from recipes.support.arguments import UserError
+from recipes.support.methods import parse_methods
 from recipes.tasks.image_classification import DataArguments, load_image_data
 from recipes.tasks.resnet import CifarResNet
+from recipes.tasks.seeded import FULL
 from recipes.train_from_seed import main
 
 FLAGS = ["--use_cpu", "true", "--max_steps", "4", "--per_device_train_batch_size", "8", "--logging_steps", "2"]
@@ -84,12 +89,37 @@ def test_batch_norm_statistics_are_saved(tmp_path: Path) -> None:
     assert int(network.bn1.num_batches_tracked) == 4 and network.bn1.running_mean.abs().max() > 0
 
 
+def test_networks_with_factors(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    methods = ["--methods", "{name: nola, num_basis: 64, r: 8}", "{name: mcnc, r: 64, k: 16, d: 1600, widths: [8]}"]
+    flags = ["--digits", "true", "--image_size", "8", "--network", "resnet20", "--output_dir", str(out)]
+    main([*FLAGS, *methods, *flags])
+    rows = json.loads((out / "results.json").read_text())
+    assert [row["trainable_parameters"] for row in rows] == [41 * 64, 17 * 190]
+    for folder in ("nola-num_basis=64-r=8-seed42", "mcnc-r=64-k=16-d=1600-seed42"):
+        assert int(load_from_seed(out / folder / "adapter", CifarResNet()).bn1.num_batches_tracked) == 4
+
+
+def test_the_long_preset_has_the_numbers_of_coefficients_that_its_labels_say() -> None:
+    (preset,) = Path(recipes.__file__).parent.glob("configs/train_from_seed_resnet20_cifar10_long.yaml")
+    values = yaml.safe_load(preset.read_text())
+    methods = parse_methods([yaml.dump(each) for each in values["methods"]], extra=[FULL])
+    assert len(methods) == 13 and methods[-1].name == FULL
+    for method in methods[:-1]:
+        config = method.config(None, 0)
+        assert isinstance(config, SeededConfig) and config.parametrization == "scaled"
+        network = SeededNetwork(CifarResNet(), config)
+        assert method.label.endswith(f"{network.coefficients['network'].numel():,}")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--methods", "{name: pranc, num_coefficients: 200000}"], "must be at most the 136650 parameters"),
-        (["--methods", "{name: mcnc}"], "apply_to='weight', to make a whole network"),
-        (["--methods", "nola"], "`config` must be a PrancConfig"),
+        (["--methods", "{name: mcnc, r: 99}"], "`r` must be at most 64, the highest rank"),
+        (["--methods", "{name: nola, num_basis: 5000}"], "`num_basis` must give at most as many coefficients"),
+        (["--methods", "{name: nola, alpha: 3.0}"], "`alpha` must be 8.0, its default"),
+        (["--methods", "lora"], "`config` must be a NolaConfig, a PrancConfig or a McncConfig, got LoraConfig"),
         (["--methods", "pranc", "--shots", "3"], "--shots and --verify_adapters are for adapters"),
         (["--methods", "pranc", "--dataset_name", "here"], "digits makes its own data"),
     ],

@@ -15,7 +15,8 @@ from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
 from ..config import SCALED, SeededConfig, beside_a_start, check_memory, check_multiple, documented
-from ..target import Target, network_target
+from ..network import UPDATE, A, B, Filling, Part, check_default, factor_parts, size_of, whole_parts
+from ..target import Target
 
 _INPUTS = 10.0  # the factor of inputs, found by trying: 3 and 30 were worse
 _MOST_LAYERS = 64  # hidden ones of the frozen network
@@ -90,9 +91,25 @@ class McncConfig(SeededConfig):
             "generates": True,
         },
     )
-    r: int = field(default=8, metadata={"help": "Rank of the update, for apply_to='factors'.", "generates": True})
+    r: int = field(
+        default=8,
+        metadata={
+            "help": (
+                "Rank of the update, for apply_to='factors'. In a whole network that of a smaller matrix is its "
+                "smaller side."
+            ),
+            "generates": True,
+        },
+    )
     alpha: float = field(
-        default=8.0, metadata={"help": "The update is scaled by alpha / r, for apply_to='factors'.", "generates": True}
+        default=8.0,
+        metadata={
+            "help": (
+                "The update is scaled by alpha / r, for apply_to='factors'. In a whole network it is scaled by the "
+                "rank alone, and alpha must be left alone."
+            ),
+            "generates": True,
+        },
     )
     mcnc_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
 
@@ -131,26 +148,34 @@ class McncConfig(SeededConfig):
 
     def scaled_factors(self, target: Target) -> list[float]:
         """Those of the inputs and of the amplitudes of every sequence."""
-        found = []
-        for place, size in enumerate(self.sizes(target.fan_out, target.fan_in, target.experts)):
-            numbers = min(self.chunk_size, size)
-            if self.apply_to == "weight":
-                amplitude = math.sqrt(numbers)  # an amplitude has so many numbers of its own
-            else:
-                # The inputs move the numbers as well: with them counted, few images were learned better.
-                shared = numbers / (self.k + 1)
-                amplitude = math.sqrt(shared) if place else beside_a_start(shared)
-            found += [_INPUTS, amplitude]
-        return found
+        sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
+        kinds = (UPDATE,) if self.apply_to == "weight" else (A, B)
+        return [factor for size, kind in zip(sizes, kinds) for factor in self._pair(size, kind)]
+
+    def _pair(self, size: int, kind: str) -> list[float]:
+        """The factors of the inputs and of the amplitudes of a sequence of `size` numbers.
+
+        Args:
+            kind: what the numbers are: those of the factors `A` or `B`, or an `UPDATE`.
+        """
+        numbers = min(self.chunk_size, size)
+        if kind == UPDATE:
+            return [_INPUTS, math.sqrt(numbers)]  # an amplitude has so many numbers of its own
+        # The inputs move the numbers as well: with them counted, few images were learned better.
+        shared = numbers / (self.k + 1)
+        return [_INPUTS, beside_a_start(shared) if kind == A else math.sqrt(shared)]
 
     def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
         lengths = [self._chunks(size) * (self.k + 1) for size in sizes]
         factors = self.factors(target)
         for part, inputs, amplitudes in zip(coefficients.split(lengths), factors[::2], factors[1::2]):
-            part.view(-1, self.k + 1)[:, : self.k] /= inputs
-            part.view(-1, self.k + 1)[:, self.k] /= amplitudes
+            self._divide(part, inputs, amplitudes)
         return coefficients
+
+    def _divide(self, coefficients: torch.Tensor, inputs: float, amplitudes: float) -> None:
+        coefficients.view(-1, self.k + 1)[:, : self.k] /= inputs
+        coefficients.view(-1, self.k + 1)[:, self.k] /= amplitudes
 
     @property
     def chunk_size(self) -> int:
@@ -202,34 +227,49 @@ class McncConfig(SeededConfig):
         Those of experts are filled one after the other: all A, then all B. Without scaling, one sequence of chunks
         fills both factors.
         """
+        factors = self.factors(target)
         if self.apply_to == "weight":
-            return (self._manifold(target.size, target, 0, scale=1 / math.sqrt(target.fan_in)),)
+            return (self._manifold(target.size, factors, scale=1 / math.sqrt(target.fan_in)),)
         first, *rest = self.sizes(target.fan_out, target.fan_in, target.experts)
         start: dict[str, Any] = {
             "offset_stream": ("mcnc", "A", self.r, target.fan_in, "offset"),
             "offset_size": target.experts * self.r * target.fan_in,
             "offset_scale": 1 / math.sqrt(target.fan_in),
         }
-        return self._manifold(first, target, 0, **start), *(self._manifold(size, target, 1) for size in rest)
+        return self._manifold(first, factors, **start), *(self._manifold(size, factors[2:]) for size in rest)
 
-    def network_generator(self, size: int, keep_basis: bool = False) -> SineManifold:
-        if self.apply_to != "weight":
-            raise ValueError(
-                "`config` must be a PrancConfig, or a McncConfig with apply_to='weight', to make a whole network, got "
-                f"McncConfig with apply_to={self.apply_to!r}."
-            )
-        if self.chunk_size > size:
-            raise ValueError(f"`d` must be at most the {size} parameters of the network, got {self.chunk_size}.")
-        self._check_chunks(self._chunks(size), [network_target(size)])
-        return self._manifold(size, network_target(size), 0)
+    def network_fillings(self, targets: Sequence[Target], keep_basis: bool = False) -> tuple[Filling, ...]:
+        """One sequence of chunks for all parameters, or for all factors A, for all factors B and for all vectors.
 
-    def _manifold(self, size: int, target: Target, place: int, scale: float = 1.0, **options: Any) -> SineManifold:
+        The factors A start at random numbers of variance 1; those of a vector are its update.
+        """
+        sequences: tuple[tuple[Part, ...], ...] = (whole_parts(targets),)
+        what = f"{sum(target.size for target in targets)} parameters of the network"
+        if self.apply_to == "factors":
+            check_default(self, "alpha", "`r` alone decides the scale of its updates")
+            sequences = factor_parts(targets, self.r)
+            what = f"{max(map(size_of, sequences))} numbers of the factors A or B or of the vectors of the network"
+        if self.chunk_size > max(map(size_of, sequences)):
+            raise ValueError(f"`d` must be at most the {what}, got {self.chunk_size}.")
+        self._check_chunks(sum(self._chunks(size_of(parts)) for parts in sequences), targets)
+        return tuple(self._filling(parts) for parts in sequences if parts)
+
+    def _filling(self, parts: tuple[Part, ...]) -> Filling:
+        size, kind = size_of(parts), parts[0].kind
+        start: dict[str, Any] = {
+            "offset_stream": ("network", "mcnc", "A", "offset"),
+            "offset_size": size,
+            "offset_scale": math.sqrt(3),
+        }
+        factors = self.chosen(self._pair(size, kind))
+        return Filling(self._manifold(size, factors, **(start if kind == A else {})), parts, tuple(factors))
+
+    def _manifold(self, size: int, factors: Sequence[float], scale: float = 1.0, **options: Any) -> SineManifold:
         """The generator of a sequence of `size` numbers; phi is one and the same for all of them.
 
         Args:
-            place: of the sequence among those of the target.
+            factors: of the inputs and of the amplitudes of the sequence; what follows is not read.
         """
-        factor_inputs, factor_amplitudes = self.factors(target)[2 * place : 2 * place + 2]
         return SineManifold(
             self.seed,
             ("mcnc", "phi", self.k, *self.widths, self.chunk_size),
@@ -238,20 +278,30 @@ class McncConfig(SeededConfig):
             self.chunk_size,
             tuple(self.widths),
             self.activation,
-            self.frequency * factor_inputs,
+            self.frequency * factors[0],
             self.normalize,
-            scale * factor_amplitudes,
+            scale * factors[1],
             version=self.generator_version,
             **options,
         )
 
     def initial(self, target: Target, generators: tuple[Generator, ...]) -> torch.Tensor:
         """alpha from a stream of the seed, and amplitudes of zero, or within +- 0.1 without `init_weights`."""
-        stream = ("mcnc", "alpha", target.name) if target.name else ("network", "alpha")
+        return self.unscaled(self._start(("mcnc", "alpha", target.name), generators), target)
+
+    def network_initial(self, fillings: Sequence[Filling]) -> torch.Tensor:
+        start = self._start(("network", "alpha"), [filling.generator for filling in fillings])
+        sizes = [filling.generator.num_coefficients for filling in fillings]
+        for part, filling in zip(start.split(sizes), fillings):
+            self._divide(part, *filling.factors)
+        return start
+
+    def _start(self, stream: tuple[str | int, ...], generators: Sequence[Generator]) -> torch.Tensor:
+        """Coefficients before they are divided by their factors."""
         size = sum(generator.num_coefficients for generator in generators)
         start = randomness.uniform(self.seed, stream, size, version=self.generator_version)
         start.view(-1, self.k + 1)[:, -1] *= 0.0 if self.init_weights else 0.1
-        return self.unscaled(start, target)
+        return start
 
     def card_rows(self, target_shapes: Mapping[str, int]) -> dict[str, str]:
         numbers = coefficients = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, Union
+from typing import TypeVar, Union
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -21,6 +21,7 @@ from ..config import (
     documented,
     weighted_sum,
 )
+from ..network import B, Filling, check_default, factor_parts, size_of
 from ..target import Target
 
 N = TypeVar("N", int, float)
@@ -39,7 +40,13 @@ class NolaConfig(SeededConfig):
     size, and a checkpoint holds those and the seed.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the update.", "generates": True})
+    r: int = field(
+        default=8,
+        metadata={
+            "help": "Rank of the update. In a whole network that of a smaller matrix is its smaller side.",
+            "generates": True,
+        },
+    )
     num_basis: Union[int, tuple[int, int]] = field(
         default=256,
         metadata={
@@ -50,7 +57,16 @@ class NolaConfig(SeededConfig):
             "generates": True,
         },
     )
-    alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha / r.", "generates": True})
+    alpha: float = field(
+        default=8.0,
+        metadata={
+            "help": (
+                "The update is scaled by alpha / r. In a whole network it is scaled by the rank alone, and alpha, "
+                "rank_pattern and alpha_pattern must be left alone."
+            ),
+            "generates": True,
+        },
+    )
     nola_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
     share_basis: bool = field(
         default=True,
@@ -106,7 +122,10 @@ class NolaConfig(SeededConfig):
         return self.num_basis if isinstance(self.num_basis, tuple) else (self.num_basis, self.num_basis)
 
     def kinds(self, size: int) -> list[torch.Tensor]:
-        return list(torch.arange(size).split(self.num_basis_per_factor))
+        num_A, num_B = self.num_basis_per_factor
+        matrices, vectors = divmod(size, num_A + num_B)  # an adapted module is one matrix
+        lengths = [matrices * num_A, matrices * num_B, *([vectors] if vectors else [])]
+        return list(torch.arange(size).split(lengths))
 
     def scaled_factors(self, target: Target) -> list[float]:
         # The random matrices of a factor have a root mean square of 1 / sqrt(3) each.
@@ -174,32 +193,59 @@ class NolaConfig(SeededConfig):
         Experts have factors `(experts, r, fan_in)` and `(experts, fan_out, r)` from equally many coefficients: each
         reads them with signs of its own, and its A has an offset of its own; see `SignedCopies`.
         """
-        r, (num_A, num_B) = self.rank(target.name), self.num_basis_per_factor
+        r, experts, offset_scale = self.rank(target.name), target.experts, 1 / math.sqrt(target.fan_in)
         # Layers that share their basis draw it by shape; otherwise by the module's name as well, never by position.
         own: tuple[str, ...] = () if self.share_basis else (target.name,)
-        options: dict[str, Any] = {"streamed": not self.share_basis, "version": self.generator_version}
-        experts, offset_scale = target.experts, 1 / math.sqrt(target.fan_in)
+        num_A, num_B = self.num_basis_per_factor
         factor_A, factor_B = self.factors(target)
-        basis_A = RandomBasis(
-            self.seed,
-            ("nola", "A", r, target.fan_in, *own),
-            num_A,
-            r * target.fan_in,
-            scale=factor_A / math.sqrt(num_A),
-            offset_scale=offset_scale if experts == 1 else 0.0,
-            **options,
-        )
-        basis_B = RandomBasis(
-            self.seed,
-            ("nola", "B", target.fan_out, r, *own),
-            num_B,
-            target.fan_out * r,
-            scale=factor_B / math.sqrt(num_B),
-            **options,
-        )
+        offset = offset_scale if experts == 1 else 0.0
+        basis_A = self._basis(("nola", "A", r, target.fan_in, *own), num_A, r * target.fan_in, factor_A, offset)
+        basis_B = self._basis(("nola", "B", target.fan_out, r, *own), num_B, target.fan_out * r, factor_B)
         if experts > 1:
             return SignedCopies(basis_A, experts, offset_scale), SignedCopies(basis_B, experts)
         return basis_A, basis_B
+
+    def _basis(
+        self, stream: tuple[str | int, ...], number: int, size: int, factor: float, offset_scale: float = 0.0
+    ) -> RandomBasis:
+        """The basis of `number` coefficients for a factor of `size` numbers."""
+        streamed, scale = not self.share_basis, factor / math.sqrt(number)
+        return RandomBasis(self.seed, stream, number, size, scale, offset_scale, streamed, self.generator_version)
+
+    def network_fillings(self, targets: Sequence[Target], keep_basis: bool = False) -> tuple[Filling, ...]:
+        """The factors A of all matrices, then their factors B, each from coefficients of its own, then all vectors.
+
+        The vectors, such as biases and the weights of norms, are one sequence that is combined from as many random
+        vectors as a factor B is. The factors A start at random numbers of variance 1.
+        """
+        for name in ("alpha", "rank_pattern", "alpha_pattern"):
+            check_default(self, name, "`r` alone decides the ranks and the scale of its updates")
+        parts_A, parts_B, vectors = factor_parts(targets, self.r)
+        num_A, num_B = self.num_basis_per_factor
+        numbers, size = len(parts_A) * (num_A + num_B) + num_B * bool(vectors), sum(t.size for t in targets)
+        if numbers > size:
+            raise ValueError(
+                f"`num_basis` must give at most as many coefficients as the network has parameters, {size}, got "
+                f"{numbers} for the {len(parts_A)} matrices and the vectors."
+            )
+        found = []
+        for part in (*parts_A, *parts_B):
+            own = () if self.share_basis else (targets[part.place].name,)
+            number, factor, offset = num_A, math.sqrt(3) * beside_a_start(part.size / num_A), math.sqrt(3)
+            if part.kind == B:
+                number, factor, offset = num_B, math.sqrt(3 * part.size / num_B), 0.0
+            (factor,) = self.chosen([factor])
+            stream = ("network", "nola", part.kind, *part.shape, *own)
+            found.append(Filling(self._basis(stream, number, part.size, factor, offset), (part,), (factor,)))
+        if vectors:
+            (factor,) = self.chosen([math.sqrt(3 * size_of(vectors) / num_B)])
+            generator = self._basis(("network", "nola", "vectors"), num_B, size_of(vectors), factor)
+            found.append(Filling(generator, vectors, (factor,)))
+        if self.share_basis:
+            different = {filling.generator for filling in found}
+            drawn = sum(sum(generator.frozen_sizes) for generator in different)
+            check_memory("`num_basis` and `r`", "the random matrices", drawn, targets)
+        return tuple(found)
 
 
 def _matching(field: str, pattern: Mapping[str, N], module_name: str, default: N) -> N:

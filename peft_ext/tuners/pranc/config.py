@@ -13,6 +13,7 @@ from ...checks import check_choice, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator
 from ..config import SeededConfig, check_memory, documented, weighted_sum
+from ..network import Filling, whole_parts
 from ..target import Target, network_target
 
 
@@ -110,14 +111,17 @@ class PrancConfig(SeededConfig):
         """The sum of the vectors, each times its factor, whose update is that of the updates: they are linear."""
         return weighted_sum(vectors, factors)
 
-    def network_generator(self, size: int, keep_basis: bool = False) -> LinearGenerator:
-        if self.num_coefficients > size:
+    def network_fillings(self, targets: Sequence[Target], keep_basis: bool = False) -> tuple[Filling, ...]:
+        whole = network_target(sum(target.size for target in targets))
+        if self.num_coefficients > whole.size:
             raise ValueError(
-                f"`num_coefficients` must be at most the {size} parameters of the network, got {self.num_coefficients}."
+                f"`num_coefficients` must be at most the {whole.size} parameters of the network, got "
+                f"{self.num_coefficients}."
             )
         if self.basis == "sparse":
-            check_memory("`nnz`", "the tables of what weights read", self.nnz * size, [network_target(size)])
-        return self._generator(("network", self.basis), size, network_target(size), keep_basis)
+            check_memory("`nnz`", "the tables of what weights read", self.nnz * whole.size, [whole])
+        generator = self._generator(("network", self.basis), whole.size, whole, keep_basis)
+        return (Filling(generator, whole_parts(targets), tuple(self.factors(whole))),)
 
     def _generator(
         self, stream: tuple[str | int, ...], size: int, target: Target, keep_basis: bool = False
