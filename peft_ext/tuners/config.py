@@ -48,9 +48,6 @@ def documented(config: C) -> C:
 
 PLAIN, SCALED = "plain", "scaled"
 
-MULTIPLE = 16
-"""A configuration may ask for so many times what the adapted weights are, in numbers and in memory."""
-
 ELSEWHERE = (
     "Export the adapters with `peft_ext.to_lora` and combine those with LoRA's `add_weighted_adapter`; or activate "
     "them together and call `set_scale(adapter, weight)` of their layers, which adds the weighted updates exactly."
@@ -58,31 +55,6 @@ ELSEWHERE = (
 """What to do with adapters whose coefficients cannot be combined."""
 
 _MOST_ENTRIES = 10_000  # in a field: PEFT looks at them all for every module
-_SMALL = 1 << 26  # bytes that any configuration may ask for
-
-
-def check_memory(fields: str, what: str, numbers: int, targets: Sequence[Target]) -> None:
-    """Raises a ValueError if some float32 numbers are out of proportion to the adapted weights, before they are made.
-
-    Args:
-        fields: of the configuration that ask for them, for the message.
-        what: they are.
-        numbers: how many.
-    """
-    most = max(_SMALL, 4 * MULTIPLE * sum(target.size for target in targets))
-    if 4 * numbers > most:
-        raise ValueError(
-            f"{fields} must be in proportion to the adapted modules: {what} would take {4 * numbers:,} bytes, at most "
-            f"{most:,} are allowed ({MULTIPLE} times the {len(targets)} adapted weights, or 64 MiB)."
-        )
-
-
-def check_multiple(field: str, value: int, size: int, what: str) -> None:
-    """Raises a ValueError if a number of a configuration is more than `MULTIPLE` times a size of the model."""
-    if value > MULTIPLE * size:
-        raise ValueError(
-            f"`{field}` must be at most {MULTIPLE * size:,}, {MULTIPLE} times the {size:,} {what}, got {value:,}."
-        )
 
 
 def _refuse_pickle(folder: Path, what_to_do: str) -> None:

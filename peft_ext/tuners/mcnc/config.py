@@ -14,7 +14,8 @@ from ...checkpoint.identity import parse_shape
 from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SCALED, SeededConfig, beside_a_start, check_memory, check_multiple, documented
+from ..config import SCALED, SeededConfig, beside_a_start, documented
+from ..limits import check_memory, check_multiple
 from ..network import UPDATE, A, B, Filling, Part, check_default, factor_parts, size_of, whole_parts
 from ..target import Target
 

@@ -12,15 +12,8 @@ from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
-from ..config import (
-    ELSEWHERE,
-    SeededConfig,
-    beside_a_start,
-    check_memory,
-    check_multiple,
-    documented,
-    weighted_sum,
-)
+from ..config import ELSEWHERE, SeededConfig, beside_a_start, documented, weighted_sum
+from ..limits import check_memory, check_multiple
 from ..network import B, Filling, check_default, factor_parts, size_of
 from ..target import Target
 
