@@ -70,7 +70,7 @@ class Arguments(ModelArguments):
     )
     batch_size: int = field(default=2, metadata={"help": "Sequences in a batch."})
     sequence_length: int = field(default=64, metadata={"help": "Tokens in a sequence."})
-    pairs: int = field(default=9, metadata={"help": "Pairs of training steps."})
+    pairs: int = field(default=7, metadata={"help": "Pairs of training steps."})
     generation_pairs: int = field(default=7, metadata={"help": "Pairs of generations."})
     new_tokens: int = field(default=16, metadata={"help": "Tokens to generate."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})

@@ -191,7 +191,7 @@ class SparseBasis(LinearGenerator):
 
     @property
     def frozen_nbytes(self) -> tuple[int, ...]:
-        read = _index_type(self.num_coefficients).itemsize * self.size
+        read = index_type(self.num_coefficients).itemsize * self.size
         return self.nnz * (read,) + self.nnz * (4 * self.num_coefficients,)
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
@@ -251,7 +251,7 @@ def _widened(index: torch.Tensor) -> torch.Tensor:
     return index.to(torch.int32) if index.itemsize == 2 else index
 
 
-def _index_type(num_coefficients: int) -> torch.dtype:
+def index_type(num_coefficients: int) -> torch.dtype:
     """The smallest type that holds numbers below `2 * num_coefficients`; the unsigned one is not known everywhere."""
     types = (torch.int16, torch.uint16, torch.int32, torch.int64)
     return next(dtype for dtype in types if 2 * num_coefficients - 1 <= torch.iinfo(dtype).max)
@@ -261,7 +261,7 @@ def _signed_assignment(
     seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, size: int, version: int
 ) -> torch.Tensor:
     """Which coefficient each weight reads, plus `num_coefficients` where its sign is -1: integers `(size,)`."""
-    result = torch.empty(size, dtype=_index_type(num_coefficients))
+    result = torch.empty(size, dtype=index_type(num_coefficients))
     step = max(1, _CHUNK // num_coefficients) * num_coefficients
     for start in range(0, size, step):
         runs = -(-min(step, size - start) // num_coefficients)
