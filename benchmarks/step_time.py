@@ -201,7 +201,7 @@ def main(argv: Sequence[str]) -> None:
                 lines.append(Path(arguments.output), row)
         rows.append(row)
     for table in tables(rows):
-        Console(width=220).print(table)
+        Console(width=240).print(table)
 
 
 if __name__ == "__main__":
