@@ -157,17 +157,18 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 memory.plot(places, [line[place]["generator_bytes"] / 1e6 for place in places], "o-", **style)
         for panel, title in ((ratio, "step time, times LoRA's"), (memory, "MB of generators")):
             panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
             tidy(panel, "both")
             if not column:
                 panel.set_ylabel(title)
-            panel.yaxis.set_major_formatter("{x:g}")
+        ratio.set_ylim(bottom=0)
+        memory.set_yscale("log")
+        memory.yaxis.set_major_formatter("{x:g}")
         memory.set_xticks(sorted({row[axis] for row in of_axis}))
         memory.xaxis.set_major_formatter("{x:,.0f}")
         memory.tick_params(axis="x", labelsize=8, rotation=30)
         memory.set_xlabel(LABELS[axis])
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(METHODS), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
