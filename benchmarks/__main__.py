@@ -20,7 +20,6 @@ from recipes.support.arguments import run_main
 
 from . import catalog
 from .lines import RESULTS
-from .report import report as show
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     elif args.command == "run":
         catalog.run(args.name, args.arguments)
     else:
+        from .report import report as show  # imports benchmarks, which `run` is to find unimported
+
         show(args.name, args.results, args.output)
 
 

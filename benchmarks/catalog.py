@@ -16,6 +16,7 @@ NEEDS = {
     "learning_rates": _QUALITY,
     "quality": _QUALITY,
     "step_time": "nothing, or a model",
+    "scaling": "nothing",
     "many_adapters": "nothing, or a model",
     "mixed_batch": "nothing, or a model",
     "frozen_prefix": "nothing, or a model",

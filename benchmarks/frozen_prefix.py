@@ -9,6 +9,7 @@ mode; the trained weights must agree to the bit. Prints processor seconds, and a
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,7 @@ from peft_ext import NolaConfig
 from peft_ext.training.callbacks import trainable_state
 from peft_ext.training.trainer import EvaluationTrainer, fit
 
-from .lines import append
-from .models import machine
+from .lines import append, command, provenance
 
 
 class Whole(EvaluationTrainer):
@@ -100,7 +100,7 @@ def main() -> None:
         table.add_row(str(pair + 1), f"{whole:.1f}", f"{once:.1f}", f"{once / whole:.2f}")
         if arguments.output:
             seconds = {"whole_seconds": whole, "once_seconds": once, "ratio": once / whole}
-            append(Path(arguments.output), {**seconds, **machine()})
+            append(Path(arguments.output), {**seconds, **provenance(command("frozen_prefix", sys.argv[1:]))})
     Console(width=100).print(table)
 
 

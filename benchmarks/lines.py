@@ -34,6 +34,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def find(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the first line of a file that has all the entries of `identity`, if there is one."""
+    for row in read(path):
+        if all(name in row and row[name] == value for name, value in identity.items()):
+            return row
+    return None
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line in one write, so that several programs can add to one file. NaN and infinity are refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +56,11 @@ def provenance(command: Iterable[str]) -> dict[str, Any]:
         "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft, peft_ext)},
         "command": shlex.join(_without_folders(word) for word in command),
     }
+
+
+def command(name: str, argv: Iterable[str]) -> list[str]:
+    """Returns what starts a benchmark with some arguments."""
+    return ["python", "-m", "benchmarks", "run", name, *argv]
 
 
 def _without_folders(word: str) -> str:

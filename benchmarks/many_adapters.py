@@ -35,7 +35,8 @@ from transformers import HfArgumentParser
 import peft_ext
 from peft_ext.presentation import COLOURS, tidy
 
-from .models import ModelArguments, load_model, machine
+from . import lines
+from .models import ModelArguments, load_model
 
 WAYS = {
     "pool": "NOLA in a pool",
@@ -208,9 +209,9 @@ def main() -> None:
         )
     Console(width=160).print(table)
     if arguments.output:
-        with Path(arguments.output).open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, **machine()}) + "\n")
+        facts = lines.provenance(lines.command("many_adapters", sys.argv[1:]))
+        for row in rows:
+            lines.append(Path(arguments.output), {**row, **facts})
     if arguments.plot:
         plot(rows, arguments.plot)
 

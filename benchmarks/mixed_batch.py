@@ -9,8 +9,8 @@ for all. The table shows medians of the ratios of the pairs; the last column com
 
 from __future__ import annotations
 
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ from transformers import HfArgumentParser, LogitsProcessorList
 
 import peft_ext
 
-from .models import ModelArguments, load_model, machine
+from . import lines
+from .models import ModelArguments, load_model
 
 BASELINE = "LoRA r=8"
 
@@ -138,9 +139,9 @@ def main() -> None:
         )  # fmt: skip
     Console(width=140).print(table)
     if arguments.output:
-        with Path(arguments.output).open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, "rows": arguments.rows, **machine()}) + "\n")
+        facts = {"rows": arguments.rows, **lines.provenance(lines.command("mixed_batch", sys.argv[1:]))}
+        for row in rows:
+            lines.append(Path(arguments.output), {**row, **facts})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The model that benchmarks time, and the machine that they run on."""
+"""The model that benchmarks time, and what the generators of its adapters hold."""
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, field
 from typing import Any
 
-import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from peft_ext.tuners.layers import SeededLayer
 
 
 @dataclass
@@ -35,11 +35,14 @@ def load_model(arguments: ModelArguments) -> Any:
     )
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on beside the code."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
+def generator_bytes(model: torch.nn.Module) -> int:
+    """Returns what the generators of a model's adapters hold; a tensor that several share counts once."""
+    held = {
+        id(tensor): tensor.nbytes
+        for layer in model.modules()
+        if isinstance(layer, SeededLayer)
+        for expansions in layer.expansions.values()
+        for expansion in expansions
+        for tensor in expansion.generator.frozen
     }
+    return sum(held.values())

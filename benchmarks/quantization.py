@@ -13,21 +13,16 @@ adapter and type to `--results`, the last argument if it is given.
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
-import peft_ext
 from peft_ext.presentation import spread
 from recipes.finetune_gpt2 import FinetuneGPT2
 from recipes.finetune_vit import FinetuneViT
@@ -36,6 +31,8 @@ from recipes.support.reporting import RunResult
 from recipes.support.runs import argument_types
 from recipes.tasks.base import Task
 from recipes.tasks.training import make_trainer
+
+from . import lines
 
 RECIPES: dict[str, Any] = {recipe.name: recipe for recipe in (FinetuneGPT2, FinetuneViT)}
 DTYPES = ("float32", "int8", "int4")
@@ -80,16 +77,12 @@ def main(argv: list[str]) -> None:
     results = Path(flags.pop(flags.index("--results") + 1)) if "--results" in flags else None
     flags = [flag for flag in flags if flag != "--results"]
     recipe_class = RECIPES[name]
+    provenance = lines.provenance(lines.command("quantization", argv))
     recipe = recipe_class(*parse_arguments(name, argument_types(recipe_class), flags))
     recipe.check()
     recipe.load()
     recipe.training.label_names = ["labels"]  # hidden from the Trainer by PEFT's wrapper
     console, rows = Console(width=140), []
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft, peft_ext)},
-    }
     for method in recipe.methods:
         for mark, task in tasks_of(recipe).items():
             for seed in recipe.seeds:
@@ -100,9 +93,7 @@ def main(argv: list[str]) -> None:
                     rows.append({"task": Path(recipe.training.output_dir).name, "data": mark.removeprefix("-"), **row})
                     print(rows[-1], file=sys.stderr, flush=True)
                     if results is not None:
-                        results.parent.mkdir(parents=True, exist_ok=True)
-                        with results.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps({**rows[-1], "machine": machine}) + "\n")
+                        lines.append(results, {**rows[-1], **provenance})
     metrics = [key for key in rows[0] if key not in ("task", "data", "method", "seed", "dtype")]
     table = Table("method", "saved in", *metrics)
     for label in dict.fromkeys(row["method"] for row in rows):

@@ -12,7 +12,7 @@ from rich.table import Table
 from peft_ext.presentation import spread
 from recipes.support.arguments import UserError
 
-from . import catalog, lines, many_adapters
+from . import catalog, lines, many_adapters, scaling, step_time
 from .quality import report as quality
 
 Row = dict[str, Any]
@@ -54,10 +54,17 @@ def _many_adapters(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list
     return [table("many_adapters", rows)], ["many-adapters.png"]
 
 
+def _scaling(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]:
+    scaling.plot(rows, folder / "scaling.png")
+    return [scaling.table(rows)], ["scaling.png"]
+
+
 REPORTERS: dict[str, Callable[[Sequence[Row], Path], tuple[list[Table], list[str]]]] = {
     "learning_rates": quality.report_rates,
     "quality": quality.report_quality,
     "many_adapters": _many_adapters,
+    "scaling": _scaling,
+    "step_time": lambda rows, folder: (step_time.tables(rows), []),
 }
 
 

@@ -1,25 +1,25 @@
 """Time of a training step and of generation, wrapping, loading, memory and file size: our methods beside PEFT's own.
 
 Every method is timed in turn with LoRA r=8 on the same batch, step by step, and the table shows the median of the
-ratios of the pairs with their quartiles: a machine that slows down for a while slows both.
+ratios of the pairs with their quartiles: a machine that slows down for a while slows both. Ratios of processor time are
+beside them, for machines that do other work.
 
     python -m benchmarks.step_time                      # a random Llama of the size of SmolLM2-135M
     python -m benchmarks.step_time --model_name_or_path <folder> --gguf_file <file> --output step_time.jsonl
+
+A method whose line is in the output is not measured again, so an interrupted program goes on where it was.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 from rich.console import Console
@@ -28,10 +28,12 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 import peft_ext
-from peft_ext.tuners.layers import SeededLayer
+from recipes.support.arguments import UserError, run_main
+from recipes.support.usage import Usage
 
-from .lines import append, provenance
-from .models import ModelArguments, load_model
+from . import lines
+from .models import ModelArguments, generator_bytes, load_model
+from .timing import check_pairs, compare, ratio_cell
 
 BASELINE = "LoRA r=8"
 
@@ -68,11 +70,18 @@ class Arguments(ModelArguments):
     )
     batch_size: int = field(default=2, metadata={"help": "Sequences in a batch."})
     sequence_length: int = field(default=64, metadata={"help": "Tokens in a sequence."})
-    pairs: int = field(default=15, metadata={"help": "Pairs of training steps."})
-    generation_pairs: int = field(default=5, metadata={"help": "Pairs of generations."})
-    new_tokens: int = field(default=64, metadata={"help": "Tokens to generate."})
+    pairs: int = field(default=7, metadata={"help": "Pairs of training steps."})
+    generation_pairs: int = field(default=7, metadata={"help": "Pairs of generations."})
+    new_tokens: int = field(default=16, metadata={"help": "Tokens to generate."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})
     output: str = field(default="", metadata={"help": "JSON lines file that the figures are added to."})
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What figures must have in common to be compared."""
+        names = ("device", "batch_size", "sequence_length", "pairs", "generation_pairs", "new_tokens", "target_modules")
+        model = Path(self.gguf_file or self.model_name_or_path).name or "random, of the size of SmolLM2-135M"
+        return {"model": model, **{name: getattr(self, name) for name in names}, "threads": torch.get_num_threads()}
 
 
 class Runner:
@@ -80,34 +89,20 @@ class Runner:
 
     def __init__(self, arguments: Arguments, config: peft.PeftConfig) -> None:
         self.arguments = arguments
-        model = load_model(arguments)
-        start = time.perf_counter()
-        self.model = peft.get_peft_model(model, config)
-        self.wrap_seconds = time.perf_counter() - start
-        self.model.to(arguments.device)
-        generator = torch.Generator().manual_seed(0)
+        model = load_model(arguments).to(arguments.device)
         shape = (arguments.batch_size, arguments.sequence_length)
-        self.batch = torch.randint(10, 40000, shape, generator=generator).to(arguments.device)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        numbers = torch.Generator().manual_seed(0)
+        self.batch = torch.randint(10, model.config.vocab_size, shape, generator=numbers).to(arguments.device)
+        with Usage(torch.device(arguments.device)) as usage:
+            start = time.perf_counter()
+            self.model = peft.get_peft_model(model, config)
+            self.wrap_seconds = time.perf_counter() - start
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+            for _ in range(2):  # the second has what the optimizer keeps since the first
+                self.train()
+        self.peak_bytes = usage.peak_memory
         self.trainable = sum(parameter.numel() for parameter in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-    def timed(self, work: Callable[[], None]) -> float:
-        self._synchronize()
-        start = time.perf_counter()
-        work()
-        self._synchronize()
-        return time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.arguments.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    def step_seconds(self) -> float:
-        return self.timed(self.train)
-
-    def generation_seconds(self) -> float:
-        return self.timed(self.generate)
 
     def train(self) -> None:
         self.model.train()
@@ -128,15 +123,7 @@ class Runner:
         adapter = str(self.model.base_model.prefix)
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         own = {id(tensor): tensor.nbytes for name, tensor in tensors if adapter in name and not tensor.requires_grad}
-        bases = {
-            id(tensor): tensor.nbytes
-            for layer in self.model.modules()
-            if isinstance(layer, SeededLayer)
-            for expansions in layer.expansions.values()
-            for expansion in expansions
-            for tensor in expansion.generator.frozen
-        }
-        return sum(own.values()) + sum(bases.values())
+        return sum(own.values()) + generator_bytes(self.model)
 
     def saved(self) -> tuple[int, float]:
         """Bytes of the saved adapter, and seconds to load it into a base model that is there."""
@@ -149,76 +136,73 @@ class Runner:
             return size, time.perf_counter() - start
 
 
-def paired(baseline: Callable[[], float], candidate: Callable[[], float], pairs: int) -> tuple[float, list[float]]:
-    """(median of the candidate, ratios to the baseline) of two measurements in turn, after a warm-up pair."""
-    found, ratios = [], []
-    for pair in range(pairs + 1):
-        order = (0, 1) if pair % 2 else (1, 0)
-        values = {which: (baseline, candidate)[which]() for which in order}
-        if pair:
-            found.append(values[1])
-            ratios.append(values[1] / values[0])
-    return statistics.median(found), ratios
+def measure(arguments: Arguments, baseline: Runner, config: peft.PeftConfig) -> dict[str, Any]:
+    """The figures of one method."""
+    candidate = Runner(arguments, config)
+    row = {
+        "trainable": candidate.trainable,
+        "frozen_bytes": candidate.frozen_bytes(),
+        "peak_bytes": candidate.peak_bytes,
+        "wrap_seconds": candidate.wrap_seconds,
+        **compare("step", baseline.train, candidate.train, arguments.pairs),
+        **compare("generation", baseline.generate, candidate.generate, arguments.generation_pairs),
+    }
+    if candidate.peak_bytes is not None and baseline.peak_bytes:
+        row["peak_ratio"] = candidate.peak_bytes / baseline.peak_bytes
+    size, load_seconds = candidate.saved()
+    return {**row, "saved_bytes": size, "load_seconds": load_seconds}
 
 
-def quartiles(ratios: list[float]) -> list[float]:
-    """The first quartile, the median and the third quartile."""
-    return [float(value) for value in np.percentile(ratios, (25, 50, 75))]
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """Returns a table of the lines of each budget, the last line of each method."""
+    found, budgets = [], []
+    for row in rows:
+        budgets += [row["budget"]] if row["budget"] not in budgets else []
+    for budget in budgets:
+        setting = ", ".join(f"{name} {value}" for name, value in budget.items())
+        table = Table(title=f"Relative to {BASELINE}: median (quartiles) of pairs", caption=setting)
+        headings = (
+            "method", "trainable", "file (bytes)", "frozen (MB)", "peak", "wrap (s)", "load (s)", "step (s)",
+            "step ratio", "processor time", "generate (s)", "generate ratio", "processor time",
+        )  # fmt: skip
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "method" else "right")
+        for name, row in {row["method"]: row for row in rows if row["budget"] == budget}.items():
+            table.add_row(
+                name, f"{row['trainable']:,}", f"{row['saved_bytes']:,}", f"{row['frozen_bytes'] / 1e6:.1f}",
+                f"{row['peak_ratio']:.2f}" if "peak_ratio" in row else "-", f"{row['wrap_seconds']:.2f}",
+                f"{row['load_seconds']:.2f}", f"{row['step_seconds']:.3f}", ratio_cell(row, "step_ratio"),
+                ratio_cell(row, "step_processor_ratio"), f"{row['generation_seconds']:.2f}",
+                ratio_cell(row, "generation_ratio"), ratio_cell(row, "generation_processor_ratio"),
+            )  # fmt: skip
+        found.append(table)
+    return found
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    console = Console(width=190)
+def main(argv: Sequence[str]) -> None:
+    """Measures what is not in the output yet."""
+    parser = HfArgumentParser(Arguments, prog="python -m benchmarks run step_time")  # type: ignore[arg-type]
+    (arguments,) = parser.parse_args_into_dataclasses(list(argv))
+    check_pairs("pairs", arguments.pairs)
+    check_pairs("generation_pairs", arguments.generation_pairs)
     known = methods(arguments.target_modules)
     chosen = [name for name in known if not arguments.method or any(part in name for part in arguments.method)]
-    baseline = Runner(arguments, known[BASELINE]())
-    rows: dict[str, dict[str, Any]] = {}
+    if not chosen:
+        raise UserError(f"method: no name has any of {', '.join(arguments.method)}; there are {'; '.join(known)}")
+    rows, baseline = [], None
     for name in track(chosen, "Timing", console=Console(stderr=True)):
-        candidate = Runner(arguments, known[name]())
-        step, step_ratios = paired(baseline.step_seconds, candidate.step_seconds, arguments.pairs)
-        generation, generation_ratios = paired(
-            baseline.generation_seconds, candidate.generation_seconds, arguments.generation_pairs
-        )
-        size, load_seconds = candidate.saved()
-        step_quartiles, generation_quartiles = quartiles(step_ratios), quartiles(generation_ratios)
-        rows[name] = {
-            "trainable": candidate.trainable,
-            "saved_bytes": size,
-            "frozen_bytes": candidate.frozen_bytes(),
-            "wrap_seconds": candidate.wrap_seconds,
-            "load_seconds": load_seconds,
-            "step_seconds": step,
-            "step_ratio": step_quartiles[1],
-            "step_ratio_quartiles": step_quartiles[::2],
-            "generation_seconds": generation,
-            "generation_ratio": generation_quartiles[1],
-            "generation_ratio_quartiles": generation_quartiles[::2],
-        }
-
-    table = Table(title=f"Relative to {BASELINE}, median of {arguments.pairs} pairs of steps")
-    for heading in ("method", "trainable", "file (bytes)", "frozen (MB)", "wrap (s)", "load (s)", "step (s)"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for heading in ("step ratio (quartiles)", "generate (s)", "generate ratio (quartiles)"):
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        table.add_row(
-            name, f"{row['trainable']:,}", f"{row['saved_bytes']:,}", f"{row['frozen_bytes'] / 1e6:.1f}",
-            f"{row['wrap_seconds']:.2f}", f"{row['load_seconds']:.2f}", f"{row['step_seconds']:.3f}",
-            ratio_cell(row, "step"), f"{row['generation_seconds']:.2f}", ratio_cell(row, "generation"),
-        )  # fmt: skip
-    console.print(table)
-    if arguments.output:
-        setting = {"device": arguments.device, "batch_size": arguments.batch_size, "pairs": arguments.pairs}
-        for name, row in rows.items():
-            command = ["python", "-m", "benchmarks", "run", "step_time", *sys.argv[1:]]
-            append(Path(arguments.output), {"method": name, **row, **setting, **provenance(command)})
-
-
-def ratio_cell(row: dict[str, Any], what: str) -> str:
-    """A median ratio with its quartiles as text."""
-    low, high = row[f"{what}_ratio_quartiles"]
-    return f"{row[f'{what}_ratio']:.3f} ({low:.3f} to {high:.3f})"
+        identity = {"method": name, "budget": arguments.budget}
+        row = lines.find(Path(arguments.output), identity) if arguments.output else None
+        if row is None:
+            baseline = baseline or Runner(arguments, known[BASELINE]())
+            found = measure(arguments, baseline, known[name]())
+            row = {**identity, **found, **lines.provenance(lines.command("step_time", argv))}
+            if arguments.output:
+                lines.append(Path(arguments.output), row)
+        rows.append(row)
+    for table in tables(rows):
+        Console(width=240).print(table)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

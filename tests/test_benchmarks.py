@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from benchmarks import __main__ as entry
-from benchmarks import catalog, lines
+from benchmarks import catalog, lines, many_adapters, mixed_batch, quantization, scaling, step_time, timing
+from benchmarks.models import generator_bytes
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import learning_rates, runs
 from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.summary import Point, front, latest
 from benchmarks.quality.task import QualityTask
+from peft_ext import McncConfig
 from recipes.support.arguments import UserError
 from recipes.support.inputs import ModelArguments
 from recipes.tasks.base import Task
@@ -188,6 +192,138 @@ def test_what_does_not_exist_is_refused(tmp_path, monkeypatch):
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a"')
     with pytest.raises(ValueError, match="line 2 of .* is no JSON .*; delete the line"):
         lines.read(tmp_path / "broken.jsonl")
+
+
+# Times
+
+LINE = {"versions": {"torch", "transformers", "peft", "peft_ext"}, "machine": {"processor", "threads"}}
+
+
+def check_provenance(row: dict[str, Any], name: str, folder: Path) -> None:
+    """A line says how it was measured, without the folders of this machine."""
+    assert {key: set(row[key]) for key in LINE} == LINE
+    assert row["command"].startswith(f"python -m benchmarks run {name} ") and str(folder) not in row["command"]
+
+
+def test_pairs_alternate_and_the_first_is_no_measurement(monkeypatch):
+    clocks = {"baseline": (2.0, 1.0), "candidate": iter([(99.0, 99.0), *((2.0 + n, 4.0 - n / 2) for n in range(7))])}
+    order = []
+
+    def seconds(work):
+        order.append(work)
+        found = clocks[work]
+        return found if isinstance(found, tuple) else next(found)
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    found = timing.compare("step", "baseline", "candidate", 7)
+    assert found == {
+        "step_seconds": 5.0,
+        "step_ratio": 2.5,
+        "step_ratio_quartiles": [1.75, 3.25],
+        "step_processor_ratio": 2.5,
+        "step_processor_ratio_quartiles": [1.75, 3.25],
+    }
+    assert order == ["candidate", "baseline", "baseline", "candidate"] * 4
+
+
+def test_step_time_measures_what_has_no_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_time, "load_model", lambda arguments: tiny_models.llama())
+    short = ["--pairs", "7", "--generation_pairs", "7", "--new_tokens", "2", "--sequence_length", "8"]
+    given = [*short, "--method", "MCNC r=8", "LoRA r=1", "--output", str(tmp_path / "step_time.jsonl")]
+    step_time.main([*given[:-4], "LoRA r=1", *given[-2:]])
+    step_time.main(given)
+    first, second = lines.read(tmp_path / "step_time.jsonl")
+    assert (first["method"], second["method"]) == ("LoRA r=1", "MCNC r=8") and first["frozen_bytes"] == 0
+    model = get_peft_model(tiny_models.llama(), McncConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    model(tiny_models.tokens())
+    assert second["trainable"] == model.get_nb_trainable_parameters()[0]
+    assert second["frozen_bytes"] == 4 * (5 * 32 + 32 * 32 + 32 * 5000 + 8 * 32) == generator_bytes(model)
+    for what in ("step", "generation"):
+        low, high = second[f"{what}_ratio_quartiles"]
+        assert 0 < low <= second[f"{what}_ratio"] <= high and second[f"{what}_seconds"] > 0
+    check_provenance(second, "step_time", tmp_path)
+
+    monkeypatch.setattr(step_time, "measure", None)
+    step_time.main(given)
+    entry.main(["report", "step_time", "--results", str(tmp_path), "--output", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert shown.count("MCNC r=8") == 3 and f"{second['step_ratio']:.3f} (" in shown
+    with pytest.raises(TypeError):  # another budget
+        step_time.main([*given, "--batch_size", "3"])
+    with pytest.raises(UserError, match="generation_pairs: quartiles need at least 7 pairs, got 6"):
+        step_time.main(["--generation_pairs", "6"])
+    with pytest.raises(UserError, match="method: no name has any of NOLAA; there are LoRA r=8; "):
+        step_time.main(["--method", "NOLAA"])
+
+
+def test_scaling_grows_one_size_at_a_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "WIDTHS", {8: 24, 16: 40})
+    axes = {"hidden": [scaling.Point(2, hidden, 4, 3) for hidden in (8, 16)], "bases": [scaling.Point(2, 8, 4, 2)]}
+    monkeypatch.setattr(scaling, "AXES", axes)
+    given = ["--pairs", "7", "--tokens", "16", "--output", str(tmp_path)]
+    scaling.main(["--axes", "hidden", "--largest", "8", *given])
+    scaling.main(given)
+    rows = lines.read(tmp_path / "scaling.jsonl")
+    assert [(row["axis"], row["hidden"], row["method"]) for row in rows] == [
+        *(("hidden", hidden, method) for hidden in (8, 16) for method in ("LoRA", "NOLA", "PRANC", "MCNC")),
+        *(("bases", 8, method) for method in ("NOLA", "PRANC")),
+    ]
+    lora, nola, pranc = rows[:3]
+    assert lora["generator_bytes"] == 0 and lora["trainable"] == 2 * 4 * (8 + 24)
+    assert nola["generator_bytes"] == 4 * 2 * 3 * 4 * (8 + 24) + 4 * 4 * (8 + 24) and nola["trainable"] == 2 * 2 * 3
+    assert pranc["generator_bytes"] == 2 * 2 * 8 * 24 + 4 * 2 * 120 and pranc["trainable"] == 120
+    check_provenance(pranc, "scaling", tmp_path)
+
+    monkeypatch.setattr(scaling, "measure", None)
+    scaling.main(given)
+    entry.main(["report", "scaling", "--results", str(tmp_path), "--output", str(tmp_path / "plots")])
+    assert capsys.readouterr().out.count("PRANC") == 1 + 3 * 3
+    assert (tmp_path / "plots" / "scaling.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="axes: there is no 'base'; there are hidden, bases; did you mean 'bases'"):
+        scaling.main(["--axes", "base"])
+
+
+def test_lines_of_batches_and_pools_say_how_to_measure_them_again(tmp_path, monkeypatch):
+    found = {"prefill_seconds": 1.0, "decode_seconds": 1.0, "first_seconds": 1.0}
+    ratios = {f"{phase}_{to}": 1.0 for phase in ("prefill", "decode") for to in ("ratio", "to_lora")}
+    monkeypatch.setattr(mixed_batch, "Runner", lambda *_: None)
+    monkeypatch.setattr(mixed_batch, "compare", lambda *_: {**found, **ratios})
+    kept = lines.read(lines.RESULTS / "many_adapters.jsonl")[0]
+    measured = type("Run", (), {"stdout": json.dumps({**kept, "way": "lora"}).encode()})
+    monkeypatch.setattr(many_adapters.subprocess, "run", lambda *_, **__: measured)
+    for name, program in (("mixed_batch", mixed_batch), ("many_adapters", many_adapters)):
+        path = tmp_path / "new" / f"{name}.jsonl"
+        monkeypatch.setattr("sys.argv", [name, "--rows", "2", "--output", str(path)])
+        program.main()
+        row = lines.read(path)[0]
+        check_provenance(row, name, tmp_path)
+        assert name != "mixed_batch" or row["rows"] == 2
+        entry.main(["report", name, "--results", str(path.parent), "--output", str(tmp_path)])
+
+
+def test_lines_of_quantized_adapters_say_how_to_measure_them_again(tmp_path, monkeypatch):
+    class Recipe:
+        methods, seeds, task = [type("Method", (), {"folder": "m", "label": "NOLA"})], [0], None
+
+        def __init__(self):
+            self.training = type("Training", (), {"output_dir": str(tmp_path / "out")})()
+
+        def check(self):
+            pass
+
+        load = check
+
+    row = {"method": "NOLA", "seed": 0, "dtype": "int8", "bytes": 1, "head_bytes": 0, "change": 0.0, "loss": 1.0}
+    monkeypatch.setitem(quantization.RECIPES, "finetune_gpt2", Recipe)
+    monkeypatch.setattr(quantization, "argument_types", lambda _: ())
+    monkeypatch.setattr(quantization, "parse_arguments", lambda *_: ())
+    monkeypatch.setattr(quantization, "peft_ext_adapter", lambda _: True)
+    monkeypatch.setattr(quantization, "evaluated", lambda *_: [row])
+    path = tmp_path / "new" / "quantization.jsonl"
+    quantization.main(["finetune_gpt2", "--output_dir", str(tmp_path / "out"), "--results", str(path)])
+    (found,) = lines.read(path)
+    assert found["task"] == "out" and found["loss"] == 1.0
+    check_provenance(found, "quantization", tmp_path)
 
 
 def test_every_benchmark_is_listed_and_every_result_is_one_of_theirs(capsys, tmp_path):

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from recipes.support.arguments import UserError, run_main
 
+from .. import lines
 from . import learning_rates
 from .runs import Run, RunArguments, grid, load
 from .task import Sources
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
             f"search_seed: {args.search_seed} is one of --seeds; the rate would be chosen on what it scores"
         )
     tasks, contestants = load(args, sources)
-    command, folder = ["python", "-m", "benchmarks", "run", "quality", *argv], Path(args.output)
+    command, folder = lines.command("quality", argv), Path(args.output)
     for task in tasks:
         for contestant in contestants:
             searched = grid(task, contestant, args.rates, [args.search_seed])

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from recipes.support.arguments import run_main
 
+from .. import lines
 from .runs import RunArguments, grid, load
 from .task import Sources
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser = HfArgumentParser([Arguments, Sources], prog="python -m benchmarks run learning_rates")  # type: ignore[list-item]
     args, sources = parser.parse_args_into_dataclasses(list(argv))
     tasks, contestants = load(args, sources)
-    command = ["python", "-m", "benchmarks", "run", "learning_rates", *argv]
+    command = lines.command("learning_rates", argv)
     for task in tasks:
         for contestant in contestants:
             for run in grid(task, contestant, args.rates, args.seeds):

@@ -23,7 +23,6 @@ from .training import measure
 
 TASKS: dict[str, type[QualityTask]] = {each.name: each for each in (Sst2, E2E, Cifar10)}
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-_KEY = ("task", "method", "config", "rate", "seed", "budget")
 
 
 @dataclass
@@ -75,9 +74,8 @@ class Run:
         """
         identity = self.identity
         # Read again before each run: another process may have measured it.
-        for row in lines.read(known):
-            if all(row.get(name) == identity[name] for name in _KEY):
-                return row
+        if (row := lines.find(known, identity)) is not None:
+            return row
         options = {name: value for name, value in self.method.options.items() if name != "target_modules"}
         found = measure(self.task, self.method, self.rate, self.seed, dtypes)
         row = {

@@ -94,9 +94,10 @@ def _drawn_by(generators: list[Generator]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     for generator in generators:
-        sizes = [size for each, size in zip(generator.frozen, generator.frozen_sizes) if id(each) not in seen]
+        frozen = zip(generator.frozen, generator.frozen_sizes, generator.frozen_nbytes)
+        new = [(size, nbytes) for each, size, nbytes in frozen if id(each) not in seen]
         seen |= {id(each) for each in generator.frozen}
-        memory, numbers = 4 * sum(sizes), sum(sizes)
+        numbers, memory = (sum(each[i] for each in new) for i in (0, 1))
         if isinstance(generator, RandomBasis) and generator.streamed:
             numbers = generator.num_basis * generator.size
         row = rows.setdefault(_kind(generator), {"what": _kind(generator), "number": 0, "numbers": 0, "memory": 0})

@@ -111,7 +111,12 @@ class Generator(ABC):
     @property
     @abstractmethod
     def frozen_sizes(self) -> tuple[int, ...]:
-        """Numbers of entries of the tensors of `frozen`, of four bytes each, without making them."""
+        """Numbers of entries of the tensors of `frozen`, without making them."""
+
+    @property
+    def frozen_nbytes(self) -> tuple[int, ...]:
+        """What the tensors of `frozen` take in memory, without making them: four bytes an entry by default."""
+        return tuple(4 * size for size in self.frozen_sizes)
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ from .. import randomness
 from .base import Frozen, Generator, autocast_off, uniform_tensor
 
 _CHUNK = 1 << 22  # random numbers in memory at once (16 MiB)
+_BLOCK = 1 << 18  # entries of a table in 16 bits that are widened at once (1 MiB, which a cache holds)
 
 
 class LinearGenerator(Generator):
@@ -152,6 +153,8 @@ class SparseBasis(LinearGenerator):
     `(*stream, "order", t)`, equal numbers in their order of appearance; weight `j` has the sign of number `j` of
     `(*stream, "sign", t)`. `t` counts the coefficients that a weight reads.
 
+    What a weight reads is kept in memory, in two bytes for up to 32,768 coefficients and in four for more.
+
     Args:
         seed: 0 to 2**64 - 1.
         stream: name of the basis; see `peft_ext.randomness`.
@@ -186,6 +189,11 @@ class SparseBasis(LinearGenerator):
     def frozen_sizes(self) -> tuple[int, ...]:
         return self.nnz * (self.size,) + self.nnz * (self.num_coefficients,)
 
+    @property
+    def frozen_nbytes(self) -> tuple[int, ...]:
+        read = index_type(self.num_coefficients).itemsize * self.size
+        return self.nnz * (read,) + self.nnz * (4 * self.num_coefficients,)
+
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         # Coefficient c with sign +1 is entry c of the table of 2 * num_coefficients, with sign -1 entry c + that many.
         if x.shape[:-1].numel() == 1 and x.dim() > 1:  # one vector: torch is ten times as fast without the dimension
@@ -195,11 +203,11 @@ class SparseBasis(LinearGenerator):
         for read, factors in zip(self._reads, self._factors):
             index, factor = read.like(x), factors.like(x)
             if adjoint:
-                table = x.new_zeros(*x.shape[:-1], 2 * k).index_add(-1, index, x)
+                table = _spread(x, index, 2 * k)
                 parts.append((table[..., :k] - table[..., k:]) * factor * scale)
             else:
                 scaled = x * factor * scale
-                parts.append(torch.cat((scaled, -scaled), -1).index_select(-1, index))
+                parts.append(_read(torch.cat((scaled, -scaled), -1), index))
         return sum(parts[1:], parts[0])
 
     def __repr__(self) -> str:
@@ -207,11 +215,53 @@ class SparseBasis(LinearGenerator):
         return f"SparseBasis({stream}: {self.num_coefficients} x {self.size}, seed={self.seed})"
 
 
+def _read(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The entries of a table, `(..., entries)`, that an index names: `(..., len(index))`."""
+    block = _block(table, index)
+    if block >= len(index):
+        return table.index_select(-1, _widened(index))
+    result = table.new_empty(len(index))
+    for part, names in zip(result.split(block), index.split(block)):
+        torch.index_select(table, 0, _widened(names), out=part)
+    return result
+
+
+def _spread(x: torch.Tensor, index: torch.Tensor, entries: int) -> torch.Tensor:
+    """The adjoint of `_read`: a table in which numbers `(..., len(index))` are added to the entries that they name."""
+    table, block = x.new_zeros(*x.shape[:-1], entries), _block(x, index)
+    if block >= len(index):
+        return table.index_add(-1, _widened(index), x)
+    for part, names in zip(x.split(block), index.split(block)):
+        table.index_add_(0, _widened(names), part)
+    return table
+
+
+def _block(x: torch.Tensor, index: torch.Tensor) -> int:
+    """How many entries of an index are widened at once: all, where only a CPU's cache would gain by fewer.
+
+    Compiled code widens each where it is read, and `torch.func.vmap` has no operation that writes into a part.
+    """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    whole = index.itemsize > 2 or x.dim() > 1 or x.device.type != "cpu" or transformed or torch.compiler.is_compiling()
+    return len(index) if whole else _BLOCK
+
+
+def _widened(index: torch.Tensor) -> torch.Tensor:
+    """An index in a type that torch indexes by."""
+    return index.to(torch.int32) if index.itemsize == 2 else index
+
+
+def index_type(num_coefficients: int) -> torch.dtype:
+    """The smallest type that holds numbers below `2 * num_coefficients`; the unsigned one is not known everywhere."""
+    types = (torch.int16, torch.uint16, torch.int32, torch.int64)
+    return next(dtype for dtype in types if 2 * num_coefficients - 1 <= torch.iinfo(dtype).max)
+
+
 def _signed_assignment(
     seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, size: int, version: int
 ) -> torch.Tensor:
-    """Which coefficient each weight reads, plus `num_coefficients` where its sign is -1: int32 of shape `(size,)`."""
-    result = torch.empty(size, dtype=torch.int32 if 2 * num_coefficients < 2**31 else torch.int64)
+    """Which coefficient each weight reads, plus `num_coefficients` where its sign is -1: integers `(size,)`."""
+    result = torch.empty(size, dtype=index_type(num_coefficients))
     step = max(1, _CHUNK // num_coefficients) * num_coefficients
     for start in range(0, size, step):
         runs = -(-min(step, size - start) // num_coefficients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from dense import dense_matrix, sparse_matrix
 from generator_cases import GeneratorCases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_ext import randomness
 from peft_ext.generators import RandomBasis, SparseBasis, linear
@@ -22,11 +24,13 @@ STREAM = ("test", 1)
 
 @contextmanager
 def chunks_of(numbers: int) -> Iterator[None]:
-    chunk, linear._CHUNK = linear._CHUNK, numbers
+    """So many random numbers are drawn at once, and so many entries of tables read."""
+    before = linear._CHUNK, linear._BLOCK
+    linear._CHUNK = linear._BLOCK = numbers
     try:
         yield
     finally:
-        linear._CHUNK = chunk
+        linear._CHUNK, linear._BLOCK = before
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +121,17 @@ def test_known_numbers_of_a_dense_basis() -> None:
 # Sparse
 
 
+def sparse_weights(basis: SparseBasis, coefficients: torch.Tensor) -> torch.Tensor:
+    """What a basis with one coefficient a weight and a last run of fewer weights makes, without the matrix."""
+    k, (whole, rest) = basis.num_coefficients, divmod(basis.size, basis.num_coefficients)
+    keys = randomness.uniform(basis.seed, (*basis.stream, "order", 0), (whole + 1) * k).view(-1, k)
+    order = keys.argsort(dim=1, stable=True)
+    factors = torch.full((k,), math.sqrt(basis.size / k / whole), dtype=torch.float32)
+    factors[order[-1, :rest]] = math.sqrt(basis.size / k / (whole + 1))
+    signs = torch.where(randomness.uniform(basis.seed, (*basis.stream, "sign", 0), basis.size) < 0, -1.0, 1.0)
+    return (coefficients * factors * basis.scale)[order.flatten()[: basis.size]] * signs
+
+
 def sparse_reference(basis: SparseBasis) -> torch.Tensor:
     return sparse_matrix(basis.seed, basis.stream, basis.num_coefficients, basis.size, basis.nnz) * basis.scale
 
@@ -137,7 +152,23 @@ class TestSparseBasis(GeneratorCases):
 
     def test_what_is_held(self, generator: SparseBasis) -> None:
         generator.expand(self.draw(generator))
-        assert generator.nbytes == 4 * (21 + 6) * generator.nnz
+        assert generator.nbytes == (2 * 21 + 4 * 6) * generator.nnz
+
+    def test_a_pass_of_one_vector_widens_a_block_of_what_is_held(self, generator: SparseBasis) -> None:
+        leaf = self.draw(generator, dtype=torch.float32).requires_grad_()
+        generator.expand(leaf.detach())
+        made: list[int] = []
+
+        class Widened(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                found = func(*args, **(kwargs or {}))
+                made.extend([found.numel()] if isinstance(found, torch.Tensor) and found.dtype == torch.int32 else [])
+                return found
+
+        with Widened():
+            generator.expand(leaf).sum().backward()
+        blocks = [16, generator.size - 16] if generator.size > 16 else [generator.size]
+        assert made == 2 * generator.nnz * blocks
 
 
 class TestSparseBasisOfFewWeights(TestSparseBasis):
@@ -149,7 +180,7 @@ class TestSparseBasisOfFewWeights(TestSparseBasis):
 
     def test_what_is_held(self, generator: SparseBasis) -> None:
         generator.expand(self.draw(generator))
-        assert generator.nbytes == 4 * (21 + 6) * generator.nnz
+        assert generator.nbytes == (2 * 6 + 4 * 21) * generator.nnz
         read = (generator.expand(torch.eye(21)) != 0).any(1)
         assert read.sum() == 6 if generator.nnz == 1 else 6 <= read.sum() <= 12
 
@@ -164,6 +195,19 @@ sparse_bases = st.builds(
     scale=st.sampled_from([1.0, 0.25]),
     nnz=st.integers(1, 3),
 )
+
+
+@pytest.mark.parametrize(("k", "width"), [(16384, 2), (16385, 2), (32768, 2), (32769, 4)])
+def test_what_weights_read_takes_two_bytes_where_it_fits(k: int, width: int) -> None:
+    """Some weights read the last coefficients with the sign -1, which are the largest numbers held."""
+    basis = SparseBasis(5, STREAM, k, k + 8)
+    x = torch.randn(2, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([sparse_weights(basis, row) for row in x])
+    with chunks_of(1 << 14):
+        assert torch.equal(basis.expand(x), expected) and torch.equal(basis.expand(x[0]), expected[0])
+        grad = torch.ones(k + 8, dtype=torch.float64)
+        torch.testing.assert_close((basis.vjp(x[0], grad) * x[0]).sum(), expected[0].sum(), rtol=1e-12, atol=0)
+    assert basis.frozen_nbytes == tuple(each.nbytes for each in basis.frozen) == (width * (k + 8), 4 * k)
 
 
 @settings(max_examples=60, deadline=None)
