@@ -11,7 +11,7 @@ import torch
 
 from ...checks import check_choice, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
-from ...generators.linear import LinearGenerator
+from ...generators.linear import LinearGenerator, index_type
 from ..config import SeededConfig, documented, weighted_sum
 from ..limits import check_memory
 from ..network import Filling, whole_parts
@@ -45,9 +45,10 @@ class PrancConfig(SeededConfig):
         metadata={
             "help": (
                 "'sparse' (default): every weight reads nnz coefficients with random signs, each coefficient is read "
-                "by equally many weights of a layer; four bytes a weight and number read are kept in memory. 'dense', "
-                "as published: every weight reads all of them with random factors of variance 1 / num_coefficients, "
-                "drawn again at every use: steps take num_coefficients random numbers a weight, twice."
+                "by equally many weights of a layer; two bytes a weight and number read are kept in memory, four above "
+                "32,768 coefficients. 'dense', as published: every weight reads all of them with random factors of "
+                "variance 1 / num_coefficients, drawn again at every use: steps take num_coefficients random numbers a "
+                "weight, twice."
             ),
             "generates": True,
         },
@@ -96,7 +97,11 @@ class PrancConfig(SeededConfig):
                 f"{len(targets)} target modules, got {self.num_coefficients}."
             )
         if self.basis == "sparse":
-            check_memory("`nnz`", "the tables of what weights read", self.nnz * weights, targets)
+            check_memory("`nnz`", "the tables of what weights read", self._read(weights), targets)
+
+    def _read(self, size: int) -> int:
+        """What is kept of what so many weights read, in numbers of four bytes."""
+        return -(-self.nnz * size * index_type(self.num_coefficients).itemsize // 4)
 
     def generators(self, target: Target) -> tuple[LinearGenerator]:
         """What makes the update of a module's weights, and of its biases behind them with `adapt_bias`."""
@@ -120,7 +125,7 @@ class PrancConfig(SeededConfig):
                 f"{self.num_coefficients}."
             )
         if self.basis == "sparse":
-            check_memory("`nnz`", "the tables of what weights read", self.nnz * whole.size, [whole])
+            check_memory("`nnz`", "the tables of what weights read", self._read(whole.size), [whole])
         generator = self._generator(("network", self.basis), whole.size, whole, keep_basis)
         return (Filling(generator, whole_parts(targets), tuple(self.factors(whole))),)
 
