@@ -546,7 +546,7 @@ def factored_updates(
     if config["peft_type"] == "MCNC":
         chunks = [-(-size // (config.get("d") or 5000)) for size in (sum(sizes_A), sum(sizes_B), vectors)]
         own = np.split(coefficients, np.cumsum(chunks)[:-1] * (config["k"] + 1))
-        all_A = manifold(config, own[0], sum(sizes_A), 1.0, amplitude=1.0)
+        all_A = manifold(config, own[0], sum(sizes_A), 1.0)
         all_A = all_A + offset(seed, ["network", "mcnc", "A", "offset"], sum(sizes_A), math.sqrt(3))
         factors_A = np.split(all_A, np.cumsum(sizes_A)[:-1])
         factors_B = np.split(manifold(config, own[1], sum(sizes_B), 1.0), np.cumsum(sizes_B)[:-1])

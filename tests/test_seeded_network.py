@@ -155,7 +155,7 @@ def dense_manifold(config: McncConfig, chunks: torch.Tensor, size: int, is_A: bo
     ]
     out = torch.sin(config.frequency * (10 if scaled else 1) * chunks[:, :-1] @ layers[0]) @ layers[1]
     out = out / out.square().mean(1, keepdim=True).sqrt()
-    factor = math.sqrt(min(config.chunk_size, size)) if scaled and not is_A else 1.0
+    factor = math.sqrt(min(config.chunk_size, size)) if scaled else 1.0
     start = uniform(5, ("network", "mcnc", "A", "offset"), size).double() * math.sqrt(3) if is_A else 0.0
     return (factor * chunks[:, -1:] * out).flatten()[:size] + start
 

@@ -253,7 +253,8 @@ class McncConfig(SeededConfig):
             "offset_size": size,
             "offset_scale": math.sqrt(3),
         }
-        factors = self.chosen(self._pair(size, is_A))
+        # The start of A is as large as an update here, and the amplitudes of A take as large steps as those of B.
+        factors = self.chosen(self._pair(size, is_A=False))
         return Filling(self._manifold(size, factors, **(start if is_A else {})), parts, tuple(factors))
 
     def _manifold(self, size: int, factors: Sequence[float], scale: float = 1.0, **options: Any) -> SineManifold:
