@@ -130,7 +130,8 @@ def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Te
     stream_B: tuple[Any, ...] = ("nola", "B", out_features, r, *own)
     a, b = coefficients.split([num_A, num_B])
     if config.parametrization == "scaled":
-        a, b = a * math.sqrt(3), b * math.sqrt(3 * out_features * r / num_B)
+        a = a * math.sqrt(3) * (in_features * r / num_A) ** 0.25
+        b = b * math.sqrt(3 * out_features * r / num_B)
     A = uniform(config.seed, (*stream_A, "offset"), r * in_features).to(a.dtype) / math.sqrt(in_features)
     A = A + a / math.sqrt(num_A) @ dense_matrix(config.seed, stream_A, num_A, r * in_features).to(a.dtype)
     B = b / math.sqrt(num_B) @ dense_matrix(config.seed, stream_B, num_B, out_features * r).to(b.dtype)
@@ -181,7 +182,8 @@ def mcnc(config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Te
     r = config.r
     size_A, size_B = r * in_features, out_features * r
     if scaled:
-        A, B = chunks(size_A, 1.0), chunks(size_B, math.sqrt(min(d, size_B)))
+        shared_A, shared_B = (min(d, size) / (config.k + 1) for size in (size_A, size_B))
+        A, B = chunks(size_A, shared_A**0.25), chunks(size_B, shared_B**0.5)
     else:
         A, B = chunks(size_A + size_B, 1.0).split([size_A, size_B])
     assert not len(rest)

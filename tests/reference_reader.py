@@ -79,6 +79,8 @@ def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dic
     fields |= {name: config.get(name) for name in GENERATING[config["peft_type"]].split()}
     if not scaled(config):
         fields.pop("parametrization", None)
+    elif fields["method"] in ("NOLA", "MCNC"):
+        fields["factors_version"] = 2
     described = {}
     for name, value in fields.items():
         text = canonical(value)
@@ -219,13 +221,13 @@ ACTIVATIONS = {
 }
 
 
-def manifold(
-    config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float, amplitude: float | None = None
-) -> np.ndarray:
-    """`amplitude` is the factor of the amplitudes, where it is not that of a factor B or a weight."""
+def manifold(config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float, part: str) -> np.ndarray:
+    """`part` is what the numbers are: those of a factor `A` or `B`, or of a `weight`."""
     k, d = config["k"], config.get("d") or 5000
-    factor_inputs = INPUTS if scaled(config) else 1.0
-    factor_amplitudes = amplitude or (math.sqrt(min(d, size)) if scaled(config) else 1.0)
+    factor_inputs = factor_amplitudes = 1.0
+    if scaled(config):
+        root = math.sqrt(min(d, size) / (1 if part == "weight" else k + 1))
+        factor_inputs, factor_amplitudes = INPUTS, math.sqrt(root) if part == "A" else root
     sizes = [k, *config["widths"], d]
     activation, gain = ACTIVATIONS[config["activation"]]
     layers = []
@@ -324,7 +326,7 @@ def update(
             flat = sparse(seed, stream, coefficients, size, factor / math.sqrt(fan_in), config["nnz"])
         return flat[:weights].reshape(*stack, fan_out, fan_in), flat[weights:]
     if method == "MCNC" and config["apply_to"] == "weight":
-        flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in))
+        flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in), "weight")
         return flat.reshape(*stack, fan_out, fan_in), none
     if method == "MCNC":
         r, alpha = config["r"], config["alpha"]
@@ -332,10 +334,10 @@ def update(
         if scaled(config):
             _, size_B = _generated(config, module)
             first = -(-size_A // (config.get("d") or 5000)) * (config["k"] + 1)
-            A = manifold(config, coefficients[:first], size_A, 1.0, amplitude=1.0)
-            B = manifold(config, coefficients[first:], size_B, 1.0)
+            A = manifold(config, coefficients[:first], size_A, 1.0, "A")
+            B = manifold(config, coefficients[first:], size_B, 1.0, "B")
         else:
-            flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0)
+            flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0, "A and B")
             A, B = flat[:size_A], flat[size_A:]
         A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], experts * r * fan_in, 1 / math.sqrt(fan_in))
     else:
@@ -344,7 +346,7 @@ def update(
         own = [] if config["share_basis"] else [name]
         num_A, num_B = lengths(config, module)
         stream_A, stream_B = ["nola", "A", r, fan_in, *own], ["nola", "B", fan_out, r, *own]
-        factor_A = math.sqrt(3) if scaled(config) else 1.0
+        factor_A = math.sqrt(3) * math.sqrt(math.sqrt(experts * r * fan_in / num_A)) if scaled(config) else 1.0
         factor_B = math.sqrt(3 * experts * fan_out * r / num_B) if scaled(config) else 1.0
         own_A = signed(seed, stream_A, coefficients[:num_A], experts)
         own_B = signed(seed, stream_B, coefficients[num_A:], experts)
@@ -487,7 +489,7 @@ def joint_updates(
     sizes = [math.prod(each.shape) for each in parameters]
     size = sum(sizes)
     if config["peft_type"] == "MCNC":
-        flat = manifold(config, coefficients, size, 1.0)
+        flat = manifold(config, coefficients, size, 1.0, "weight")
     elif config["basis"] == "dense":
         scale = pranc_factor(config, size) * math.sqrt(3 / len(coefficients))
         flat = dense(config["seed"], ["network", "dense"], coefficients, size, scale)
@@ -546,11 +548,11 @@ def factored_updates(
     if config["peft_type"] == "MCNC":
         chunks = [-(-size // (config.get("d") or 5000)) for size in (sum(sizes_A), sum(sizes_B), vectors)]
         own = np.split(coefficients, np.cumsum(chunks)[:-1] * (config["k"] + 1))
-        all_A = manifold(config, own[0], sum(sizes_A), 1.0)
+        all_A = manifold(config, own[0], sum(sizes_A), 1.0, "A")
         all_A = all_A + offset(seed, ["network", "mcnc", "A", "offset"], sum(sizes_A), math.sqrt(3))
         factors_A = np.split(all_A, np.cumsum(sizes_A)[:-1])
-        factors_B = np.split(manifold(config, own[1], sum(sizes_B), 1.0), np.cumsum(sizes_B)[:-1])
-        rest = manifold(config, own[2], vectors, 1.0) if vectors else np.zeros(0)
+        factors_B = np.split(manifold(config, own[1], sum(sizes_B), 1.0, "B"), np.cumsum(sizes_B)[:-1])
+        rest = manifold(config, own[2], vectors, 1.0, "weight") if vectors else np.zeros(0)
     else:
         num_A, num_B = lengths(config, Module("", 1, 1))
         own_A, own_B, own_rest = np.split(coefficients, [len(names) * num_A, len(names) * (num_A + num_B)])
@@ -560,7 +562,7 @@ def factored_updates(
             r = min(config["r"], fan_out, fan_in)
             name = [] if config["share_basis"] else [parameter.name]
             stream_A, stream_B = ["network", "nola", "A", r, fan_in, *name], ["network", "nola", "B", fan_out, r, *name]
-            factor_A = math.sqrt(3) if scaled(config) else 1.0
+            factor_A = math.sqrt(3) * math.sqrt(math.sqrt(fan_in * r / num_A)) if scaled(config) else 1.0
             A = dense(seed, stream_A, own_A[i * num_A :][:num_A], r * fan_in, factor_A / math.sqrt(num_A))
             factors_A.append(A + offset(seed, [*stream_A, "offset"], r * fan_in, math.sqrt(3)))
             factor_B = math.sqrt(3 * fan_out * r / num_B) if scaled(config) else 1.0

@@ -66,8 +66,9 @@ def formulas(page: str, **known: Any) -> dict[str, float]:
     return found
 
 
-def frozen_bytes() -> dict[int, int]:
-    return {id(each): each.nbytes for each in list(Frozen._shared.values())}
+def frozen_bytes() -> dict[Frozen, int]:
+    # By the tensors themselves: those of another test may go meanwhile, and new ones have their addresses then.
+    return {each: each.nbytes for each in list(Frozen._shared.values())}
 
 
 def ceil(number: float, by: int = 128) -> int:

@@ -1,4 +1,4 @@
-"""CIFAR-10: ten images of every class, with DINOv2 ViT-S and a head."""
+"""CIFAR-10: fifty images of every class, with DINOv2 ViT-S and a head."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from .task import QualityTask
 
 
 class Cifar10(QualityTask):
-    """140 steps of 16 images, that is 20 passes over 100 images, and the accuracy on 500 test images."""
+    """140 steps of 16 images, that is four and a half passes over 500 images, and the accuracy on 500 test images.
+
+    With ten images of a class the head alone was as good as any adapter beside it.
+    """
 
     name = "cifar10"
-    title = "CIFAR-10, 10 images a class, DINOv2 ViT-S"
+    title = "CIFAR-10, 50 images a class, DINOv2 ViT-S"
     targets = ("q_proj", "v_proj")
     steps = 140
     batch_size = 16
@@ -24,7 +27,7 @@ class Cifar10(QualityTask):
     def load(self, training: TrainingArguments) -> Task:
         source = image_classification.ModelArguments(self.sources.need("cifar10_model"), image_size=56)
         args = image_classification.DataArguments(
-            self.sources.need("cifar10_data"), eval_split="test", shots=10, max_eval_samples=500
+            self.sources.need("cifar10_data"), eval_split="test", shots=50, max_eval_samples=500
         )
         data = image_classification.load_image_data(args)
         classifier = image_classification.load_classifier(source, data.labels)

@@ -98,9 +98,13 @@ class Run:
 
 def _digest(task: QualityTask, method: Method) -> str:
     """Tells configurations apart, with the defaults of the options that are not given."""
-    config = asdict(method.config(task.task.task_type, 0, task.task.head))
+    config: Any = method.config(task.task.task_type, 0, task.task.head)
+    # The rule by which coefficients are scaled is no field.
+    rule = {name: value for name, value in getattr(config, "generating", dict)().items() if name == "factors_version"}
     text = json.dumps(
-        config, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+        asdict(config) | rule,
+        sort_keys=True,
+        default=lambda value: sorted(value) if isinstance(value, set) else str(value),
     )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

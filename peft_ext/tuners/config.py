@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,9 +48,6 @@ def documented(config: C) -> C:
 
 PLAIN, SCALED = "plain", "scaled"
 
-MULTIPLE = 16
-"""A configuration may ask for so many times what the adapted weights are, in numbers and in memory."""
-
 ELSEWHERE = (
     "Export the adapters with `peft_ext.to_lora` and combine those with LoRA's `add_weighted_adapter`; or activate "
     "them together and call `set_scale(adapter, weight)` of their layers, which adds the weighted updates exactly."
@@ -57,31 +55,6 @@ ELSEWHERE = (
 """What to do with adapters whose coefficients cannot be combined."""
 
 _MOST_ENTRIES = 10_000  # in a field: PEFT looks at them all for every module
-_SMALL = 1 << 26  # bytes that any configuration may ask for
-
-
-def check_memory(fields: str, what: str, numbers: int, targets: Sequence[Target]) -> None:
-    """Raises a ValueError if some float32 numbers are out of proportion to the adapted weights, before they are made.
-
-    Args:
-        fields: of the configuration that ask for them, for the message.
-        what: they are.
-        numbers: how many.
-    """
-    most = max(_SMALL, 4 * MULTIPLE * sum(target.size for target in targets))
-    if 4 * numbers > most:
-        raise ValueError(
-            f"{fields} must be in proportion to the adapted modules: {what} would take {4 * numbers:,} bytes, at most "
-            f"{most:,} are allowed ({MULTIPLE} times the {len(targets)} adapted weights, or 64 MiB)."
-        )
-
-
-def check_multiple(field: str, value: int, size: int, what: str) -> None:
-    """Raises a ValueError if a number of a configuration is more than `MULTIPLE` times a size of the model."""
-    if value > MULTIPLE * size:
-        raise ValueError(
-            f"`{field}` must be at most {MULTIPLE * size:,}, {MULTIPLE} times the {size:,} {what}, got {value:,}."
-        )
 
 
 def _refuse_pickle(folder: Path, what_to_do: str) -> None:
@@ -95,6 +68,18 @@ def _refuse_pickle(folder: Path, what_to_do: str) -> None:
 def weighted_sum(vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
     """The sum of vectors, each times a factor, on the device of the first."""
     return sum(vector.to(vectors[0].device) * factor for vector, factor in zip(vectors, factors))  # type: ignore[return-value]
+
+
+def beside_a_start(shared: float) -> float:
+    """The factor of coefficients that are added to the random start of A, which B waits for.
+
+    LoRA's step asks for the root of `shared`, with which the random part of the steps soon drowns the start; 1 leaves A
+    where it started. Half of the way, in the logarithm, is better than both.
+
+    Args:
+        shared: numbers of A for a coefficient.
+    """
+    return math.sqrt(math.sqrt(shared))  # roots are rounded alike on every machine, powers are not
 
 
 @dataclass
@@ -146,6 +131,7 @@ class CheckpointedConfig(DescribedConfig):
     )
 
     size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
+    factors_version: ClassVar[int] = 1  # of the rule of `factors`: adapters that were scaled by another are refused
 
     @classmethod
     def method(cls) -> str:
@@ -372,6 +358,8 @@ class SeededConfig(CheckpointedConfig):
             found["ensure_weight_tying"] = True
         if self.parametrization == PLAIN:
             del found["parametrization"]  # adapters from before there was a choice know no such field
+        elif self.factors_version > 1:
+            found["factors_version"] = self.factors_version
         return found
 
     def factors(self, target: Target) -> list[float]:

@@ -53,7 +53,8 @@ def nola_update(
     experts, fan_out, fan_in = (shape[0], shape[2], shape[1]) if is_transposed else shape
     a, b = coefficients.split((num_A, num_B))
     stream_A, stream_B = ("nola", "A", r, fan_in), ("nola", "B", fan_out, r)
-    a, b = a * math.sqrt(3), b * math.sqrt(3 * experts * fan_out * r / num_B)
+    a = a * math.sqrt(3) * (experts * fan_in * r / num_A) ** 0.25
+    b = b * math.sqrt(3 * experts * fan_out * r / num_B)
     basis_A = uniform(0, (*stream_A, "basis"), num_A * r * fan_in).view(num_A, r, fan_in) / math.sqrt(num_A)
     basis_B = uniform(0, (*stream_B, "basis"), num_B * fan_out * r).view(num_B, fan_out, r) / math.sqrt(num_B)
     signs_A = uniform(0, (*stream_A, "sign"), experts * num_A).view(experts, num_A).lt(0)

@@ -165,7 +165,11 @@ def test_the_size_of_updates(method: str) -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         alpha, beta = parts(parameter.data, config)
-        beta[2 if config.apply_to == "factors" else 0 :] /= 8  # sqrt(64); the first two chunks are those of A
+        if config.apply_to == "factors":
+            shared = 64 / (config.k + 1)
+            beta /= torch.tensor([shared**0.25] * 2 + [shared**0.5] * 2).view_as(beta)  # two chunks of A, two of B
+        else:
+            beta /= 8
         update, _ = layer.update("default")
     if isinstance(update, tuple):
         A, B = update

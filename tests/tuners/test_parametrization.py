@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_ext import McncConfig, NolaConfig, PrancConfig
+from peft_ext.tuners.target import Target, together
 
 SEEDED = [name for name, (config, _) in METHODS.items() if config in (NolaConfig, PrancConfig, McncConfig)]
 
@@ -57,8 +58,31 @@ def test_a_first_step_of_factors_is_one_of_lora(config: Any) -> None:
     config.target_modules = {"wide", "narrow"}
     config.alpha = 4.0
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=["wide", "narrow"])
-    assert first_order(config) == pytest.approx(first_order(lora), rel=0.15)
+    # Of the coefficients of a chunk only the amplitude has a gradient yet.
+    waiting = math.sqrt(config.k + 1) if isinstance(config, McncConfig) else 1.0
+    assert first_order(config) * waiting == pytest.approx(first_order(lora), rel=0.15)
     assert first_order(config) != pytest.approx(first_order(plain(config)), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("config", "shared"),
+    [
+        (NolaConfig(r=4, num_basis=(8, 2)), 4 * 40 / 8),
+        (NolaConfig(r=4, num_basis=(40, 2), share_basis=False), 4 * 40 / 40),
+        (McncConfig(r=4, k=2, d=20, widths=(16,)), 20 / 3),
+    ],
+    ids=["8 bases", "40 bases", "chunks of 20"],
+)
+def test_a_step_of_a_moves_it_between_where_lora_would_and_what_its_length_asks_for(config: Any, shared: float) -> None:
+    """Its entries move by the fourth root of the numbers for a coefficient: 1 would be as far as LoRA's move."""
+    generator = config.generators(together([Target("layer", 24, 40)])[0])[0]
+    sizes = []
+    for draw in range(20):
+        torch.manual_seed(draw)
+        step = torch.randint(0, 2, (generator.num_coefficients,)) * 2.0 - 1
+        moved = generator.expand(step) - generator.expand(torch.zeros_like(step))
+        sizes.append(float(moved.square().mean()))
+    assert math.sqrt(sum(sizes) / len(sizes)) == pytest.approx(shared**0.25, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +106,8 @@ def test_a_first_step_of_weights_is_one_of_weights_of_unit_variance(config: Any)
 
 
 def plain(config: Any) -> Any:
-    fields = {name: getattr(config, name) for name in config.generating() if name not in ("method", "parametrization")}
+    others = ("method", "parametrization", "factors_version")
+    fields = {name: getattr(config, name) for name in config.generating() if name not in others}
     return type(config)(**fields, target_modules=sorted(config.target_modules), parametrization="plain")
 
 
@@ -101,7 +126,7 @@ def test_an_adapter_from_before_there_was_a_choice(method: str, tmp_path: Path) 
     for name, update in expected.items():
         assert torch.equal(loaded.base_model.model[name].get_delta_weight("default"), update) and update.any()
     file.write_text(json.dumps({**saved, "parametrization": "scaled"}))
-    with pytest.raises(ValueError, match="`parametrization` of the saved adapter was 'not there'"):
+    with pytest.raises(ValueError, match="`(parametrization|factors_version)` of the saved adapter was 'not there'"):
         PeftModel.from_pretrained(base, str(tmp_path))
 
 
@@ -109,3 +134,16 @@ def test_what_a_parametrization_can_be() -> None:
     assert config_of("NOLA").parametrization == "scaled"
     with pytest.raises(ValueError, match="`parametrization` must be .*'scaled'.*'plain'.* got 'published'"):
         NolaConfig(parametrization="published")
+
+
+@pytest.mark.parametrize("method", ["NOLA", "MCNC"])
+def test_an_adapter_that_was_scaled_by_an_earlier_rule_is_refused(method: str, tmp_path: Path) -> None:
+    base = nn.ModuleDict({"first": nn.Linear(16, 16)})
+    model, _ = adapt(base, method, target_modules=["first"])
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert saved["identity"].pop("factors_version") == 2
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="`factors_version` of the saved adapter was 'not there' .* is 2 here"):
+        PeftModel.from_pretrained(base, str(tmp_path))

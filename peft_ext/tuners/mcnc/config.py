@@ -14,8 +14,9 @@ from ...checkpoint.identity import parse_shape
 from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SCALED, SeededConfig, check_memory, check_multiple, documented
-from ..network import A, Filling, Part, check_default, factor_parts, size_of, whole_parts
+from ..config import SCALED, SeededConfig, beside_a_start, documented
+from ..limits import check_memory, check_multiple
+from ..network import UPDATE, A, B, Filling, Part, check_default, factor_parts, size_of, whole_parts
 from ..target import Target
 
 _INPUTS = 10.0  # the factor of inputs, found by trying: 3 and 30 were worse
@@ -116,6 +117,7 @@ class McncConfig(SeededConfig):
     method_name = "MCNC"
     paper = "https://huggingface.co/papers/2406.19301"
     size_fields = ("k", "d", "r", "apply_to")
+    factors_version = 2
     notice = "A patent application covers the method (US 20250384255 A1)."
 
     def check_fields(self) -> None:
@@ -148,14 +150,21 @@ class McncConfig(SeededConfig):
     def scaled_factors(self, target: Target) -> list[float]:
         """Those of the inputs and of the amplitudes of every sequence."""
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
-        pairs = [self._pair(size, self.apply_to == "factors" and place == 0) for place, size in enumerate(sizes)]
-        return [factor for pair in pairs for factor in pair]
+        kinds = (UPDATE,) if self.apply_to == "weight" else (A, B)
+        return [factor for size, kind in zip(sizes, kinds) for factor in self._pair(size, kind)]
 
-    def _pair(self, size: int, is_A: bool) -> list[float]:
-        """The factors of the inputs and of the amplitudes of a sequence of `size` numbers."""
-        # An amplitude has so many numbers of its own. Those of A start at the size of its random start, as LoRA's do:
-        # steps that are larger than LoRA's would drown it.
-        return [_INPUTS, 1.0 if is_A else math.sqrt(min(self.chunk_size, size))]
+    def _pair(self, size: int, kind: str) -> list[float]:
+        """The factors of the inputs and of the amplitudes of a sequence of `size` numbers.
+
+        Args:
+            kind: what the numbers are: those of the factors `A` or `B`, or an `UPDATE`.
+        """
+        numbers = min(self.chunk_size, size)
+        if kind == UPDATE:
+            return [_INPUTS, math.sqrt(numbers)]  # an amplitude has so many numbers of its own
+        # The inputs move the numbers as well: with them counted, few images were learned better.
+        shared = numbers / (self.k + 1)
+        return [_INPUTS, beside_a_start(shared) if kind == A else math.sqrt(shared)]
 
     def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
@@ -247,15 +256,14 @@ class McncConfig(SeededConfig):
         return tuple(self._filling(parts) for parts in sequences if parts)
 
     def _filling(self, parts: tuple[Part, ...]) -> Filling:
-        size, is_A = size_of(parts), parts[0].kind == A
+        size, kind = size_of(parts), parts[0].kind
         start: dict[str, Any] = {
             "offset_stream": ("network", "mcnc", "A", "offset"),
             "offset_size": size,
             "offset_scale": math.sqrt(3),
         }
-        # The start of A is as large as an update here, and the amplitudes of A take as large steps as those of B.
-        factors = self.chosen(self._pair(size, is_A=False))
-        return Filling(self._manifold(size, factors, **(start if is_A else {})), parts, tuple(factors))
+        factors = self.chosen(self._pair(size, kind))
+        return Filling(self._manifold(size, factors, **(start if kind == A else {})), parts, tuple(factors))
 
     def _manifold(self, size: int, factors: Sequence[float], scale: float = 1.0, **options: Any) -> SineManifold:
         """The generator of a sequence of `size` numbers; phi is one and the same for all of them.

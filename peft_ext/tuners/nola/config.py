@@ -12,7 +12,8 @@ from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
-from ..config import ELSEWHERE, SeededConfig, check_memory, check_multiple, documented, weighted_sum
+from ..config import ELSEWHERE, SeededConfig, beside_a_start, documented, weighted_sum
+from ..limits import check_memory, check_multiple
 from ..network import B, Filling, check_default, factor_parts, size_of
 from ..target import Target
 
@@ -87,6 +88,7 @@ class NolaConfig(SeededConfig):
     method_name = "NOLA"
     paper = "https://huggingface.co/papers/2310.02556"
     size_fields = ("num_basis",)
+    factors_version = 2
 
     def check_fields(self) -> None:
         super().check_fields()
@@ -120,8 +122,9 @@ class NolaConfig(SeededConfig):
 
     def scaled_factors(self, target: Target) -> list[float]:
         # The random matrices of a factor have a root mean square of 1 / sqrt(3) each.
-        r, (_, num_B) = self.rank(target.name), self.num_basis_per_factor
-        return [math.sqrt(3), math.sqrt(3 * target.experts * target.fan_out * r / num_B)]
+        r, (num_A, num_B) = self.rank(target.name), self.num_basis_per_factor
+        size_A, size_B = (target.experts * r * size for size in (target.fan_in, target.fan_out))
+        return [math.sqrt(3) * beside_a_start(size_A / num_A), math.sqrt(3 * size_B / num_B)]
 
     def rank(self, module_name: str) -> int:
         """The rank of a module: that of its pattern, or `r`."""
@@ -221,7 +224,7 @@ class NolaConfig(SeededConfig):
         found = []
         for part in (*parts_A, *parts_B):
             own = () if self.share_basis else (targets[part.place].name,)
-            number, factor, offset = num_A, math.sqrt(3), math.sqrt(3)
+            number, factor, offset = num_A, math.sqrt(3) * beside_a_start(part.size / num_A), math.sqrt(3)
             if part.kind == B:
                 number, factor, offset = num_B, math.sqrt(3 * part.size / num_B), 0.0
             (factor,) = self.chosen([factor])

@@ -12,7 +12,8 @@ import torch
 from ...checks import check_choice, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator
-from ..config import SeededConfig, check_memory, documented, weighted_sum
+from ..config import SeededConfig, documented, weighted_sum
+from ..limits import check_memory
 from ..network import Filling, whole_parts
 from ..target import Target, network_target
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ... import randomness
 from ...checkpoint.identity import Identity, check_identity
 from ..checkpointed import CheckpointedModel
-from ..config import check_multiple
+from ..limits import check_multiple
 from ..model import base_layer_of
 from ..target import Target
 from .config import VisualPromptConfig

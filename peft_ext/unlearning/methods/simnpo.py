@@ -17,7 +17,7 @@ from .paired import Paired, log_probabilities
 
 @dataclass
 class SimNPO(Paired):
-    """Makes forget samples unlikely, by the mean log-probability of their targets (equation 4 of the paper).
+    """Makes forget samples unlikely, by the mean log-probability of their targets (section 4 of the paper).
 
     The loss of a sample is `2 / beta * log(1 + exp(beta * m + gamma))`, where m is that mean.
 
