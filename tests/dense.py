@@ -17,7 +17,7 @@ from peft_ext import McncConfig, NolaConfig, PrancConfig
 from peft_ext.randomness import uniform
 
 PREFIX = "base_model.model."
-INPUTS = 10.0  # factor on the inputs of MCNC's network
+PHASE = 50.0  # factor on the inputs of the first activation of MCNC's network
 FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {  # activations and their usual gains
     "sine": (torch.sin, math.sqrt(2)),
     "relu": (torch.relu, math.sqrt(2)),
@@ -169,7 +169,7 @@ def mcnc(config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Te
         number = math.ceil(size / d)
         own, rest = rest[: number * (config.k + 1)], rest[number * (config.k + 1) :]
         if scaled:
-            own = own * own.new_tensor([*config.k * [INPUTS], amplitude]).repeat(number)
+            own = own * own.new_tensor([*config.k * [PHASE / config.frequency], amplitude]).repeat(number)
         return on_manifold(
             own, config.seed, stream, size, config.k, d, widths, config.activation, config.frequency, config.normalize
         )

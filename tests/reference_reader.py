@@ -212,7 +212,7 @@ def sparse(seed: int, stream: Sequence[Any], coefficients: np.ndarray, size: int
     return total
 
 
-INPUTS = 10.0
+PHASE = 50.0
 ACTIVATIONS = {
     "sine": (np.sin, math.sqrt(2)),
     "relu": (lambda x: np.maximum(x, 0), math.sqrt(2)),
@@ -227,7 +227,7 @@ def manifold(config: Mapping[str, Any], coefficients: np.ndarray, size: int, sca
     factor_inputs = factor_amplitudes = 1.0
     if scaled(config):
         root = math.sqrt(min(d, size) / (1 if part == "weight" else k + 1))
-        factor_inputs, factor_amplitudes = INPUTS, math.sqrt(root) if part == "A" else root
+        factor_inputs, factor_amplitudes = PHASE / config["frequency"], math.sqrt(root) if part == "A" else root
     sizes = [k, *config["widths"], d]
     activation, gain = ACTIVATIONS[config["activation"]]
     layers = []

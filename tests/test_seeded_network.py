@@ -153,7 +153,7 @@ def dense_manifold(config: McncConfig, chunks: torch.Tensor, size: int, kind: st
         uniform(5, (*stream, i), a * b).view(a, b).double() * math.sqrt((2 if i else 1) * 3 / a)
         for i, (a, b) in enumerate(zip(sizes, sizes[1:]))
     ]
-    out = torch.sin(config.frequency * (10 if scaled else 1) * chunks[:, :-1] @ layers[0]) @ layers[1]
+    out = torch.sin((50 if scaled else config.frequency) * chunks[:, :-1] @ layers[0]) @ layers[1]
     out = out / out.square().mean(1, keepdim=True).sqrt()
     numbers = min(config.chunk_size, size)
     shared = numbers / (config.k + 1)

@@ -147,3 +147,13 @@ def test_an_adapter_that_was_scaled_by_an_earlier_rule_is_refused(method: str, t
     file.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="`factors_version` of the saved adapter was 'not there' .* is 2 here"):
         PeftModel.from_pretrained(base, str(tmp_path))
+
+
+@pytest.mark.parametrize("frequency", [0.5, 5.0, 40.0])
+def test_a_step_moves_the_phases_of_mcnc_alike_at_every_frequency(frequency: float) -> None:
+    config = McncConfig(k=2, d=8, frequency=frequency)
+    target = together([Target("layer", 24, 40)])[0]
+    manifold = config.generators(target)[0]
+    assert manifold.frequency == pytest.approx(50)  # of a coefficient
+    start = config.initial(target, config.generators(target))[: manifold.num_coefficients].view(-1, 3)[:, :2]
+    assert (manifold.frequency * start).abs().max() == pytest.approx(frequency, rel=0.1)

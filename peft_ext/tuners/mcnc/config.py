@@ -19,7 +19,7 @@ from ..limits import check_memory, check_multiple
 from ..network import UPDATE, A, B, Filling, Part, check_default, factor_parts, size_of, whole_parts
 from ..target import Target
 
-_INPUTS = 10.0  # the factor of inputs, found by trying: 3 and 30 were worse
+_PHASE = 50.0  # what a step moves the inputs of the first activation by, in learning rates; found by trying
 _MOST_LAYERS = 64  # hidden ones of the frozen network
 
 
@@ -159,12 +159,12 @@ class McncConfig(SeededConfig):
         Args:
             kind: what the numbers are: those of the factors `A` or `B`, or an `UPDATE`.
         """
-        numbers = min(self.chunk_size, size)
+        inputs, numbers = _PHASE / self.frequency, min(self.chunk_size, size)
         if kind == UPDATE:
-            return [_INPUTS, math.sqrt(numbers)]  # an amplitude has so many numbers of its own
+            return [inputs, math.sqrt(numbers)]  # an amplitude has so many numbers of its own
         # The inputs move the numbers as well: with them counted, few images were learned better.
         shared = numbers / (self.k + 1)
-        return [_INPUTS, beside_a_start(shared) if kind == A else math.sqrt(shared)]
+        return [inputs, beside_a_start(shared) if kind == A else math.sqrt(shared)]
 
     def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
