@@ -50,7 +50,8 @@ def plot_rates(rows: Sequence[Row], title: str, path: Path) -> None:
             axis.plot(gone, [top] * len(gone), color=colour, marker="x", linestyle="none")
         axis.set_xscale("log")
         axis.set_title(_first_word(of_family[0]["method"]), loc="left", fontsize=10)
-        axis.legend(frameon=False, fontsize=7)
+        # Below the panel: seven curves leave no room among them.
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(-0.05, -0.3), ncols=2)
         tidy(axis, "both")
     axes.flat[0].set_ylim(low - 0.05 * room, top + 0.05 * room)
     for axis in axes.flat[len(families) :]:
