@@ -249,7 +249,7 @@ def test_the_cases_above_are_all_fields() -> None:
     configs = {"NOLA": NolaConfig(), "PRANC": PrancConfig(), "MCNC": McncConfig()}
     for method, config in configs.items():
         named = {*GENERATING[method], "fan_in_fan_out"}
-        assert config.generating().keys() - {"method", "generator_version"} == named, method
+        assert config.generating().keys() - {"method", "generator_version", "factors_version"} == named, method
 
 
 @every_method

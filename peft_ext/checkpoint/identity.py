@@ -102,7 +102,9 @@ def check_identity(saved: Any, found: Identity | Mapping[str, Any], where: str) 
         expected = found.to_dict()
     else:
         expected = {name: _shortened(value) for name, value in found.items()} | {"modules": described.get("modules")}
-    for name in sorted((described.keys() | expected.keys()) - {"sha256", "modules"}):
+    names = (described.keys() | expected.keys()) - {"sha256", "modules"}
+    # A version follows from fields: where one of those differs, it is the one to name.
+    for name in sorted(names, key=lambda name: (name.endswith("_version"), name)):
         if name not in described or name not in expected or canonical(described[name]) != canonical(expected[name]):
             raise ValueError(
                 f"`{name}` of the saved adapter was {described.get(name, 'not there')!r} {where}, and is "
