@@ -14,7 +14,7 @@ from ...checks import check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
 from ..config import ELSEWHERE, SeededConfig, beside_a_start, documented, weighted_sum
 from ..limits import check_memory, check_multiple
-from ..network import B, Filling, check_default, factor_parts, size_of
+from ..network import UPDATE, A, B, Filling, check_default, factor_parts, size_of
 from ..target import Target
 
 N = TypeVar("N", int, float)
@@ -121,10 +121,14 @@ class NolaConfig(SeededConfig):
         return list(torch.arange(size).split(lengths))
 
     def scaled_factors(self, target: Target) -> list[float]:
+        rows = target.experts * self.rank(target.name)
+        return [self._factor(rows * target.fan_in, A), self._factor(rows * target.fan_out, B)]
+
+    def _factor(self, size: int, kind: str) -> float:
+        """The factor of the coefficients of `size` numbers: those of the factors `A` or `B`, or an `UPDATE`."""
         # The random matrices of a factor have a root mean square of 1 / sqrt(3) each.
-        r, (num_A, num_B) = self.rank(target.name), self.num_basis_per_factor
-        size_A, size_B = (target.experts * r * size for size in (target.fan_in, target.fan_out))
-        return [math.sqrt(3) * beside_a_start(size_A / num_A), math.sqrt(3 * size_B / num_B)]
+        num_A, num_B = self.num_basis_per_factor
+        return math.sqrt(3) * beside_a_start(size / num_A) if kind == A else math.sqrt(3 * size / num_B)
 
     def rank(self, module_name: str) -> int:
         """The rank of a module: that of its pattern, or `r`."""
@@ -224,14 +228,12 @@ class NolaConfig(SeededConfig):
         found = []
         for part in (*parts_A, *parts_B):
             own = () if self.share_basis else (targets[part.place].name,)
-            number, factor, offset = num_A, math.sqrt(3) * beside_a_start(part.size / num_A), math.sqrt(3)
-            if part.kind == B:
-                number, factor, offset = num_B, math.sqrt(3 * part.size / num_B), 0.0
-            (factor,) = self.chosen([factor])
+            number, offset = (num_A, math.sqrt(3)) if part.kind == A else (num_B, 0.0)
+            (factor,) = self.chosen([self._factor(part.size, part.kind)])
             stream = ("network", "nola", part.kind, *part.shape, *own)
             found.append(Filling(self._basis(stream, number, part.size, factor, offset), (part,), (factor,)))
         if vectors:
-            (factor,) = self.chosen([math.sqrt(3 * size_of(vectors) / num_B)])
+            (factor,) = self.chosen([self._factor(size_of(vectors), UPDATE)])
             generator = self._basis(("network", "nola", "vectors"), num_B, size_of(vectors), factor)
             found.append(Filling(generator, vectors, (factor,)))
         if self.share_basis:
