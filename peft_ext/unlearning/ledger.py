@@ -97,10 +97,10 @@ class UnlearningLedger:
             data: batches of all training samples, as `GaussNewton.fit` takes them.
             loss: `"cross_entropy"` or `"squared_error"`: what the model was trained with.
             damping: ridge on the curvature, in units of the mean of its diagonal. No retain data will be there to
-                steer it by, so for classifiers it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 30 with
-                which trial deletions (of a random tenth, and of the most frequent class) leave the loss of what remains
-                as it should be. Nothing is deleted. For language models it is 1 by default: there a value that does no
-                damage to the rest may still forget too much. See `UnlearningLedger.damping`.
+                steer it by, so it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 30 with which trial
+                deletions (of a random tenth, and of the most frequent class) leave the loss of what remains as it
+                should be. Nothing is deleted. For labels of tokens it is 1 at least: there a value that does no damage
+                to the rest may still forget too much. See `UnlearningLedger.damping`.
             retain_tolerance: how far a trial deletion may raise that loss, in nats per target.
             ridge: half of this times the squared distance from `reference` was added to the loss in training.
             reference: parameters before training, by name; by default those that the model has.
@@ -182,7 +182,7 @@ class UnlearningLedger:
     def shortfalls(self) -> list[str]:
         """What the trial deletions foretell that requests will leave, a sentence each; empty if they did not fail.
 
-        There were trials if nobody chose the damping, and the model is a classifier. Requests for a class will leave
+        There were trials if nobody chose the damping. Requests for a class will leave
         too much of it if the mean loss of the most frequent one stayed below that of a guess among all classes: a model
         that was never shown a class gives it more. Requests for random samples will if the damping that spares the
         others lets the loss of a tenth rise by less than a quarter of what the smallest damping does. Both are signs,

@@ -63,7 +63,7 @@ class Trial:
         kind: `"random"`, a tenth of the samples; `"class"`, those of the most frequent class.
         samples: number of samples that it deleted.
         of: number of all samples.
-        classes: number of classes among them.
+        classes: number of classes among them, 0 for labels of tokens.
         before, after: mean loss over the targets of what it deleted.
         least_damped: the same after it with the smallest damping that was tried. None for a mean that is not finite.
         damages: whether it raised the loss of the others by more than `retain_tolerance`, for want of a larger damping.

@@ -47,12 +47,12 @@ class _Attempt:
         function.vector = state.weights_after(self.remaining).to(function.device)
         return not function.loss_and_gradient(self.rest, self.most, gradient=False)[0] <= self.most
 
-    def made(self, function: AdapterFunction, state: LedgerState, classes: int) -> Trial:
-        """Returns what it comes to with the damping of a state."""
+    def made(self, function: AdapterFunction, state: LedgerState, classes: int, least: float) -> Trial:
+        """Returns what it comes to with the damping of a state, and with the least one."""
         damages = self.damages(function, state)
         samples, of = (len(model.keys) for model in (self.remaining, state.quadratic))
         before, after = self.gone_loss / self.gone_targets, self._after(function, state)
-        least_damped = self._after(function, state.damped(DAMPINGS[0]))
+        least_damped = self._after(function, state.damped(least))
         return Trial(self.kind, of - samples, of, classes, before, after, least_damped, damages)
 
     def _after(self, function: AdapterFunction, state: LedgerState) -> float | None:
@@ -80,7 +80,9 @@ def least_damped(
     chosen, classes = _chosen(data, quadratic.keys)
     if not chosen:
         return state.damped(_UNTRIED)
-    level, state, attempts = 0, state.damped(DAMPINGS[0]), []
+    # Of texts a damping that spares the others may still forget too much, so that small ones are no choice.
+    dampings = DAMPINGS if classes else [each for each in DAMPINGS if each >= _UNTRIED]
+    level, state, attempts = 0, state.damped(dampings[0]), []
     try:
         for kind, keys in chosen.items():
             function.vector = trained
@@ -90,11 +92,11 @@ def least_damped(
             attempt = _Attempt(kind, gone, rest, remaining, quadratic.targets - remaining.targets, loss, most)
             attempts.append(attempt)
             while attempt.damages(function, state):
-                if level + 1 == len(DAMPINGS):
+                if level + 1 == len(dampings):
                     break
                 level += 1
-                state = state.damped(DAMPINGS[level])
-        trials = tuple(attempt.made(function, state, classes) for attempt in attempts)
+                state = state.damped(dampings[level])
+        trials = tuple(attempt.made(function, state, classes, dampings[0]) for attempt in attempts)
     finally:
         function.vector = trained
     state = replace(state, trials=trials)
@@ -104,9 +106,9 @@ def least_damped(
 
 
 def _chosen(data: Loader, keys: list[str]) -> tuple[dict[str, set[str]], int]:
-    """Returns hashes of samples of a classifier to delete on trial, and the number of classes that there are.
+    """Returns hashes of samples to delete on trial, and the number of classes that there are, 0 for labels of tokens.
 
-    They are those of a random tenth, and of the most frequent class.
+    They are those of a random tenth and, of samples that have one class each, those of the most frequent class.
     """
     found: list[tuple[str, int]] = []
     for batch in batches(data, torch.device("cpu")):
@@ -114,13 +116,10 @@ def _chosen(data: Loader, keys: list[str]) -> tuple[dict[str, set[str]], int]:
         if labels.dim() == 1:
             found += zip(batch.keys(), labels.tolist())
     found = gathered(found)
-    if not found:
-        return {}, 0
     order = sorted(set(keys), key=lambda key: float(unit_uniform(key, "trial")))
+    chosen = {"random": set(order[: math.ceil(_SHARE * len(order))])}
     classes = Counter(label for _, label in found)
-    largest = min(classes, key=lambda label: (-classes[label], label))
-    chosen = {
-        "random": set(order[: math.ceil(_SHARE * len(order))]),
-        "class": {key for key, label in found if label == largest},
-    }
+    if classes:
+        largest = min(classes, key=lambda label: (-classes[label], label))
+        chosen["class"] = {key for key, label in found if label == largest}
     return {kind: some for kind, some in chosen.items() if any(key not in some for key in keys)}, len(classes)

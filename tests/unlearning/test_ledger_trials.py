@@ -9,6 +9,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import problems
 import pytest
 import torch
 from problems import loader, trained
@@ -80,3 +81,23 @@ def test_a_ledger_that_does_its_work_says_nothing(tmp_path, monkeypatch):
         ledger = create(tmp_path / "kept", (0.03,), monkeypatch, retain_tolerance=10.0)
     assert ledger.shortfalls == [] and len(ledger._state.trials) == 2
     assert create(tmp_path / "chosen", (0.03,), monkeypatch, damping=30.0).shortfalls == []
+
+
+def test_texts_are_tried_too(tmp_path):
+    """From a damping of 1 on, by a random tenth: they have no classes."""
+    model, rows = problems.language_model(), problems.texts(20)
+    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**next(iter(loader(rows, 20)))).loss.backward()
+        optimizer.step()
+    before = weights(model)
+    ledgers = [
+        UnlearningLedger.create(tmp_path / name, model, loader(rows), retain_tolerance=tolerance)
+        for name, tolerance in {"easy": 10.0, "strict": 0.0}.items()
+    ]
+    easy, strict = [ledger._state.trials[0] for ledger in ledgers]
+    assert (easy.kind, easy.samples, easy.of, easy.classes) == ("random", 2, 20, 0)
+    assert easy.after == easy.least_damped == strict.least_damped > easy.before
+    assert ledgers[0].damping == 1 < ledgers[1].damping
+    assert torch.equal(weights(model), before)
