@@ -76,7 +76,7 @@ def evaluate_untrained(task: Task, method: Method, folder: Path) -> RunResult:
     return result
 
 
-def try_out(task: Task, method: Method, seed: int, flat_sigma: float) -> None:
+def try_out(task: Task, method: Method, seed: int, flat_sigma: float | None) -> None:
     """Puts an adapter on a task's model, once, to see whether they fit together.
 
     Args:
@@ -89,7 +89,7 @@ def try_out(task: Task, method: Method, seed: int, flat_sigma: float) -> None:
         UserError: they do not fit, or the adapter cannot be trained with that noise.
     """
     model = task.adapt(method, seed)
-    if flat_sigma:
+    if flat_sigma is not None:
         try:
             FlatTraining(flat_sigma)
             check_perturbable(model)
@@ -97,7 +97,7 @@ def try_out(task: Task, method: Method, seed: int, flat_sigma: float) -> None:
             raise UserError(f"flat_sigma: method {method.label!r}: {error}") from error
 
 
-def train(task: Task, method: Method, seed: int, verify: bool, flat_sigma: float, folder: Path) -> RunResult:
+def train(task: Task, method: Method, seed: int, verify: bool, flat_sigma: float | None, folder: Path) -> RunResult:
     """Trains one adapter with one seed, saves it and scores it.
 
     Args:
@@ -116,7 +116,7 @@ def train(task: Task, method: Method, seed: int, verify: bool, flat_sigma: float
     model: Any = task.adapt(method, seed)
     trainer = make_trainer(task, model, training)
     checkpoint = last_checkpoint(folder) if training.resume_from_checkpoint else None
-    with FlatTraining(flat_sigma, seed) if flat_sigma else nullcontext() as flat:
+    with FlatTraining(flat_sigma, seed) if flat_sigma is not None else nullcontext() as flat:
         if flat:
             trainer.add_callback(flat)
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -157,7 +157,7 @@ def trainings(
     methods: Sequence[Method],
     seeds: Sequence[int],
     verify: bool = False,
-    flat_sigma: float = 0.0,
+    flat_sigma: float | None = None,
 ) -> dict[str, Callable[[Path], RunResult]]:
     """Returns a training of every method on every task with every seed, by the names of their folders.
 
@@ -166,7 +166,7 @@ def trainings(
         methods: what is trained.
         seeds: the seeds of the runs.
         verify: whether the first adapter of every method is compared in a fresh process.
-        flat_sigma: size of the noise on the merged weights in training; 0 for none.
+        flat_sigma: size of the noise on the merged weights in training; None for none.
     """
     runs: dict[str, Callable[[Path], RunResult]] = {}
     for method in methods:
