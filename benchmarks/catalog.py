@@ -15,6 +15,7 @@ _MODULES = {"learning_rates": "quality.learning_rates"}
 NEEDS = {
     "learning_rates": _QUALITY,
     "quality": _QUALITY,
+    "flat": _QUALITY,
     "step_time": "nothing, or a model",
     "scaling": "nothing",
     "many_adapters": "nothing, or a model",

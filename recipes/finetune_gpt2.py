@@ -21,7 +21,7 @@ from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import causal_lm, restaurants
 from recipes.tasks.causal_lm import TextTask
 from recipes.tasks.toys import refuse_other_inputs
-from recipes.tasks.training import UNTRAINED, evaluate_untrained, trainings
+from recipes.tasks.training import UNTRAINED, evaluate_untrained, trainings, try_out
 
 
 @dataclass
@@ -62,11 +62,12 @@ class FinetuneGPT2(Recipe[RunResult]):
         new_tokens = self.generation.max_new_tokens if self.task.data.prompts else 0
         causal_lm.check_lengths(self.task.base, self.data, self.methods, new_tokens)
         for method in self.methods:
-            self.task.adapt(method, self.seeds[0])
+            try_out(self.task, method, self.seeds[0], self.comparison.flat_sigma)
 
     def runs(self) -> dict[str, Callable[[Path], RunResult]]:
         untrained = partial(evaluate_untrained, self.task, self.methods[0])
-        trained = trainings({"": self.task}, self.methods, self.seeds, self.comparison.verify_adapters)
+        options = self.comparison
+        trained = trainings({"": self.task}, self.methods, self.seeds, options.verify_adapters, options.flat_sigma)
         return {UNTRAINED: untrained, **trained}
 
     def report(self, results: list[RunResult], folder: Path) -> list[str]:

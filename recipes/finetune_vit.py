@@ -22,7 +22,7 @@ from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits, image_classification, selection
 from recipes.tasks.image_classification import ImageData, ImageTask
 from recipes.tasks.toys import refuse_other_inputs
-from recipes.tasks.training import trainings
+from recipes.tasks.training import trainings, try_out
 
 
 @dataclass
@@ -74,11 +74,12 @@ class FinetuneViT(Recipe[RunResult]):
         pixels = task.data.encoded(task.data.validation, task.processor)[:1]["pixel_values"]
         image_classification.check_model(task.classifier, pixels)
         for method in self.methods:
-            task.adapt(method, self.seeds[0])
+            try_out(task, method, self.seeds[0], self.comparison.flat_sigma)
 
     def runs(self) -> dict[str, Callable[[Path], RunResult]]:
         tasks = {f"-data{task.data_seed}": task for task in self.tasks}
-        return trainings(tasks, self.methods, self.seeds, self.comparison.verify_adapters)
+        options = self.comparison
+        return trainings(tasks, self.methods, self.seeds, options.verify_adapters, options.flat_sigma)
 
     def report(self, results: list[RunResult], folder: Path) -> list[str]:
         plots = {

@@ -45,8 +45,8 @@ class TrainFromSeed(Recipe[RunResult]):
         self.training.remove_unused_columns = False  # images become pixel values when they are read
         if self.network.digits and self.data.dataset_name:
             raise UserError("digits makes its own data: leave out --dataset_name")
-        if self.data.shots is not None or self.comparison.verify_adapters:
-            raise UserError("--shots and --verify_adapters are for adapters")
+        if self.data.shots is not None or self.comparison.verify_adapters or self.comparison.flat_sigma is not None:
+            raise UserError("--shots, --verify_adapters and --flat_sigma are for adapters")
 
     def make(self, folder: Path) -> None:
         if self.network.digits:

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import nn
 
 from benchmarks import __main__ as entry
-from benchmarks import catalog, lines, many_adapters, mixed_batch, quantization, scaling, step_time, timing
+from benchmarks import catalog, flat, lines, many_adapters, mixed_batch, quantization, scaling, step_time, timing
 from benchmarks.models import generator_bytes
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import learning_rates, runs
@@ -152,6 +152,26 @@ def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):
     }
     with pytest.raises(UserError, match="search_seed: 0 is one of --seeds"):
         quality.main(flags(tmp_path, "--seeds", "0", "1"))
+
+
+def test_flat_training_is_measured_in_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(runs.TASKS, "tiny", Tiny)
+    given = flags(tmp_path, "--methods", LORA, "--rates", "1e-2", "--sigmas", "0.8", "--pairs", "2", "--draws", "2")
+    flat.main(given)
+    rows = lines.read(tmp_path / "flat.jsonl")
+    assert [(row["seed"], row["sigma"]) for row in rows] == [(0, 0), (0, 0.8), (1, 0), (1, 0.8)]
+    plain, noisy = rows[:2]
+    assert plain["loss"] != noisy["loss"] and [each["sigma"] for each in plain["noise"]] == [0.8]
+    assert plain["noise"][0]["loss"] != plain["loss"] and plain["loss"] != rows[2]["loss"]
+    check_provenance(plain, "flat", tmp_path)
+    monkeypatch.setattr(flat, "measure", None)  # what is there is not measured again
+    flat.main(given)
+    entry.main(["report", "flat", "--results", str(tmp_path), "--output", str(tmp_path / "plots")])
+    shown = " ".join(capsys.readouterr().out.split())
+    means = [sum(row["loss"] for row in rows if row["sigma"] == sigma) / 2 for sigma in (0, 0.8)]
+    assert "flat minus plain" in shown and f"{means[0]:.3f} ±" in shown and f"{means[1] - means[0]:.3f} ±" in shown
+    with pytest.raises(UserError, match="sizes of noise are above 0"):
+        flat.main(flags(tmp_path, "--sigmas", "0"))
 
 
 def point(label: str, size: int, loss: float | None) -> Point:

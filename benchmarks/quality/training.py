@@ -92,14 +92,15 @@ def measure(task: QualityTask, method: Method, rate: float, seed: int, dtypes: S
         "diverged_at": trainer.diverged_at,
     }
     if trainer.diverged_at is None:
-        found |= _evaluated(task, model)
+        found |= evaluated(task, model)
         if found["loss"] is None:
             found["diverged_at"] = trainer.state.global_step
     found["saved"] = _saved(task, model, dtypes if found["diverged_at"] is None else ())
     return found
 
 
-def _evaluated(task: QualityTask, model: Any) -> dict[str, Any]:
+def evaluated(task: QualityTask, model: Any) -> dict[str, Any]:
+    """Returns loss and score on a task's evaluation rows, None for both if the loss is no number."""
     # Not with the Trainer of the training, which wants a gradient.
     trainer = Trainer(model=model, args=task.training, **task.trainer_arguments(model))
     trainer.remove_callback(PrinterCallback)
@@ -123,7 +124,7 @@ def _saved(task: QualityTask, model: Any, dtypes: Sequence[str]) -> dict[str, An
             task.task.save(model, Path(folder))
             config.coefficient_dtype = kept
             again: Any = PeftModel.from_pretrained(task.task.fresh_model(), folder).eval()  # type: ignore[arg-type]
-            found[dtype] = {**_sizes(task, Path(folder)), **_evaluated(task, again)}
+            found[dtype] = {**_sizes(task, Path(folder)), **evaluated(task, again)}
     return found
 
 

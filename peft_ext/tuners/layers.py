@@ -97,6 +97,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
     """
 
     config_class: ClassVar[type[SeededConfig]]  # type: ignore[assignment]
+    adds_to_weight: ClassVar[bool] = True  # for flat training, which knows PEFT's own methods by name
     more_layer_names: ClassVar[tuple[str, ...]] = ()  # further modules of coefficients by adapter name
     more_param_names: ClassVar[tuple[str, ...]] = ()  # further dictionaries by adapter name
     mixed: MixedBatch | None = None  # set for the time of a pass whose rows have adapters of their own

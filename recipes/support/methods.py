@@ -44,6 +44,13 @@ class MethodArguments:
             "trained one's."
         },
     )
+    flat_sigma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train flat: in every step the merged weights have noise, which grows to this share of a row's "
+            "norm (Flat-LoRA; 0.05 in the paper). For methods that add an update to weights. Default: no noise."
+        },
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -15,6 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from peft_ext.training.flat import FlatTraining, check_perturbable
+from recipes.support.arguments import UserError
 from recipes.support.methods import Method
 from recipes.support.reporting import RunResult
 from recipes.support.runs import last_checkpoint
@@ -73,7 +76,28 @@ def evaluate_untrained(task: Task, method: Method, folder: Path) -> RunResult:
     return result
 
 
-def train(task: Task, method: Method, seed: int, verify: bool, folder: Path) -> RunResult:
+def try_out(task: Task, method: Method, seed: int, flat_sigma: float | None) -> None:
+    """Puts an adapter on a task's model, once, to see whether they fit together.
+
+    Args:
+        task: has the model.
+        method: the adapter.
+        seed: the run's seed.
+        flat_sigma: as for `trainings`.
+
+    Raises:
+        UserError: they do not fit, or the adapter cannot be trained with that noise.
+    """
+    model = task.adapt(method, seed)
+    if flat_sigma is not None:
+        try:
+            FlatTraining(flat_sigma)
+            check_perturbable(model)
+        except ValueError as error:
+            raise UserError(f"flat_sigma: method {method.label!r}: {error}") from error
+
+
+def train(task: Task, method: Method, seed: int, verify: bool, flat_sigma: float | None, folder: Path) -> RunResult:
     """Trains one adapter with one seed, saves it and scores it.
 
     Args:
@@ -81,6 +105,7 @@ def train(task: Task, method: Method, seed: int, verify: bool, folder: Path) -> 
         method: the adapter.
         seed: the run's seed.
         verify: whether a fresh process loads the saved adapter and compares it.
+        flat_sigma: as for `trainings`.
         folder: where checkpoints and adapter go.
     """
     training = copy.copy(task.training)
@@ -91,7 +116,10 @@ def train(task: Task, method: Method, seed: int, verify: bool, folder: Path) -> 
     model: Any = task.adapt(method, seed)
     trainer = make_trainer(task, model, training)
     checkpoint = last_checkpoint(folder) if training.resume_from_checkpoint else None
-    trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with FlatTraining(flat_sigma, seed) if flat_sigma is not None else nullcontext() as flat:
+        if flat:
+            trainer.add_callback(flat)
+        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if not any(task.loss in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
@@ -125,7 +153,11 @@ def train(task: Task, method: Method, seed: int, verify: bool, folder: Path) -> 
 
 
 def trainings(
-    tasks: Mapping[str, Task], methods: Sequence[Method], seeds: Sequence[int], verify: bool = False
+    tasks: Mapping[str, Task],
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    verify: bool = False,
+    flat_sigma: float | None = None,
 ) -> dict[str, Callable[[Path], RunResult]]:
     """Returns a training of every method on every task with every seed, by the names of their folders.
 
@@ -134,12 +166,13 @@ def trainings(
         methods: what is trained.
         seeds: the seeds of the runs.
         verify: whether the first adapter of every method is compared in a fresh process.
+        flat_sigma: size of the noise on the merged weights in training; None for none.
     """
     runs: dict[str, Callable[[Path], RunResult]] = {}
     for method in methods:
         first = verify
         for mark, task in tasks.items():
             for seed in seeds:
-                runs[f"{method.folder}{mark}-seed{seed}"] = partial(train, task, method, seed, first)
+                runs[f"{method.folder}{mark}-seed{seed}"] = partial(train, task, method, seed, first, flat_sigma)
                 first = False
     return runs

@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    methods = [*METHODS[:2], "{name: lora, r: 1, lora_dropout: 0.1}"]
+    methods = [*METHODS[:2], "{name: lora, r: 1, lora_dropout: 0.1}", "--flat_sigma", "0.5"]
     main([*flags, *methods, "--output_dir", str(whole)])
 
     make_trainer = training.make_trainer

@@ -165,6 +165,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         assert expected == found
 
 
+def test_flat_training_is_another_one(vit_flags: list[str], tmp_path: Path) -> None:
+    found = []
+    for flags in ([], ["--flat_sigma", "0.9"]):
+        main([*vit_flags, *METHODS[:2], "--max_steps", "3", "--overwrite_output_dir", *flags])
+        (row,) = results(tmp_path / "out")
+        found.append(row["validation_loss"])
+    assert found[0] != found[1]
+
+
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     # Two processes and the tests share what cores there are.
     return subprocess.run(
@@ -285,6 +294,8 @@ def test_the_methods_of_the_cifar10_preset_train_equally_many_parameters() -> No
         (["--methods", "{name: nola, r: 0}"], ["'nola r=0'", "`r`"]),
         (["--methods", "{name: prompt_tuning, num_virtual_tokens: 3}"], ["prompt_tuning", "text"]),
         (["--methods", "{name: pranc, num_coefficients: 1000000}"], ["pranc", "1000000"]),
+        (["--methods", "head", "--flat_sigma", "0.1"], ["flat_sigma: method 'head'", "no merged weight"]),
+        (["--methods", "nola", "--flat_sigma", "0"], ["flat_sigma: method 'nola'", "must be above 0, got 0.0"]),
         (["--digits"], ["leave out"]),
         (["--model_name_or_path", "nobody/nothing"], ["'nobody/nothing'", "--preset quickstart"]),
         (["--dataset_name", "nobody/nothing"], ["'nobody/nothing'", "--preset quickstart"]),

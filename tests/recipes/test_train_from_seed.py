@@ -120,7 +120,8 @@ def test_the_long_preset_has_the_numbers_of_coefficients_that_its_labels_say() -
         (["--methods", "{name: nola, num_basis: 5000}"], "`num_basis` must give at most as many coefficients"),
         (["--methods", "{name: nola, alpha: 3.0}"], "`alpha` must be 8.0, its default"),
         (["--methods", "lora"], "`config` must be a NolaConfig, a PrancConfig or a McncConfig, got LoraConfig"),
-        (["--methods", "pranc", "--shots", "3"], "--shots and --verify_adapters are for adapters"),
+        (["--methods", "pranc", "--shots", "3"], "--shots, --verify_adapters and --flat_sigma are for adapters"),
+        (["--methods", "pranc", "--flat_sigma", "0.1"], "--flat_sigma are for adapters"),
         (["--methods", "pranc", "--dataset_name", "here"], "digits makes its own data"),
     ],
 )
