@@ -7,7 +7,7 @@ from .adapters.hub import push_to_hub
 from .adapters.lora import to_lora
 from .adapters.pool import AdapterPool
 from .adapters.scaling import rescale_adapter_scale
-from .adapters.soup import Soup, greedy_soup, learn_soup, uniform_soup
+from .adapters.soup import Soup, best_adapter, greedy_soup, learn_soup, uniform_soup
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.description import describe
@@ -30,6 +30,7 @@ __all__ = [
     "Soup",
     "VisualPromptConfig",
     "VisualPromptModel",
+    "best_adapter",
     "describe",
     "greedy_soup",
     "learn_soup",

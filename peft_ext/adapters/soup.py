@@ -62,6 +62,18 @@ class Soup:
     loss: float | None = None
 
 
+def best_adapter(model: nn.Module, adapters: Sequence[Place], loader: Loader) -> Soup:
+    """Loads that one of several adapters which has the lowest loss on the loader; what soups are compared with.
+
+    See [`learn_soup`] for the arguments and what is refused.
+    """
+    _count(loader)
+    with _Ingredients(model, adapters) as found:
+        losses = found.losses(loader)
+        best = min(range(len(losses)), key=losses.__getitem__)
+        return found.soup(found.share([best]), losses, losses[best])
+
+
 def uniform_soup(model: nn.Module, adapters: Sequence[Place]) -> Soup:
     """Makes one adapter of several, which is their mean.
 
@@ -200,7 +212,7 @@ class _Ingredients:
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError("`model` must be a base model without adapters, got one that has some; `unload()` it.")
         self.names = [str(place) for place in adapters]
-        _check_method(PeftConfig.from_pretrained(self.names[0]), self.names[0])
+        check_method(PeftConfig.from_pretrained(self.names[0]), self.names[0])
         self.model = PeftModel.from_pretrained(model, self.names[0], _SOUP, is_trainable=True)  # type: ignore[arg-type]
         self._file = tempfile.TemporaryFile()
         try:
@@ -242,7 +254,7 @@ class _Ingredients:
     def _read(self, name: str) -> torch.Tensor:
         """The numbers of a saved adapter, `(P,)`."""
         config, first = PeftConfig.from_pretrained(name), self.model.peft_config[_SOUP]
-        _check_method(config, name)
+        check_method(config, name)
         self._check_fields(first, config, name)
         self.model.load_adapter(name, _INGREDIENT, is_trainable=True)
         try:
@@ -356,8 +368,13 @@ def _count(loader: Loader) -> int:
     return count
 
 
-def _check_method(config: Any, name: str) -> None:
-    """Raises a ValueError if the trained numbers of an adapter cannot be mixed."""
+def check_method(config: Any, name: str) -> None:
+    """Raises a ValueError if the trained numbers of an adapter cannot be mixed.
+
+    Args:
+        config: the adapter's.
+        name: what the message calls the adapter.
+    """
     if isinstance(config, McncConfig):
         raise ValueError(NOT_COMBINED)
     linear = isinstance(config, SeededConfig) and type(config).combined is not SeededConfig.combined
