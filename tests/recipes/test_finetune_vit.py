@@ -129,53 +129,6 @@ def test_a_pretrained_classifier_starts_with_its_head(vit_flags: list[str], tmp_
     torch.testing.assert_close(saved, model.classifier.weight.detach(), atol=1e-6, rtol=0)
 
 
-def test_soups_of_all_seeds_and_rates(vit_flags: list[str], vit_folder: Path, tmp_path: Path) -> None:
-    methods = ["--methods", METHODS[1], "{name: mcnc, r: 2, k: 2, d: 20}"]
-    soup = "--soup --seeds 5 6 --soup_rates 1e-2 3e-2 --shots 3 --soup_shots 2 --max_steps 3".split()
-    main([*vit_flags, *methods, *soup])
-    out, label = tmp_path / "out", "nola r=4 num_basis=16"
-    rows = {row["label"]: row for row in results(out)}
-    trained = [f"{name} rate={rate}" for name in (label, "mcnc r=2 k=2 d=20") for rate in ("0.01", "0.03")]
-    made = ["best single", "uniform soup", "greedy soup", "learned soup", "learned soup by layer"]
-    assert list(rows) == [*trained, *(f"{label}, {kind}" for kind in made)]
-    runs = [row for row in results(out) if row["label"] in trained[:2]]
-    for kind in made:
-        row = rows[f"{label}, {kind}"]
-        assert row["trainable_parameters"] == 99 + 128 and row["head_parameters"] == 99
-        assert row["adapter_bytes"] == pytest.approx(runs[0]["adapter_bytes"], abs=64)
-    best = rows[f"{label}, best single"]["validation_loss"]
-    assert min(abs(best - row["validation_loss"]) for row in runs) < 1e-5
-
-    def tensors(folder: str) -> dict[str, torch.Tensor]:
-        loaded = load_file(out / f"{folder}-data0" / "adapter" / "adapter_model.safetensors")
-        return {name: tensor for name, tensor in loaded.items() if tensor.is_floating_point()}
-
-    folders = [f"nola-r=4-num_basis=16-rate={rate}-data0-seed{seed}" for rate in ("0.01", "0.03") for seed in (5, 6)]
-    uniform = tensors("nola-r=4-num_basis=16-uniform-soup")
-    files = [out / folder / "adapter" / "adapter_model.safetensors" for folder in folders]
-    for name, tensor in uniform.items():
-        torch.testing.assert_close(tensor, torch.stack([load_file(file)[name] for file in files]).mean(0))
-    text = (out / "results.md").read_text()
-    assert "Soups are of 4 adapters." in text and "on 2 images a class" in text
-    assert "No soup of mcnc r=2 k=2 d=20: Coefficients of MCNC cannot be combined" in text
-
-
-def test_soups_that_cannot_be_made(vit_flags: list[str], vit_refused: Callable[[list[str]], str]) -> None:
-    several = ["--seeds", "0", "1"]
-    assert "there is one run" in vit_refused([*vit_flags, *METHODS, "--soup"])
-    assert "no use without --soup" in vit_refused([*vit_flags, *METHODS, "--soup_rates", "1e-2"])
-    assert "must be positive" in vit_refused([*vit_flags, *METHODS, "--soup", "--soup_rates", "0", "1e-2"])
-    assert "soup_shots is 0" in vit_refused([*vit_flags, *METHODS, *several, "--soup", "--soup_shots", "0"])
-    mcnc = ["--methods", "{name: mcnc, k: 2, d: 20}"]
-    assert "phi is not linear" in vit_refused([*vit_flags, *mcnc, *several, "--soup"])
-    assert "3 samples of every class cannot be held out beside 4" in vit_refused(
-        [*vit_flags, *METHODS, *several, "--soup", "--soup_shots", "3"]
-    )
-    place = vit_flags.index("--shots")
-    without = [*vit_flags[:place], *vit_flags[place + 2 :]]
-    assert "none are left to hold out" in vit_refused([*without, *METHODS, *several, "--soup", "--soup_shots", "1"])
-
-
 class Interruption(TrainerCallback):
     """Ends the process's work at a step, as a kill would."""
 
