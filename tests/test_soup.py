@@ -15,7 +15,7 @@ from methods import config_of, lower
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_ext import Soup, VisualPromptConfig, greedy_soup, learn_soup, uniform_soup
+from peft_ext import Soup, VisualPromptConfig, best_adapter, greedy_soup, learn_soup, uniform_soup
 from peft_ext.adapters import soup as soups
 
 ADDED = ["PRANC", "PRANC, two a weight, biases", "PRANC, dense"]
@@ -39,7 +39,11 @@ def net() -> Net:
 
 def config(method: str, **options: Any) -> Any:
     options = {"target_modules": ["first", "second"], "modules_to_save": ["head"], **options}
-    return LoraConfig(init_lora_weights=False, r=2, **options) if method == "LoRA" else config_of(method, **options)
+    return (
+        LoraConfig(init_lora_weights=False, r=2, lora_dropout=0.5, **options)
+        if method == "LoRA"
+        else config_of(method, **options)
+    )
 
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -160,19 +164,33 @@ def test_coefficients_sum_to_one_and_the_order_of_adapters_does_not_matter(
 def test_a_learned_soup_is_no_worse_than_its_adapters(paired: bool, kitchen: Callable[..., list[str]]) -> None:
     """Learning starts at the mean, which is good of adapters that are opposite, or at the best one."""
     places = kitchen("NOLA", spread=3.0, paired=paired)
-    uniform, greedy, learned = (
-        make(net(), places, *rest)
-        for make, rest in ((uniform_soup, ()), (greedy_soup, (LOADER,)), (learn_soup, (LOADER,)))
-    )
+    uniform = uniform_soup(net(), places)
+    best, greedy, learned = (make(net(), places, LOADER) for make in (best_adapter, greedy_soup, learn_soup))
     singles = [loss(loaded(place)) for place in places]
-    for each in (greedy, learned):
+    for each in (best, greedy, learned):
         assert each.losses == pytest.approx(singles) and each.loss == pytest.approx(loss(each.model))
         assert each.loss <= min(singles)
-    assert learned.loss < min(*singles, loss(uniform.model))
+    assert learned.loss < min(*singles, loss(uniform.model)) and best.loss == min(best.losses)
     assert (loss(uniform.model) < min(singles)) == paired
     assert uniform.loss is None and uniform.losses == []
     again = learn_soup(net(), places, LOADER)
     assert torch.equal(again.model(X), learned.model(X))
+
+
+def test_a_step_goes_equally_far_towards_every_adapter(kitchen: Callable[..., list[str]]) -> None:
+    """However far that is from the mean: one that is at the mean has no direction."""
+    near, *_ = kitchen("NOLA", spread=0.1)
+    with soups._Ingredients(net(), [near, *kitchen("NOLA", spread=2.0)[1:]]) as found:
+        start, distances = found.share([1]), found.distances()
+        assert (distances.max(0).values > 1.2 * distances.min(0).values).all()
+        for index in range(4):
+            plane = soups.Hyperplane(start, distances)
+            with torch.no_grad():
+                plane.position[index] = 1
+            moved = found.mixed(plane.coefficients().detach()) - found.mixed(start)
+            close(found._by_group(moved.square()).sqrt(), distances.mean(0))
+    still = soups.Hyperplane(torch.full((2, 1), 0.5), torch.zeros(2, 1))
+    assert torch.isfinite(still.scale).all() and still.coefficients().flatten().tolist() == [0.5, 0.5]
 
 
 def test_a_soup_that_learns_nothing_is_its_start(kitchen: Callable[..., list[str]]) -> None:
@@ -205,7 +223,7 @@ def test_the_result_is_one_adapter_of_the_usual_size(
 ) -> None:
     places = kitchen(method)
     found = learn_soup(net().float(), places, [{**each, "x": each["x"].float()} for each in LOADER])
-    assert list(found.model.peft_config) == ["default"] and found.adapters == places
+    assert list(found.model.peft_config) == ["default"] and found.adapters == places and not found.model.training
     outputs = found.model(X.float())
     found.model.save_pretrained(str(tmp_path / "soup"))
     alone = PeftModel.from_pretrained(net().float(), str(tmp_path / "soup"))
