@@ -204,9 +204,9 @@ def test_a_soup_that_learns_nothing_is_its_start(kitchen: Callable[..., list[str
 
 
 def test_greedy_adds_from_the_best_what_does_no_harm(kitchen: Callable[..., list[str]]) -> None:
-    places = kitchen("PRANC", number=5, spread=1.0)
+    order = sorted(kitchen("PRANC", number=5, spread=1.0), key=lambda place: loss(loaded(place)))
+    places = order[::-1]
     found = greedy_soup(net(), places, LOADER)
-    order = sorted(places, key=lambda place: loss(loaded(place)))
     chosen = order[:1]
     for place in order[1:]:
         if loss(uniform_soup(net(), [*chosen, place]).model) <= loss(uniform_soup(net(), chosen).model):
