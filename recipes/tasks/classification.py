@@ -71,7 +71,7 @@ class LabelledData:
             UserError: it leaves none, or fewer of a class.
         """
         if self.args.shots is None:
-            raise UserError("shots: without it all samples are trained on, and none are left to hold out")
+            raise UserError("shots: give it; the samples of every class that it leaves are those that can be held out")
         found = self._of_every_class(data_seed, slice(self.args.shots, self.args.shots + shots))
         if len(found) < shots * len(self.labels):
             raise UserError(
