@@ -55,7 +55,7 @@ class Arguments:
         ],
         metadata={"help": "YAML mappings, as in the recipes."},
     )
-    rates: list[float] = field(default_factory=lambda: [2e-3, 5e-3, 1e-2], metadata={"help": "Learning rates."})
+    rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 5e-3], metadata={"help": "Learning rates."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the trainings."})
     data_seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds that images are drawn with."}
