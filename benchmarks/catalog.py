@@ -21,6 +21,8 @@ NEEDS = {
     "many_adapters": "nothing, or a model",
     "mixed_batch": "nothing, or a model",
     "frozen_prefix": "nothing, or a model",
+    "soup": "an image model and images, given by folder; hours",
+    "soup_memory": "Linux; nothing, or a model",
     "quantization": "a recipe's output folder, its model and data",
     "seeded_digits": "nothing",
     "unlearning_curvature": "nothing",

@@ -12,7 +12,7 @@ from rich.table import Table
 from peft_ext.presentation import spread
 from recipes.support.arguments import UserError
 
-from . import catalog, flat, lines, many_adapters, scaling, step_time
+from . import catalog, flat, lines, many_adapters, scaling, soup, soup_memory, step_time
 from .quality import report as quality
 
 Row = dict[str, Any]
@@ -65,6 +65,8 @@ REPORTERS: dict[str, Callable[[Sequence[Row], Path], tuple[list[Table], list[str
     "flat": lambda rows, folder: (flat.tables(rows), []),
     "many_adapters": _many_adapters,
     "scaling": _scaling,
+    "soup": lambda rows, folder: ([soup.table(rows)], []),
+    "soup_memory": lambda rows, folder: ([soup_memory.table(rows)], []),
     "step_time": lambda rows, folder: (step_time.tables(rows), []),
 }
 

@@ -21,6 +21,7 @@ from recipes.support.reporting import RunResult, plot_losses, plot_metric, write
 from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits, image_classification, selection
 from recipes.tasks.image_classification import ImageData, ImageTask
+from recipes.tasks.soups import SoupArguments, Soups
 from recipes.tasks.toys import refuse_other_inputs
 from recipes.tasks.training import trainings, try_out
 
@@ -33,12 +34,14 @@ class FinetuneViT(Recipe[RunResult]):
     data: image_classification.DataArguments
     labelling: selection.SelectionArguments
     comparison: MethodArguments
+    soup: SoupArguments
     run: RunArguments
     quickstart: digits.QuickstartArguments
     training: TrainingArguments
     methods: list[Method] = field(init=False)
     tasks: list[ImageTask] = field(init=False)
     trained_on: str = field(init=False)
+    soups: Soups = field(init=False)
 
     name = "finetune_vit"
     result = RunResult
@@ -48,6 +51,7 @@ class FinetuneViT(Recipe[RunResult]):
         for method in self.methods:
             method.config(None, self.seeds[0])
         selection.check_arguments(self.labelling, self.data.shots)
+        self.soups = Soups(self.soup, self.seeds, self.methods)
         self.training.remove_unused_columns = False  # images become pixel values when they are read
         if self.quickstart.digits:
             refuse_other_inputs("digits", self.model, self.data)
@@ -75,18 +79,21 @@ class FinetuneViT(Recipe[RunResult]):
         image_classification.check_model(task.classifier, pixels)
         for method in self.methods:
             try_out(task, method, self.seeds[0], self.comparison.flat_sigma)
+        self.soups.check(task)
 
     def runs(self) -> dict[str, Callable[[Path], RunResult]]:
         tasks = {f"-data{task.data_seed}": task for task in self.tasks}
         options = self.comparison
-        return trainings(tasks, self.methods, self.seeds, options.verify_adapters, options.flat_sigma)
+        runs = trainings(tasks, self.soups.trained, self.seeds, options.verify_adapters, options.flat_sigma)
+        return {**runs, **self.soups.runs(tasks)}
 
     def report(self, results: list[RunResult], folder: Path) -> list[str]:
+        trained = [result for result in results if result.validation_curve]
         plots = {
-            "loss.png": partial(plot_losses, results, unit="image"),
+            "loss.png": partial(plot_losses, trained, unit="image"),
             "accuracy.png": partial(plot_metric, results, name="accuracy"),
         }
-        return write_report(results, folder, self.summary(), plots)
+        return write_report(results, folder, self.summary() + self.soups.summary(), plots)
 
     def summary(self) -> str:
         """Returns Markdown that says what the table's numbers are over."""

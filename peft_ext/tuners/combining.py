@@ -40,7 +40,7 @@ def add_weighted_adapter(
     _check_arguments(tuner, adapters, weights, adapter_name, combination_type, options)
     sources = [_verified(tuner, adapter) for adapter in adapters]
     for source in sources[1:]:
-        _check_alike(sources[0], source)
+        check_alike(sources[0], source, (sources[0].adapter_name, source.adapter_name))
     _check_modules(tuner, adapters)
     config = copy.copy(tuner.peft_config[adapters[0]])
     combined = []
@@ -106,19 +106,18 @@ def _verified(tuner: Any, adapter: str) -> Provenance:
     return provenance
 
 
-def _check_alike(first: Provenance, other: Provenance) -> None:
-    """Raises a ValueError if the coefficients of two adapters do not mean the same."""
+def check_alike(first: Provenance, other: Provenance, names: tuple[str, str]) -> None:
+    """Raises a ValueError if the coefficients of two adapters, which the message gives names, do not mean the same."""
     mine, theirs = first.fields, other.fields
     name = next((name for name in mine if mine[name] != theirs.get(name)), None)
     if name is not None:
         raise ValueError(
             f"`adapters` must be alike in all that makes weights from coefficients: `{name}` is {mine[name]!r} in "
-            f"{first.adapter_name!r} and {theirs.get(name)!r} in {other.adapter_name!r}. {ELSEWHERE}"
+            f"{names[0]!r} and {theirs.get(name)!r} in {names[1]!r}. {ELSEWHERE}"
         )
     if first.identity != other.identity:
         raise ValueError(
-            f"`adapters` must adapt the same modules, which {first.adapter_name!r} and {other.adapter_name!r} do not. "
-            f"{ELSEWHERE}"
+            f"`adapters` must adapt the same modules, which {names[0]!r} and {names[1]!r} do not. {ELSEWHERE}"
         )
 
 

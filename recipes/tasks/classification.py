@@ -62,11 +62,29 @@ class LabelledData:
 
         A smaller subset drawn with the same seed is part of a larger one.
         """
+        return self.train if self.args.shots is None else self._of_every_class(data_seed, slice(self.args.shots))
+
+    def held_out_set(self, data_seed: int, shots: int) -> datasets.Dataset:
+        """Returns `shots` samples of every class that `training_set` does not have, in a random order.
+
+        Raises:
+            UserError: it leaves none, or fewer of a class.
+        """
         if self.args.shots is None:
-            return self.train
+            raise UserError("shots: give it; the samples of every class that it leaves are those that can be held out")
+        found = self._of_every_class(data_seed, slice(self.args.shots, self.args.shots + shots))
+        if len(found) < shots * len(self.labels):
+            raise UserError(
+                f"{shots} samples of every class cannot be held out beside {self.args.shots} that are trained on: "
+                f"split {self.args.train_split!r} has too few of one"
+            )
+        return found.select(np.random.default_rng(data_seed).permutation(len(found)))
+
+    def _of_every_class(self, data_seed: int, places: slice) -> datasets.Dataset:
+        """Returns the samples of every class that have some places in a random order."""
         classes = np.array([self.numbers[value] for value in self.train[self.args.label_column]])
         order = np.random.default_rng(data_seed).permutation(len(classes))
-        few = [order[classes[order] == number][: self.args.shots] for number in range(len(self.labels))]
+        few = [order[classes[order] == number][places] for number in range(len(self.labels))]
         return self.train.select(np.concatenate(few))
 
 

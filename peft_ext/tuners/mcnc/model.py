@@ -8,6 +8,12 @@ from ..config import ELSEWHERE
 from ..model import SeededModel
 from .layer import McncConv2d, McncEmbedding, McncExperts, McncLayer, McncLinear
 
+NOT_COMBINED = (
+    "Coefficients of MCNC cannot be combined: a chunk of weights is beta * phi(alpha), and phi is not linear in alpha. "
+    f"{ELSEWHERE}"
+)
+"""Why coefficients of several adapters cannot be added."""
+
 
 class McncModel(SeededModel):
     """Adapts a model with MCNC; see [`McncConfig`].
@@ -25,7 +31,4 @@ class McncModel(SeededModel):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError."""
-        raise ValueError(
-            "Coefficients of MCNC cannot be combined: a chunk of weights is beta * phi(alpha), and phi is not linear "
-            f"in alpha. {ELSEWHERE}"
-        )
+        raise ValueError(NOT_COMBINED)
