@@ -183,7 +183,8 @@ def split_images(
     for name, train, test in zip(names, *found):
         if not len(train) or not len(test):
             raise UserError(
-                f"tasks: {name!r} has {len(train)} training and {len(test)} validation images; raise the sizes"
+                f"tasks: {name!r} has {len(train)} training and {len(test)} validation images; take more of them, or "
+                "other classes"
             )
     options = image_classification.forward_options(classifier.model)
     return Problem(names, list(found[0]), list(found[1]), fresh, partial(image_classification.collate, options=options))
