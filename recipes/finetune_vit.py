@@ -19,7 +19,7 @@ from recipes.support.arguments import run_main
 from recipes.support.methods import HEAD, Method, MethodArguments, parse_methods
 from recipes.support.reporting import RunResult, plot_losses, plot_metric, write_report
 from recipes.support.runs import Recipe, RunArguments, run_recipe
-from recipes.tasks import digits, image_classification
+from recipes.tasks import digits, image_classification, selection
 from recipes.tasks.image_classification import ImageData, ImageTask
 from recipes.tasks.toys import refuse_other_inputs
 from recipes.tasks.training import trainings
@@ -31,12 +31,14 @@ class FinetuneViT(Recipe[RunResult]):
 
     model: image_classification.ModelArguments
     data: image_classification.DataArguments
+    labelling: selection.SelectionArguments
     comparison: MethodArguments
     run: RunArguments
     quickstart: digits.QuickstartArguments
     training: TrainingArguments
     methods: list[Method] = field(init=False)
     tasks: list[ImageTask] = field(init=False)
+    trained_on: str = field(init=False)
 
     name = "finetune_vit"
     result = RunResult
@@ -45,6 +47,7 @@ class FinetuneViT(Recipe[RunResult]):
         self.methods = parse_methods(self.comparison.methods, extra=[HEAD])
         for method in self.methods:
             method.config(None, self.seeds[0])
+        selection.check_arguments(self.labelling, self.data.shots)
         self.training.remove_unused_columns = False  # images become pixel values when they are read
         if self.quickstart.digits:
             refuse_other_inputs("digits", self.model, self.data)
@@ -54,12 +57,17 @@ class FinetuneViT(Recipe[RunResult]):
             digits.prepare(folder, self.model, self.data, self.training.use_cpu)
 
     def load(self) -> None:
-        data = image_classification.load_image_data(self.data)
+        data = image_classification.load_image_data(self.data, drawn=self.labelling.budget is not None)
         classifier = image_classification.load_classifier(self.model, data.labels)
+        chosen = selection.select(self.labelling, data, classifier, self.training)
         self.tasks = [
-            ImageTask(self.model, classifier.processor, self.training, classifier, data, data_seed)
-            for data_seed in self.data.data_seeds
+            ImageTask(self.model, classifier.processor, self.training, classifier, images, data_seed)
+            for data_seed, images in chosen.items()
         ]
+        if self.labelling.budget is None:
+            self.trained_on = trained_on(data)
+        else:
+            self.trained_on = selection.described(self.labelling, data, chosen)
 
     def try_out(self) -> None:
         task = self.tasks[0]
@@ -77,21 +85,22 @@ class FinetuneViT(Recipe[RunResult]):
             "loss.png": partial(plot_losses, results, unit="image"),
             "accuracy.png": partial(plot_metric, results, name="accuracy"),
         }
-        return write_report(results, folder, summary(self.tasks[0].data, self.seeds), plots)
+        return write_report(results, folder, self.summary(), plots)
+
+    def summary(self) -> str:
+        """Returns Markdown that says what the table's numbers are over."""
+        data, runs = self.tasks[0].data, len(self.tasks) * len(self.seeds)
+        return (
+            f"Every method is trained on {self.trained_on}, with seeds {', '.join(map(str, self.seeds))}: "
+            f"{runs} run{'s' * (runs > 1)}. {len(data.labels)} classes, {len(data.validation):,} validation images.\n"
+        )
 
 
-def summary(data: ImageData, seeds: Sequence[int]) -> str:
-    """Returns Markdown that says what the table's numbers are over."""
-    args = data.args
-    runs = len(args.data_seeds) * len(seeds)
-    if args.shots is None:
-        trained_on = f"all {len(data.train):,} training images"
-    else:
-        trained_on = f"{args.shots} images a class, drawn with data seeds {', '.join(map(str, args.data_seeds))}"
-    return (
-        f"Every method is trained on {trained_on}, with seeds {', '.join(map(str, seeds))}: "
-        f"{runs} run{'s' * (runs > 1)}. {len(data.labels)} classes, {len(data.validation):,} validation images.\n"
-    )
+def trained_on(data: ImageData) -> str:
+    """Returns what every method is trained on, in words."""
+    if data.args.shots is None:
+        return f"all {len(data.train):,} training images"
+    return f"{data.args.shots} images a class, drawn with data seeds {', '.join(map(str, data.args.data_seeds))}"
 
 
 def main(argv: Sequence[str]) -> None:

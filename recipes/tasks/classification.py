@@ -70,10 +70,15 @@ class LabelledData:
         return self.train.select(np.concatenate(few))
 
 
-def check_arguments(args: DataArguments) -> None:
-    """Raises a UserError for what shows without the data."""
+def check_arguments(args: DataArguments, drawn: bool = False) -> None:
+    """Raises a UserError for what shows without the data.
+
+    Args:
+        args: what was asked for.
+        drawn: whether something else than `shots` is drawn with the data seeds.
+    """
     inputs.check_counts(args, "shots", "max_eval_samples")
-    if args.shots is None and len(args.data_seeds) > 1:
+    if args.shots is None and not drawn and len(args.data_seeds) > 1:
         raise UserError(f"data_seeds: without --shots all of {args.data_seeds} train on the same samples")
 
 

@@ -130,9 +130,9 @@ def _load_processor(args: ModelArguments, name: str, config: PretrainedConfig) -
     return type(processor).from_dict(values)
 
 
-def load_image_data(args: DataArguments) -> ImageData:
-    """Loads and checks the data."""
-    classification.check_arguments(args)
+def load_image_data(args: DataArguments, drawn: bool = False) -> ImageData:
+    """Loads and checks the data; `drawn` is that of `classification.check_arguments`."""
+    classification.check_arguments(args, drawn)
     if args.image_column == args.label_column:
         raise UserError(f"image_column and label_column are both {args.image_column!r}")
     columns = [args.image_column, args.label_column]
