@@ -51,6 +51,14 @@ def test_further_directions_come_beside_the_known_ones() -> None:
     assert Projection(second, share + 1e-6, beside=known).basis.shape == (7, 4)
 
 
+def test_rows_that_are_almost_known_add_directions_that_are_not() -> None:
+    known = Projection(rows(3), 1.0)
+    nearly = rows(3) + 2e-6 * torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    basis = Projection(nearly, 1.0, beside=known).basis
+    assert basis.shape[1] > 3
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double(), atol=1e-13, rtol=0)
+
+
 def test_a_bound_on_what_is_added() -> None:
     known = Projection(rows(2), 1.0, components=1)
     assert known.basis.shape == (7, 1) and Projection(rows(4), 1.0, components=2, beside=known).basis.shape == (7, 3)

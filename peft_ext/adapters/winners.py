@@ -101,8 +101,8 @@ class KWinners:
 
 def _linear(name: str, layer: LoraLayer) -> list[nn.Linear]:
     """Returns the matrices A of LoRA's adapters of a linear layer."""
-    found = list(layer.lora_A.values())
-    if not found or not all(isinstance(A, nn.Linear) for A in found):
+    found = [A for A in layer.lora_A.values() if isinstance(A, nn.Linear)]
+    if not found or len(found) < len(layer.lora_A):
         raise ValueError(f"k-winners on the units of LoRA are for linear layers; {name!r} is none.")
     return found
 

@@ -37,6 +37,8 @@ class Projection:
             rounding is left of a vector: all directions are protected.
     """
 
+    basis: torch.Tensor
+
     def __init__(
         self,
         matrix: torch.Tensor,

@@ -87,7 +87,7 @@ def tables(results: Sequence[TurnResult], style: box.Box = box.SIMPLE_HEAD) -> l
     course.add_column("learner")
     for after in range(count):
         course.add_column(f"after {after + 1}", justify="right")
-    for label, runs in by_label(results).items():  # type: ignore[arg-type, type-var]
+    for label, runs in by_label(results).items():
         end.add_row(
             label,
             f"{runs[0].parameters:,}",
@@ -110,7 +110,7 @@ def plot_matrices(results: Sequence[TurnResult], path: Path) -> None:
         results: all runs.
         path: the PNG file.
     """
-    groups = by_label(results)  # type: ignore[arg-type, type-var]
+    groups = by_label(results)
     tasks = results[0].tasks
     rows = -(-len(groups) // _COLUMNS)
     size = 0.6 * len(tasks) + 1.2
@@ -120,7 +120,7 @@ def plot_matrices(results: Sequence[TurnResult], path: Path) -> None:
     for axis in axes.flat[len(groups) :]:
         axis.axis("off")
     for axis, (label, runs) in zip(axes.flat, groups.items()):
-        every = np.array([run.accuracy for run in runs], dtype=float)  # None becomes NaN
+        every = np.array([run.accuracy for run in runs], dtype=np.float64)  # None becomes NaN
         values = every.mean(0)
         image = axis.imshow(values, vmin=0, vmax=100, cmap="cividis")
         for (row, column), value in np.ndenumerate(values):
