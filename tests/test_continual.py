@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainingArguments, default_data_collator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork
+from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, to_lora
 from peft_ext.adapters.continual import TaskMemory
 from peft_ext.adapters.winners import KWinners, k_winners
 from peft_ext.training.callbacks import DropChanges, Ridge, trainable_parameters
@@ -286,7 +286,7 @@ def test_winners_in_a_whole_network() -> None:
     assert ((seen[0] != 0).sum(1) == 3).all()
 
 
-def test_winners_that_cannot_be() -> None:
+def test_winners_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no units to choose from: the model has no update that is a product B A"):
         KWinners(adapted(PrancConfig(num_coefficients=10, target_modules=["first"])), 2)
     with pytest.raises(ValueError, match="no units to choose from: the model has no module whose name contains 'gelu'"):
@@ -298,8 +298,10 @@ def test_winners_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="linear layers; 'base_model.model.0' is none"):
         KWinners(get_peft_model(nn.Sequential(nn.Embedding(9, 4)), LoraConfig(target_modules=["0"])), 2)  # type: ignore[arg-type]
     model = adapted()
-    with KWinners(model, 2), pytest.raises(ValueError, match="not linear: it cannot be merged into a weight"):
+    with KWinners(model, 2), pytest.raises(ValueError, match="not linear: it cannot be merged or exported"):
         model.merge_adapter()  # type: ignore[operator]
+    with KWinners(model, 2), pytest.raises(ValueError, match="not linear: it cannot be merged or exported"):
+        to_lora(model, tmp_path / "lora")
 
 
 def test_what_cannot_be_remembered() -> None:

@@ -53,7 +53,7 @@ def test_further_directions_come_beside_the_known_ones() -> None:
 
 def test_rows_that_are_almost_known_add_directions_that_are_not() -> None:
     known = Projection(rows(3), 1.0)
-    nearly = rows(3) + 2e-6 * torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    nearly = rows(3) + 1e-5 * torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     basis = Projection(nearly, 1.0, beside=known).basis
     assert basis.shape[1] > 3
     torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double(), atol=1e-13, rtol=0)

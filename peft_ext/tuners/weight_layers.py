@@ -52,9 +52,13 @@ class SeededWeightLayer(SeededLayer):
     def _check_linear(self) -> None:
         if self.units is not None:
             raise ValueError(
-                "With k-winners on its units an update is not linear: it cannot be merged into a weight, nor be one "
-                "of several in a batch. Call `remove` of the `KWinners` first."
+                "With k-winners on its units an update is not linear: it cannot be merged or exported, nor be one of "
+                "several in a batch. Call `remove` of the `KWinners` first."
             )
+
+    def linear_update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
+        self._check_linear()
+        return super().linear_update(adapter)
 
     def _delta_weight(self, adapter: str, update: Update) -> torch.Tensor:
         self._check_linear()
@@ -160,7 +164,8 @@ class SeededLinear(SeededWeightLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # Of weights that are stored as (in, out), the conversion turns back those of Conv1D alone.
         turned = self.fan_in_fan_out and not isinstance(self.get_base_layer(), Conv1D)
-        return self.container(adapter_name) is not None and not turned and adapter_name not in self.tied_to
+        here = self.container(adapter_name) is not None and adapter_name not in self.tied_to
+        return here and not turned and self.units is None
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta
