@@ -35,6 +35,39 @@ def test_the_share_of_the_energy_decides_how_many_directions_are_protected() -> 
         assert Projection(R, energy).basis.shape == (4, directions)
 
 
+def test_further_directions_come_beside_the_known_ones() -> None:
+    first, second = rows(3), torch.cat((rows(3), torch.eye(7).double()[:1]))
+    known = Projection(first, 1.0)
+    both = Projection(second, 1.0, beside=known)
+    assert torch.equal(both.basis[:, :3], known.basis) and both.basis.shape == (7, 4)
+    torch.testing.assert_close(both.basis.T @ both.basis, torch.eye(4).double())
+    vector = rows(1)[0] + 1
+    torch.testing.assert_close(both(vector), Projection(second, 1.0)(vector))
+    by_matrix = Projection(second.T @ second, 1.0, symmetric=True, beside=known)
+    torch.testing.assert_close(by_matrix(vector), both(vector))
+    # What is known already holds a share: nothing is added for one that is no larger.
+    share = float((second @ known.basis).square().sum() / second.square().sum())
+    assert Projection(second, share - 1e-6, beside=known).basis.shape == (7, 3)
+    assert Projection(second, share + 1e-6, beside=known).basis.shape == (7, 4)
+
+
+def test_rows_that_are_almost_known_add_directions_that_are_not() -> None:
+    known = Projection(rows(3), 1.0)
+    nearly = rows(3) + 1e-5 * torch.randn(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    basis = Projection(nearly, 1.0, beside=known).basis
+    assert basis.shape[1] > 3
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double(), atol=1e-13, rtol=0)
+
+
+def test_a_bound_on_what_is_added() -> None:
+    known = Projection(rows(2), 1.0, components=1)
+    assert known.basis.shape == (7, 1) and Projection(rows(4), 1.0, components=2, beside=known).basis.shape == (7, 3)
+    with pytest.raises(ValueError, match="`components` must be less than the 7 numbers of a vector, got 7"):
+        Projection(rows(), 1.0, components=7)
+    with pytest.raises(ValueError, match="All 7 directions would be protected.*or `components`"):
+        Projection(torch.eye(7), 1.0, components=6, beside=known)
+
+
 def test_what_cannot_be_protected_is_refused() -> None:
     with pytest.raises(ValueError, match="All 3 directions would be protected.*lower `energy`, of which 1 is asked"):
         Projection(torch.eye(3), 1.0)

@@ -234,7 +234,7 @@ def _part(name: str, layer: SeededLayer, adapter: str) -> _Part:
         if pads or dilates:
             what = f"`padding_mode={base.padding_mode!r}`" if pads else f"`dilation={base.dilation}`"
             raise ValueError(f"{name!r} has {what}, which the convolutions of PEFT's LoRA do not have. {_MERGE}")
-    (update, bias), scaling = layer.update(adapter), float(layer.scaling[adapter])
+    (update, bias), scaling = layer.linear_update(adapter), float(layer.scaling[adapter])
     groups = base.groups if kind == "conv2d" else 1
     return _Part(name, kind, base, LowRank(update, groups), scaling, None if bias is None else bias * scaling)
 

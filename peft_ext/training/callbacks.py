@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..checks import check_share
+from ..randomness import uniform
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,24 +29,79 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 class Ridge(TrainerCallback):
     """Adds the gradient of `strength / 2 * |parameters - reference|^2` to that of the loss, before every step.
 
-    Unlike AdamW's weight decay it is part of what is minimised, and pulls to where the training began.
+    Unlike AdamW's weight decay it is part of what is minimised, and pulls to where the training began. With a strength
+    for every number it is the penalty of elastic weight consolidation (Kirkpatrick et al. 2017, equation 3).
 
     Args:
         model: its trainable parameters are pulled.
         reference: where to, by name.
-        strength: how strongly.
+        strength: how strongly; one number, or tensors of the parameters' shapes by name.
     """
 
-    def __init__(self, model: nn.Module, reference: Mapping[str, torch.Tensor], strength: float) -> None:
+    def __init__(
+        self, model: nn.Module, reference: Mapping[str, torch.Tensor], strength: float | Mapping[str, torch.Tensor]
+    ) -> None:
         self.strength = strength
         parameters = trainable_parameters(model) if strength else {}
-        self.pairs = [(parameter, reference[name].clone()) for name, parameter in parameters.items()]
+        self.pulled = [
+            (parameter, reference[name].clone(), strength[name] if isinstance(strength, Mapping) else strength)
+            for name, parameter in parameters.items()
+        ]
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter, reference in self.pairs:
+        for parameter, reference, strength in self.pulled:
+            if parameter.grad is None:
+                continue
+            distance = parameter - reference.to(parameter.device)
+            if isinstance(strength, torch.Tensor):
+                parameter.grad.add_(distance * strength.to(parameter.device))
+            else:
+                parameter.grad.add_(distance, alpha=strength)
+
+
+class DropChanges(TrainerCallback):
+    """Drops what a training has changed in some of the parameters' numbers, others in every step.
+
+    For the passes of a step a dropped number has the value that it had when the training began, and it gets no
+    gradient; the change of one that is kept is divided by the probability of that, as by dropout. Numbers that are
+    rarely kept have little part in what is learned.
+
+    Args:
+        parameters: the trainable parameters, by name.
+        rates: probabilities to be dropped, from 0 to below 1, in tensors of the parameters' shapes, by name.
+        seed: draws, with a step's number, what is dropped in it, alike in all processes.
+
+    Raises:
+        ValueError: a rate is something else.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, torch.Tensor], seed: int) -> None:
+        self.parameters = dict(parameters)
+        self.rates = {name: rates[name].to(parameter) for name, parameter in parameters.items()}
+        for name, rate in self.rates.items():
+            if not ((rate >= 0) & (rate < 1)).all():
+                raise ValueError(f"`rates` must be from 0 to below 1, got others for {name!r}.")
+        self.seed = seed
+        self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.kept: dict[str, torch.Tensor] = {}  # 0 for what is dropped in this step, and what the others are scaled by
+        self.values: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in self.parameters.items():
+            rate, start = self.rates[name], self.start[name]
+            drawn = (uniform(self.seed, ("drop changes", name, state.global_step), rate.numel()) + 1) / 2
+            self.kept[name] = (drawn.view(rate.shape).to(rate) >= rate) / (1 - rate)
+            self.values[name] = parameter.clone()
+            parameter.copy_(start + (parameter - start) * self.kept[name])
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.values[name])
             if parameter.grad is not None:
-                parameter.grad.add_(parameter - reference.to(parameter.device), alpha=self.strength)
+                parameter.grad.mul_(self.kept[name])
 
 
 class StopAfter(TrainerCallback):

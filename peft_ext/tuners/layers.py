@@ -217,6 +217,10 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         assert container is not None
         return self._assembled(adapter, [expand(container) for expand in self.expansions[adapter]])
 
+    def linear_update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
+        """What `update` returns; a ValueError where the output of the layer is not linear in it."""
+        return self.update(adapter)
+
     def _assembled(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
         """What `assemble` makes of weights, of a tied layer the transpose of what its source makes of them."""
         source = self.tied_to.get(adapter)

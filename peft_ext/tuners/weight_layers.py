@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -42,6 +43,26 @@ class SeededWeightLayer(SeededLayer):
     """A layer of one weight, in which its output is linear: an update adds to the output, or to the weight before."""
 
     joined_types: tuple[type[nn.Module], ...] = ()  # base layers of exactly these classes do what `_product` does
+    units: Callable[[torch.Tensor], torch.Tensor] | None = None  # what is done to `A x`, see `KWinners`
+
+    def _hidden(self, hidden: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """`A x`, its units in dimension `dim`, after what is done to them."""
+        return hidden if self.units is None else self.units(hidden.movedim(dim, -1)).movedim(-1, dim)
+
+    def _check_linear(self) -> None:
+        if self.units is not None:
+            raise ValueError(
+                "With k-winners on its units an update is not linear: it cannot be merged or exported, nor be one of "
+                "several in a batch. Call `remove` of the `KWinners` first."
+            )
+
+    def linear_update(self, adapter: str) -> tuple[Update, torch.Tensor | None]:
+        self._check_linear()
+        return super().linear_update(adapter)
+
+    def _delta_weight(self, adapter: str, update: Update) -> torch.Tensor:
+        self._check_linear()
+        return super()._delta_weight(adapter, update)
 
     def _adapted(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         updates = {adapter: self._update_at(adapter, x.device) for adapter in adapters}
@@ -64,6 +85,7 @@ class SeededWeightLayer(SeededLayer):
         return result if result.dtype == dtype else result.to(dtype)
 
     def _mixed(self, batch: MixedBatch, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._check_linear()
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         if self.quantization_backend is not None:
@@ -142,7 +164,8 @@ class SeededLinear(SeededWeightLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # Of weights that are stored as (in, out), the conversion turns back those of Conv1D alone.
         turned = self.fan_in_fan_out and not isinstance(self.get_base_layer(), Conv1D)
-        return self.container(adapter_name) is not None and not turned and adapter_name not in self.tied_to
+        here = self.container(adapter_name) is not None and adapter_name not in self.tied_to
+        return here and not turned and self.units is None
 
     def _to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta
@@ -151,7 +174,7 @@ class SeededLinear(SeededWeightLayer):
         x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
         if isinstance(update, tuple):
             A, B = update
-            return self._scaled(adapter, F.linear(F.linear(x, A), B))
+            return self._scaled(adapter, F.linear(self._hidden(F.linear(x, A)), B))
         return F.linear(x, self._scaled(adapter, update), bias)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -184,7 +207,7 @@ class SeededConv2d(SeededWeightLayer):
         x = self._drop_out(adapter, self._cast_input_dtype(x, self._dtype(adapter)))
         if isinstance(update, tuple) and conv.groups == 1:
             A, B = update
-            hidden = conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None)
+            hidden = self._hidden(conv._conv_forward(x, A.view(-1, *conv.weight.shape[1:]), None), -3)
             return self._scaled(adapter, F.conv2d(hidden, B[:, :, None, None]))
         # Every group of output channels reads its own inputs through the same A: no two-step form in one call.
         return conv._conv_forward(x, self._delta_weight(adapter, update), bias)
@@ -226,7 +249,7 @@ class SeededEmbedding(SeededWeightLayer):
         embedded = F.embedding(x, rows, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
         result = self._drop_out(adapter, embedded)
         if isinstance(update, tuple):
-            result = F.linear(result, update[1])
+            result = F.linear(self._hidden(result), update[1])
         result = self._scaled(adapter, result)
         embed_scale = self._get_embed_scale()  # layers that multiply their embeddings (Gemma)
         return result if embed_scale is None else result * embed_scale.to(result.dtype)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Protocol, TypeVar
 
 import matplotlib
 
@@ -23,6 +24,13 @@ from peft_ext.files import write_whole
 from peft_ext.presentation import colours, spread, tidy
 
 _FILE = "result.json"
+
+
+class _HasLabel(Protocol):
+    label: str
+
+
+Labelled = TypeVar("Labelled", bound=_HasLabel)
 
 
 @dataclass
@@ -70,9 +78,9 @@ class RunResult:
         return cls(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
 
 
-def by_label(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+def by_label(results: Sequence[Labelled]) -> dict[str, list[Labelled]]:
     """Returns the runs of every method, the methods in order of first appearance."""
-    groups: dict[str, list[RunResult]] = {}
+    groups: dict[str, list[Labelled]] = {}
     for result in results:
         groups.setdefault(result.label, []).append(result)
     return groups

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -69,6 +70,25 @@ class ImageData(classification.LabelledData):
             }
 
         return split.with_transform(encode)
+
+
+class ImageRows(Dataset):
+    """Images that were prepared once, for programs that read them dozens of times.
+
+    Args:
+        images: rows of pixel values and labels, made when they are read.
+    """
+
+    def __init__(self, images: datasets.Dataset) -> None:
+        batches = [images[start : start + 256] for start in range(0, len(images), 256)]
+        self.pixel_values = torch.cat([torch.as_tensor(batch["pixel_values"]) for batch in batches])
+        self.labels = [label for batch in batches for label in batch["labels"]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
 
 
 @dataclass

@@ -11,9 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import datasets
-import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -255,25 +253,6 @@ def parse_unlearning_methods(texts: Sequence[str]) -> dict[str, UnlearningMethod
     return found
 
 
-class ImageRows(Dataset):
-    """Images that were prepared once: unlearning reads them dozens of times.
-
-    Args:
-        images: rows of pixel values and labels, made when they are read.
-    """
-
-    def __init__(self, images: datasets.Dataset) -> None:
-        batches = [images[start : start + 256] for start in range(0, len(images), 256)]
-        self.pixel_values = torch.cat([torch.as_tensor(batch["pixel_values"]) for batch in batches])
-        self.labels = [label for batch in batches for label in batch["labels"]]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
-
-
 @dataclass
 class Setting:
     """What is fine-tuned on what.
@@ -338,7 +317,7 @@ def load_images(
         fresh = partial(adapt, base, adapter, head=head)
 
     def samples(split: datasets.Dataset) -> Samples:
-        rows = ImageRows(data.encoded(split, processor))
+        rows = image_classification.ImageRows(data.encoded(split, processor))
         return Samples(rows, [data.labels[label] for label in rows.labels])
 
     train = inputs.random_subset(data.training_set(data_args.data_seeds[0]), data_args.max_train_samples)
