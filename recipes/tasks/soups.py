@@ -81,8 +81,9 @@ class Soups:
 
     def __post_init__(self, chosen: Sequence[Method]) -> None:
         rates = self.args.soup_rates
-        if not self.args.soup and rates:
-            raise UserError("soup_rates: they have no use without --soup")
+        for name in ("soup_rates", "soup_shots"):
+            if not self.args.soup and getattr(self.args, name) != getattr(SoupArguments(), name):
+                raise UserError(f"{name} has no use without --soup")
         inputs.check_counts(self.args, "soup_shots")
         if any(not rate > 0 for rate in rates):
             raise UserError(f"soup_rates: they must be positive numbers, got {rates}")
