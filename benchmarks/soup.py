@@ -21,7 +21,7 @@ from typing import Any
 from rich.table import Table
 from transformers import HfArgumentParser, TrainingArguments
 
-from peft_ext import best_adapter
+from peft_ext.adapters.soup import best_adapter
 from peft_ext.presentation import spread
 from recipes.support.arguments import UserError, run_main
 from recipes.support.methods import HEAD, Method, folder_name, parse_methods

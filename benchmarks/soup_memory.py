@@ -30,6 +30,7 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 import peft_ext
+from peft_ext.adapters.soup import learn_soup
 from recipes.support.arguments import run_main
 
 from . import lines
@@ -73,7 +74,7 @@ def growth(args: Arguments) -> int:
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     if args.way == "soup":
-        peft_ext.learn_soup(base, places, [{"input_ids": tokens, "labels": tokens}], epochs=1)
+        learn_soup(base, places, [{"input_ids": tokens, "labels": tokens}], epochs=1)
     else:
         names = [f"a{index}" for index in range(number)]
         model: Any = peft.PeftModel.from_pretrained(base, places[0], names[0])

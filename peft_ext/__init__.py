@@ -7,7 +7,6 @@ from .adapters.hub import push_to_hub
 from .adapters.lora import to_lora
 from .adapters.pool import AdapterPool
 from .adapters.scaling import rescale_adapter_scale
-from .adapters.soup import Soup, best_adapter, greedy_soup, learn_soup, uniform_soup
 from .registration import register
 from .seeded_network import SeededNetwork, load_from_seed
 from .tuners.description import describe
@@ -27,19 +26,14 @@ __all__ = [
     "PrancConfig",
     "PrancModel",
     "SeededNetwork",
-    "Soup",
     "VisualPromptConfig",
     "VisualPromptModel",
-    "best_adapter",
     "describe",
-    "greedy_soup",
-    "learn_soup",
     "load_from_seed",
     "push_to_hub",
     "rescale_adapter_scale",
     "set_expansion_budget",
     "to_lora",
-    "uniform_soup",
 ]
 
 register(NolaConfig, NolaModel)

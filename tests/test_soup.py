@@ -15,8 +15,9 @@ from methods import config_of, lower
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_ext import Soup, VisualPromptConfig, best_adapter, greedy_soup, learn_soup, uniform_soup
+from peft_ext import VisualPromptConfig
 from peft_ext.adapters import soup as soups
+from peft_ext.adapters.soup import Soup, best_adapter, greedy_soup, learn_soup, uniform_soup
 
 ADDED = ["PRANC", "PRANC, two a weight, biases", "PRANC, dense"]
 FACTORS = ["NOLA", "NOLA, own bases"]

@@ -14,8 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 
-from peft_ext import best_adapter, greedy_soup, learn_soup, uniform_soup
-from peft_ext.adapters.soup import Soup, check_method
+from peft_ext.adapters.soup import Soup, best_adapter, check_method, greedy_soup, learn_soup, uniform_soup
 from recipes.support import inputs
 from recipes.support.arguments import UserError
 from recipes.support.methods import Method, folder_name

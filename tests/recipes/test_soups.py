@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from benchmarks import __main__ as entry
 from benchmarks import lines, soup, soup_memory
-from peft_ext import Soup
+from peft_ext.adapters.soup import Soup
 from recipes.finetune_vit import main
 from recipes.support.arguments import UserError
 from recipes.tasks import soups, training

@@ -234,7 +234,7 @@ def test_a_benchmark_trains_a_classifier_of_sentences_and_its_head(bert_folder: 
     assert len(lengths) == 6 and benchmark.budget["train_rows"] == 12
     assert benchmark.shapes == [(16, 16)] * 4
     options = {"r": 2, "num_basis": 8, "target_modules": list(benchmark.targets)}
-    found = train(benchmark.task, Method("nola", "NOLA", options), 0, False, tmp_path / "out")
+    found = train(benchmark.task, Method("nola", "NOLA", options), 0, False, None, tmp_path / "out")
     assert 0 <= found.metrics["accuracy"] <= 100 and found.validation_loss is not None
     # The classifier and the pooler that the weights lack are trained whole.
     assert found.trainable_parameters - found.head_parameters == 4 * 2 * 8
