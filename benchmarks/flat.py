@@ -1,6 +1,6 @@
 """Flat training against plain training, in pairs: loss, score, loss under fresh noise, and time.
 
-    python -m benchmarks run flat --tasks cifar10 --rate 1e-3 --cifar10_model <folder> --cifar10_data <folder>
+    python -m benchmarks run flat --tasks cifar10 --rates 1e-3 --cifar10_model <folder> --cifar10_data <folder>
     python -m benchmarks report flat
 
 The trainings of a pair have the same training rows, which the pair's number draws, the same start and the same order,

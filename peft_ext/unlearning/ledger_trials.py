@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -32,6 +32,7 @@ class _Attempt:
         gone_targets: number of targets of what it deletes.
         gone_loss: the sum of their losses before.
         most: up to where the sum of the others' losses may rise.
+        found: whether it rises further, by damping; that takes a pass over the others.
     """
 
     kind: str
@@ -41,18 +42,22 @@ class _Attempt:
     gone_targets: int
     gone_loss: float
     most: float
+    found: dict[float, bool] = field(default_factory=dict)
 
     def damages(self, function: AdapterFunction, state: LedgerState) -> bool:
-        """Returns whether the loss of the others rises too far, and leaves the model with the weights after it."""
-        function.vector = state.weights_after(self.remaining).to(function.device)
-        return not function.loss_and_gradient(self.rest, self.most, gradient=False)[0] <= self.most
+        """Returns whether the loss of the others rises too far; the model may be left with other weights."""
+        if state.damping not in self.found:
+            function.vector = state.weights_after(self.remaining).to(function.device)
+            loss = function.loss_and_gradient(self.rest, self.most, gradient=False)[0]
+            self.found[state.damping] = not loss <= self.most
+        return self.found[state.damping]
 
     def made(self, function: AdapterFunction, state: LedgerState, classes: int, least: float) -> Trial:
         """Returns what it comes to with the damping of a state, and with the least one."""
         damages = self.damages(function, state)
         samples, of = (len(model.keys) for model in (self.remaining, state.quadratic))
         before, after = self.gone_loss / self.gone_targets, self._after(function, state)
-        least_damped = self._after(function, state.damped(least))
+        least_damped = after if state.damping == least else self._after(function, state.damped(least))
         return Trial(self.kind, of - samples, of, classes, before, after, least_damped, damages)
 
     def _after(self, function: AdapterFunction, state: LedgerState) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers import TrainingArguments
@@ -133,9 +134,7 @@ class Turns:
             row = self.problem.collator([self.problem.train[0][0]])
             try:
                 with torch.no_grad():
-                    model.eval()(
-                        **{k: v.to(self.training.device) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-                    )
+                    model.eval()(**send_to_device(row, self.training.device))
             except ValueError as error:
                 raise UserError(f"learner {learner.label!r}: {error}") from error
 

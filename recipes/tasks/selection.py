@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from recipes.support import inputs
@@ -119,11 +121,12 @@ def features(data: ImageData, classifier: Classifier, training: TrainingArgument
         read.append(args[0].flatten(1).float().cpu())
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(keep) for name in classifier.head]
-    rows, size, found = data.encoded(data.train, classifier.processor), training.per_device_eval_batch_size, []
-    options = forward_options(model)
+    rows = data.encoded(data.train, classifier.processor)
+    collator = partial(collate, options=forward_options(model))
+    loader = DataLoader(rows, training.per_device_eval_batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    found = []
     try:
-        for start in track(range(0, len(rows), size), "Features of the pool", console=Console(stderr=True)):
-            batch = collate([rows[place] for place in range(start, min(start + size, len(rows)))], options)
+        for batch in track(loader, "Features of the pool", console=Console(stderr=True)):
             model(**send_to_device(batch, training.device))
             found.append(read[-1])  # of several new modules the last one is the head proper
             read.clear()
