@@ -251,15 +251,17 @@ def test_areas_and_rates_are_those_of_counting() -> None:
     assert result.auroc == pytest.approx(100 * sum(pairs) / len(pairs))
     assert result.fpr95 == pytest.approx(100 * float((others >= threshold).float().mean()))
     assert detection(known + 100, others) == (100, 0)
+    assert detection(torch.arange(20), torch.arange(20)) == pytest.approx((50, 95))  # in a row
     assert all(map(math.isnan, detection(torch.tensor([1.0, math.nan]), others)))
     with pytest.raises(ValueError, match="known samples and outliers, got 40 and 0"):
         detection(known, others[:0])
 
 
 def test_what_is_observed_is_what_the_head_reads() -> None:
-    adapted = model().train()
+    adapted = model(nola_dropout=0.5).train()
     batches = [default_data_collator(outliers(count)) for count in (3, 2)]
     seen = observe(adapted, "classifier", batches)
+    adapted.eval()
     with torch.no_grad():
         pixels = torch.cat([batch["pixel_values"] for batch in batches])
         outputs = adapted.base_model.model.vit(pixels)
