@@ -98,7 +98,7 @@ class UnlearningLedger:
             data: batches of all training samples, as `GaussNewton.fit` takes them.
             loss: `"cross_entropy"` or `"squared_error"`: what the model was trained with.
             damping: ridge on the curvature, in units of the mean of its diagonal. No retain data will be there to
-                steer it by, so it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 30 with which trial
+                steer it by, so it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 1000 with which trial
                 deletions (of a random tenth, and of the most frequent class) leave the loss of what remains as it
                 should be. Nothing is deleted. For labels of tokens it is 1 at least: there a value that does no damage
                 to the rest may still forget too much. See `UnlearningLedger.damping`.
