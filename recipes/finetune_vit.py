@@ -15,12 +15,13 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from recipes.support.arguments import run_main
+from recipes.support.arguments import UserError, run_main
 from recipes.support.methods import HEAD, Method, MethodArguments, parse_methods
 from recipes.support.reporting import RunResult, plot_losses, plot_metric, write_report
 from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits, image_classification, selection
 from recipes.tasks.image_classification import ImageData, ImageTask
+from recipes.tasks.outliers import OutlierArguments, Outliers
 from recipes.tasks.soups import SoupArguments, Soups
 from recipes.tasks.toys import refuse_other_inputs
 from recipes.tasks.training import trainings, try_out
@@ -35,6 +36,7 @@ class FinetuneViT(Recipe[RunResult]):
     labelling: selection.SelectionArguments
     comparison: MethodArguments
     soup: SoupArguments
+    ood: OutlierArguments
     run: RunArguments
     quickstart: digits.QuickstartArguments
     training: TrainingArguments
@@ -42,6 +44,7 @@ class FinetuneViT(Recipe[RunResult]):
     tasks: list[ImageTask] = field(init=False)
     trained_on: str = field(init=False)
     soups: Soups = field(init=False)
+    outliers: Outliers = field(init=False)
 
     name = "finetune_vit"
     result = RunResult
@@ -52,6 +55,9 @@ class FinetuneViT(Recipe[RunResult]):
             method.config(None, self.seeds[0])
         selection.check_arguments(self.labelling, self.data.shots)
         self.soups = Soups(self.soup, self.seeds, self.methods)
+        self.outliers = Outliers(self.ood, self.methods)
+        if self.soup.soup and self.ood.ood_test:
+            raise UserError("soup and ood_test: a run has either soups or outliers; leave out one")
         self.training.remove_unused_columns = False  # images become pixel values when they are read
         if self.quickstart.digits:
             refuse_other_inputs("digits", self.model, self.data)
@@ -63,6 +69,7 @@ class FinetuneViT(Recipe[RunResult]):
     def load(self) -> None:
         data = image_classification.load_image_data(self.data, drawn=self.labelling.budget is not None)
         classifier = image_classification.load_classifier(self.model, data.labels)
+        self.outliers.load(data)
         chosen = selection.select(self.labelling, data, classifier, self.training)
         self.tasks = [
             ImageTask(self.model, classifier.processor, self.training, classifier, images, data_seed)
@@ -80,10 +87,13 @@ class FinetuneViT(Recipe[RunResult]):
         for method in self.methods:
             try_out(task, method, self.seeds[0], self.comparison.flat_sigma)
         self.soups.check(task)
+        self.outliers.try_out(task, self.seeds[0])
 
     def runs(self) -> dict[str, Callable[[Path], RunResult]]:
         tasks = {f"-data{task.data_seed}": task for task in self.tasks}
         options = self.comparison
+        if self.ood.ood_test:
+            return self.outliers.runs(tasks, self.seeds, options.verify_adapters, options.flat_sigma)
         runs = trainings(tasks, self.soups.trained, self.seeds, options.verify_adapters, options.flat_sigma)
         return {**runs, **self.soups.runs(tasks)}
 
@@ -93,7 +103,8 @@ class FinetuneViT(Recipe[RunResult]):
             "loss.png": partial(plot_losses, trained, unit="image"),
             "accuracy.png": partial(plot_metric, results, name="accuracy"),
         }
-        return write_report(results, folder, self.summary() + self.soups.summary(), plots)
+        notes = self.summary() + self.soups.summary() + self.outliers.summary(results)
+        return write_report(results, folder, notes, plots)
 
     def summary(self) -> str:
         """Returns Markdown that says what the table's numbers are over."""

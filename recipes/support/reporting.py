@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import matplotlib
 
@@ -51,6 +51,7 @@ class RunResult:
         validation_curve: pairs of a step and its loss.
         outputs: what the model wrote for every evaluated prompt.
         data_seed: the seed of the subset that was trained on, if it was one.
+        detection: how well scores tell outliers from the known classes: a set, a score, AUROC and FPR95 in percent.
     """
 
     label: str
@@ -66,6 +67,7 @@ class RunResult:
     validation_curve: list[tuple[float, float]] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     data_seed: int | None = None
+    detection: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Writes the result into a folder as JSON, whole or not at all: a resumed run trusts the file."""

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult
 from peft import get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_ext.tuners.description import describe, is_described
 from recipes.support import inputs
@@ -96,6 +96,11 @@ class Task(ABC):
     def adapt(self, method: Method, seed: int) -> nn.Module:
         """Returns a copy of the base model with a fresh adapter."""
         return adapt(self.fresh_model, method, seed, self.head, self.task_type)
+
+    @property
+    def trainer(self) -> Callable[..., Trainer]:
+        """What makes a Trainer: the class, perhaps with arguments of its own."""
+        return Trainer
 
     @abstractmethod
     def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:

@@ -117,20 +117,20 @@ def keep_classes(
         UserError: the column holds no classes, or the splits, `labels` and `shots` do not fit together.
     """
     names, column = [args.train_split, args.eval_split], args.label_column
-    values = [_checked_classes(split, name, column) for split, name in zip(splits, names)]
+    values = [checked_classes(split, name, column) for split, name in zip(splits, names)]
     feature = splits[0].features[column]
     text = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
     classes = {text(value): value for value in sorted(set(values[0] + values[1]))}
     for label in args.labels:
         if label not in classes:
-            raise UserError(f"labels: {label!r} is not a class of {args.dataset_name}; it has {_listed(classes)}")
+            raise UserError(f"labels: {label!r} is not a class of {args.dataset_name}; it has {listed(classes)}")
     labels = [label for label in classes if not args.labels or label in args.labels]
     if len(labels) < 2:
-        raise UserError(f"{args.dataset_name}: {_listed(labels)} is the only class; a classifier needs two")
+        raise UserError(f"{args.dataset_name}: {listed(labels)} is the only class; a classifier needs two")
     numbers = {classes[label]: number for number, label in enumerate(labels)}
     sizes = [Counter(numbers[value] for value in of_split if value in numbers) for of_split in values]
     if sizes[0].keys() != sizes[1].keys():
-        missing = [_listed([label for i, label in enumerate(labels) if i not in size]) for size in sizes]
+        missing = [listed([label for i, label in enumerate(labels) if i not in size]) for size in sizes]
         raise UserError(
             f"{args.dataset_name}: the splits differ in their classes: {names[0]!r} lacks {missing[0]}, "
             f"{names[1]!r} lacks {missing[1]}; --labels names the classes to keep"
@@ -148,12 +148,20 @@ def keep_classes(
     return labels, numbers, kept
 
 
-def _listed(labels: Iterable[str]) -> str:
+def listed(labels: Iterable[str]) -> str:
+    """Returns the names of classes, the first twenty, for a message."""
     shown = [repr(label) for label in labels]
     return ", ".join(shown[:20] + ["..."] * (len(shown) > 20)) or "none"
 
 
-def _checked_classes(split: datasets.Dataset, name: str, column: str) -> list[Any]:
+def checked_classes(split: datasets.Dataset, name: str, column: str) -> list[Any]:
+    """Returns the values of a column, which must all be classes.
+
+    Args:
+        split: has the column.
+        name: of the split, for messages.
+        column: of the classes.
+    """
     feature = split.features[column]
     if not str(getattr(feature, "dtype", "")).startswith(("string", "large_string", "int", "uint", "bool")):
         raise UserError(f"column {column!r} of split {name!r} holds {feature}; classes are names or whole numbers")

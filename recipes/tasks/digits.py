@@ -39,16 +39,24 @@ class QuickstartArguments:
     )
 
 
-def write_images(folder: Path) -> None:
-    """Writes all ten digits as parquet files, half of them for validation."""
+def splits() -> dict[str, datasets.Dataset]:
+    """Returns images of all ten digits, half of them for validation."""
     digits = load_digits()
     images = [Image.fromarray(np.uint8(pixels * 255 / 16)) for pixels in digits.images]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
     rows = train_test_split(np.arange(len(images)), test_size=0.5, random_state=_SEED, stratify=digits.target)
-    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
     for name, chosen in zip(("train", "validation"), rows):
         columns = {"image": [images[row] for row in chosen], "label": digits.target[chosen].tolist()}
-        datasets.Dataset.from_dict(columns, features).to_parquet(folder / f"{name}.parquet")
+        found[name] = datasets.Dataset.from_dict(columns, features)
+    return found
+
+
+def write_images(folder: Path) -> None:
+    """Writes `splits` as parquet files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in splits().items():
+        split.to_parquet(folder / f"{name}.parquet")
 
 
 def make_base(folder: Path, data_folder: str, use_cpu: bool) -> None:

@@ -139,11 +139,18 @@ def load_image_data(args: DataArguments, drawn: bool = False) -> ImageData:
     splits = [split.select_columns(columns) for split in inputs.load_splits(args, columns)]
     labels, numbers, splits = classification.keep_classes(splits, args)
     names = [args.train_split, args.eval_split]
-    splits = [_checked_images(split, name, args.image_column) for split, name in zip(splits, names)]
+    splits = [checked_images(split, name, args.image_column) for split, name in zip(splits, names)]
     return ImageData(splits[0], inputs.random_subset(splits[1], args.max_eval_samples), labels, numbers, args)
 
 
-def _checked_images(split: datasets.Dataset, name: str, column: str) -> datasets.Dataset:
+def checked_images(split: datasets.Dataset, name: str, column: str) -> datasets.Dataset:
+    """Returns a split whose column is of images, which the column must hold.
+
+    Args:
+        split: has images, their files' paths or bytes in the column.
+        name: of the split, for messages.
+        column: of the images.
+    """
     feature = split.features[column]
     try:
         # Paths and bytes become images too.

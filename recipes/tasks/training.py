@@ -47,7 +47,7 @@ class StepClock(TrainerCallback, ExportableState):
 
 def make_trainer(task: Task, model: nn.Module, training: TrainingArguments) -> Trainer:
     """Returns a Trainer of a model on the task's data."""
-    return Trainer(
+    return task.trainer(
         model=model,
         args=training,
         processing_class=task.processor,
