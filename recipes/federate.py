@@ -30,7 +30,11 @@ from recipes.tasks.image_classification import DataArguments, ModelArguments
 from recipes.tasks.seeded import FULL
 from recipes.tasks.toys import refuse_other_inputs
 
-_MISSING = "federate needs Flower (flwr), for Python 3.11 and later: pip install 'peft-ext[federated]'"
+
+def check_flower() -> None:
+    """Raises a UserError if Flower is not installed."""
+    if importlib.util.find_spec("flwr") is None:
+        raise UserError("federate needs Flower, of Python 3.11 or later: pip install -e '.[federated]'")
 
 
 @dataclass
@@ -53,8 +57,7 @@ class Federate(Recipe[FederatedResult]):
     """Flower's way to the agents; in this process if there is none."""
 
     def check(self) -> None:
-        if importlib.util.find_spec("flwr") is None:
-            raise UserError(_MISSING)
+        check_flower()
         self.methods = parse_methods(self.comparison.methods, extra=[HEAD, FULL])
         for way in self.comparison.compare:
             if way not in (AGREE, ALONE, POOLED):
@@ -62,6 +65,10 @@ class Federate(Recipe[FederatedResult]):
         check_split(self.federation)
         if self.quickstart.digits:
             refuse_other_inputs("digits", self.model, self.data)
+            if self.grid is not None:
+                raise UserError(
+                    "digits makes model and data in one place: name --model_name_or_path and --dataset_name"
+                )
         if self.data.shots is not None or len(self.data.data_seeds) > 1:
             raise UserError("--shots and --data_seeds are for other recipes: the seed of a run draws who has what")
         if PartialState().num_processes > 1:
@@ -121,7 +128,8 @@ class Federate(Recipe[FederatedResult]):
             f"{self.federation.agents} agents with {min(map(len, parts))} to {max(map(len, parts))} training images "
             f"each (Dirichlet {self.federation.dirichlet:g}), {self.federation.rounds} rounds; "
             f"{len(self.problem.test):,} test images; seeds {', '.join(map(str, self.seeds))}. Bytes: of the "
-            "numbers or outputs, of one agent. Accuracy: in percent, of the common model or the mean over agents' own.\n"
+            "numbers or outputs, of one agent. Accuracy: in percent, of the common model or the mean over those of all "
+            "agents.\n"
         )
         return write_report(results, folder, notes)
 

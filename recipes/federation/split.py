@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ class FederationArguments:
             "training, such as --num_train_epochs."
         },
     )
-    dirichlet: float | None = field(
+    dirichlet: float = field(
         default=0.3,
         metadata={
             "help": "Every class is divided among the agents in proportions that are drawn from a Dirichlet "
@@ -108,7 +109,7 @@ def check_split(args: FederationArguments) -> None:
     inputs.check_counts(args, "agents", "rounds", "shared_samples")
     if args.agents < 2:
         raise UserError("agents is 1; at least two exchange something")
-    if not (args.dirichlet or 0) >= 0:
+    if not 0 <= args.dirichlet < math.inf:
         raise UserError(f"dirichlet is {args.dirichlet}; it must be above 0, or 0 to divide classes equally")
     if not args.agree_epochs > 0:
         raise UserError(f"agree_epochs is {args.agree_epochs}; it must be above 0")
