@@ -93,7 +93,7 @@ def plot(results: Sequence[FederatedResult], path: Path) -> None:
         path: the PNG file.
     """
     groups = by_label(results)
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     for colour, (label, runs) in zip(colours(len(groups)), groups.items()):
         every = np.array([run.accuracy for run in runs])
         a_round = runs[0].sent + runs[0].received
@@ -109,7 +109,7 @@ def plot(results: Sequence[FederatedResult], path: Path) -> None:
     axis.set_xlabel("kilobytes that an agent has sent and received")
     axis.set_ylabel("accuracy in percent")
     tidy(axis, "y")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -59,8 +59,8 @@ class Split:
 def split(classes: Sequence[int], args: FederationArguments, shared: bool, seed: int) -> Split:
     """Divides training samples among agents: by class, in proportions from a Dirichlet distribution.
 
-    So Yurochkin et al. 2019 (https://arxiv.org/abs/1905.12022), section 4, and after them the benchmarks of Li et al.
-    2022 (https://arxiv.org/abs/2102.02079).
+    So Yurochkin et al. 2019 (https://arxiv.org/abs/1905.12022), and the benchmarks of Li et al. 2022
+    (https://arxiv.org/abs/2102.02079).
 
     Args:
         classes: of all samples.
