@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -97,7 +98,7 @@ class UnlearningLedger:
             data: batches of all training samples, as `GaussNewton.fit` takes them.
             loss: `"cross_entropy"` or `"squared_error"`: what the model was trained with.
             damping: ridge on the curvature, in units of the mean of its diagonal. No retain data will be there to
-                steer it by, so it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 30 with which trial
+                steer it by, so it is chosen now by default: the smallest of 0.03, 0.1, 0.3, ... 1000 with which trial
                 deletions (of a random tenth, and of the most frequent class) leave the loss of what remains as it
                 should be. Nothing is deleted. For labels of tokens it is 1 at least: there a value that does no damage
                 to the rest may still forget too much. See `UnlearningLedger.damping`.
@@ -182,11 +183,12 @@ class UnlearningLedger:
     def shortfalls(self) -> list[str]:
         """What the trial deletions foretell that requests will leave, a sentence each; empty if they did not fail.
 
-        There were trials if nobody chose the damping. Requests for a class will leave
-        too much of it if the mean loss of the most frequent one stayed below that of a guess among all classes: a model
-        that was never shown a class gives it more. Requests for random samples will if the damping that spares the
-        others lets the loss of a tenth rise by less than a quarter of what the smallest damping does. Both are signs,
-        not bounds: how far the model is from a retrained one is not known without one.
+        There were trials if nobody chose the damping. Requests for a class will leave too much of it if the mean loss
+        of the most frequent one stayed below that of a guess among all classes: a model that was never shown a class
+        gives it more. Requests for random samples will if the damping that spares the others lets the loss of a tenth
+        rise by less than a quarter of what the smallest damping does. Both are signs, not bounds: how far the model is
+        from a retrained one is not known without one. Where more samples are forgotten by now than any trial deletion
+        had, a sentence says so.
         """
         return self._state.shortfalls
 
@@ -229,7 +231,8 @@ class UnlearningLedger:
             OSError: the ledger could not be written. Nothing has changed.
 
         Warns:
-            UserWarning: the former state, which has hashes of what is forgotten, could not be deleted.
+            UserWarning: the former state, which has hashes of what is forgotten, could not be deleted; or more samples
+                are forgotten by now than any trial deletion had, so that nothing is known of what the others lose.
         """
         start = time.perf_counter()
         with alone(self.folder):
@@ -274,6 +277,8 @@ class UnlearningLedger:
             self._state = replace(after, chain=chain)
             function.vector = weights.to(function.device)
             self._left = weights
+        if self._state.untried is not None:
+            warnings.warn(self._state.untried, stacklevel=2)
         done = time.perf_counter() - start
         return replace(self.requests[-1], seconds=done, forgotten=tuple(sorted(keys)), salt=salt)
 

@@ -156,9 +156,23 @@ class LedgerState:
 
     @property
     def shortfalls(self) -> list[str]:
-        """What the trials foretell that requests will leave, in sentences."""
+        """What the trials foretell that requests will leave, and what they cannot foretell, in sentences."""
         found = (trial.shortfall(self) for trial in self.trials)
-        return [text for text in found if text is not None]
+        return [text for text in (*found, self.untried) if text is not None]
+
+    @property
+    def untried(self) -> str | None:
+        """Says that more samples are forgotten than were in any trial; None if that is not so, or nothing was tried."""
+        if not self.trials:
+            return None
+        of, most = self.trials[0].of, max(trial.samples for trial in self.trials)
+        gone = of - len(self.quadratic.keys)
+        if gone <= most:
+            return None
+        return (
+            f"{gone:,} of {of:,} samples are forgotten by now, and the largest trial deletion had {most:,}: whether "
+            "the damping spares the others is not known at this size. Measure the model on data that remains."
+        )
 
     @property
     def shift(self) -> float:

@@ -14,7 +14,7 @@ from .derivatives.function import AdapterFunction
 from .derivatives.quadratic import SampledQuadratic
 from .ledger_state import LedgerState, Trial
 
-DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Those that are tried, in units of the mean curvature."""
 
 _UNTRIED = 1.0

@@ -71,7 +71,7 @@ def test_a_method_repeats_what_its_ledger_foretold(monkeypatch):
     model, initial, retain, forget = deepcopy(once())
     with pytest.warns(UserWarning, match=CLASS):
         report = Ledger().fit(model, loader(retain), loader(forget), reference=initial, ridge=0.01)
-    assert any(note.startswith("Foretold when the ledger was made: A trial deletion") for note in report.notes())
+    assert any(note.startswith("By the ledger's trial deletions: A trial deletion") for note in report.notes())
     assert UnlearningReport.from_dict(report.to_dict()) == report
 
 
@@ -81,6 +81,23 @@ def test_a_ledger_that_does_its_work_says_nothing(tmp_path, monkeypatch):
         ledger = create(tmp_path / "kept", (0.03,), monkeypatch, retain_tolerance=10.0)
     assert ledger.shortfalls == [] and len(ledger._state.trials) == 2
     assert create(tmp_path / "chosen", (0.03,), monkeypatch, damping=30.0).shortfalls == []
+
+
+def test_more_than_was_ever_tried_is_not_vouched_for(tmp_path, monkeypatch):
+    """Requests add up: eight samples were tried together, so the ninth is one too many."""
+    model, _, retain, forget = deepcopy(once())
+    ledger = create(tmp_path, (0.03,), monkeypatch, retain_tolerance=10.0)
+    rows = retain + forget
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ledger.forget(model, loader(rows[:8]))
+    with pytest.warns(UserWarning, match="^9 of 24 samples are forgotten .* trial deletion had 8:") as caught:
+        ledger.forget(model, loader(rows[8:9]))
+    assert said(caught) == UnlearningLedger(tmp_path).shortfalls
+    chosen = create(tmp_path / "chosen", (0.03,), monkeypatch, damping=30.0)
+    model = deepcopy(once())[0]
+    chosen.forget(model, loader(rows[:9]))
+    assert chosen.shortfalls == []  # nothing was tried
 
 
 def test_texts_are_tried_too(tmp_path):

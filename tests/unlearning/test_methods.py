@@ -96,6 +96,17 @@ class TestRewind(MethodCases):
         assert "stopped short" not in kept.notes()[-1] and kept.notes()[-1].startswith("Retain loss")
         assert kept.training.learning_rate == pytest.approx(0.1 * request_.training.learning_rate)  # 0.1 was taken back
 
+    def test_a_part_of_a_large_retain_set_says_what_it_lost(
+        self, request_: Request, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        request = changed(request_)
+        drawn = np.random.default_rng(request.training.seed).choice(len(request.retain), 5, replace=False)
+        part = Subset(request.retain, drawn.tolist())
+        before = loss(request, part)
+        monkeypatch.setattr("peft_ext.unlearning.methods.rewind.MEASURED", 5)
+        report = Rewind().unlearn(request)
+        assert report.retain_loss == pytest.approx((before, loss(request, part)), rel=1e-5)
+
 
 class TestFinetune(MethodCases):
     method, trains, wrong = Finetune, True, TUNING
@@ -134,6 +145,7 @@ class TestGaussNewton(RestoringCases):
 @pytest.mark.filterwarnings("ignore:A trial deletion of:UserWarning")  # the problem is small, and the warning right
 class TestLedger(RestoringCases):
     method, exact = Ledger, False
+    text_options = {"damping": 1}  # a trial deletion is of one of the eight texts, the request of three
     wrong = [{"damping": 0}, {"retain_tolerance": -1}, {"draws": 0}, {"memory": 0}, {"batch_size": 0}]
 
 

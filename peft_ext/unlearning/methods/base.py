@@ -269,7 +269,7 @@ class UnlearningReport:
         if self.ledger is not None:
             taken = f"{self.ledger.samples:,} of {self.ledger.learned:,} samples taken off"
             found.append(f"{taken}, damping {self.ledger.damping:g}; the retain set was not read")
-            found += [f"Foretold when the ledger was made: {text}" for text in self.ledger.shortfalls]
+            found += [f"By the ledger's trial deletions: {text}" for text in self.ledger.shortfalls]
         return found
 
 
