@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from recipes.support.arguments import UserError
 from recipes.support.methods import Method
 
 _ARRAYS, _CONFIG, _METRICS, _STATE, _SAMPLES = "arrays", "config", "metrics", "numbers", "num-examples"
+_PATIENCE = 3600  # seconds that the server waits for answers
 _VALUES = "values"  # the one array that a message has
 
 
@@ -128,12 +130,12 @@ class Exchanging(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        found = checked(replies)
+        found = checked(replies, self.min_train_nodes)
         self.sent += sum(map(_bytes, found))
         return super().aggregate_train(server_round, found)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return super().aggregate_evaluate(server_round, checked(replies))
+        return super().aggregate_evaluate(server_round, checked(replies, self.min_evaluate_nodes))
 
     def _counted(self, messages: Iterable[Message]) -> list[Message]:
         found = list(messages)
@@ -141,16 +143,22 @@ class Exchanging(FedAvg):
         return found
 
 
-def checked(replies: Iterable[Message]) -> list[Message]:
+def checked(replies: Iterable[Message], asked: int) -> list[Message]:
     """Returns replies in the order of the agents' nodes, so that sums are rounded alike in every run.
 
+    Args:
+        replies: what came back.
+        asked: how many agents were asked.
+
     Raises:
-        UserError: an agent has failed, with its reason.
+        UserError: an agent has failed, with its reason, or has not answered in time.
     """
     found = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
     for reply in found:
         if reply.has_error():
             raise UserError(f"agent at node {reply.metadata.src_node_id}: {reply.error.reason}")
+    if len(found) < asked:
+        raise UserError(f"only {len(found)} of {asked} agents have answered within {_PATIENCE} seconds")
     return found
 
 
@@ -234,6 +242,7 @@ def exchange(grid: Grid, federation: Federation, method: Method, way: str, seed:
         grid,
         packed(server.exchange.vector) if way == AVERAGE else ArrayRecord(),
         num_rounds=rounds,
+        timeout=_PATIENCE,
         train_config=ConfigRecord(dict(config)),
         evaluate_config=ConfigRecord(dict(config)),
         evaluate_fn=evaluate if way == AVERAGE else None,
@@ -252,11 +261,15 @@ def exchange(grid: Grid, federation: Federation, method: Method, way: str, seed:
 
 def _check_agents(grid: Grid, agents: int, config: dict[str, Any]) -> None:
     """Asks all agents who they are, before any of them trains."""
-    strategy = FedAvg(min_train_nodes=agents, min_available_nodes=agents)
-    asked = list(strategy.configure_train(0, ArrayRecord(), ConfigRecord(dict(config)), grid))
-    for message in asked:
-        message.metadata.message_type = MessageType.QUERY
-    replies = checked(grid.send_and_receive(asked))
+    nodes = list(grid.get_node_ids())
+    if len(nodes) < agents:
+        print(f"Waiting for {agents} agents; {len(nodes)} are there", flush=True)
+    while len(nodes) < agents:
+        time.sleep(1)
+        nodes = list(grid.get_node_ids())
+    question = RecordDict({_CONFIG: ConfigRecord(dict(config))})
+    asked = [Message(question, node, MessageType.QUERY) for node in nodes]
+    replies = checked(grid.send_and_receive(asked, timeout=_PATIENCE), len(nodes))
     said = [reply.content.config_records[_CONFIG] for reply in replies]
     numbers = sorted(int(each["agent"]) for each in said)  # type: ignore[arg-type]
     if numbers != list(range(agents)):

@@ -233,6 +233,16 @@ def test_agents_keep_what_they_have_learned_in_a_round(recipe: Federate) -> None
 
 
 @needs_flower
+def test_an_agent_that_does_not_answer(recipe: Federate) -> None:
+    problem, (method,) = recipe.problem, recipe.methods
+    grid = flower().InProcess(flower().make_client(lambda context: (problem, [method])), 3)
+    everyone = grid.send_and_receive
+    grid.send_and_receive = lambda messages, **options: everyone(messages)[1:]
+    with pytest.raises(UserError, match="only 2 of 3 agents have answered"):
+        flower().exchange(grid, problem, method, AVERAGE, 3)
+
+
+@needs_flower
 @pytest.mark.parametrize(
     ("change", "message"),
     [
