@@ -25,8 +25,8 @@ UNLEARNING = [
     "ledger methods",
     "evaluation",
 ]
-PROGRAMS = "finetune_gpt2 finetune_vit train_from_seed unlearn learn_in_turn reload_adapter"
-RECIPES = ["metrics", "support", "tasks", "unlearning continual", PROGRAMS]
+PROGRAMS = "finetune_gpt2 finetune_vit train_from_seed unlearn learn_in_turn federate reload_adapter"
+RECIPES = ["metrics", "support", "tasks", "unlearning continual federation", PROGRAMS, "deployment"]
 BESIDE = {("methods", "ledger")}  # the one place that may import from another on its line
 NEVER = {("unlearning", "tuners")}  # it works on any adapter
 

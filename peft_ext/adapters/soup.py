@@ -278,13 +278,12 @@ class _Ingredients:
 
     def _check_fields(self, first: Any, config: Any, name: str) -> None:
         """Raises a ValueError for a LoRA with other fields than the first adapter's, or another method."""
-        fields = set() if isinstance(config, SeededConfig) else {each.name for each in dataclasses.fields(config)}
-        for each in ("peft_type", *sorted(fields - _FREE)):
-            mine, theirs = getattr(first, each, None), getattr(config, each)
-            if mine != theirs:
+        mine = defining_fields(first)
+        for each, theirs in defining_fields(config).items():
+            if mine.get(each) != theirs:
                 raise ValueError(
-                    f"`adapters` must be alike in all but their trained numbers: `{each}` is {_plain(mine)!r} in "
-                    f"{self.names[0]!r} and {_plain(theirs)!r} in {name!r}."
+                    f"`adapters` must be alike in all but their trained numbers: `{each}` is {mine.get(each)!r} in "
+                    f"{self.names[0]!r} and {theirs!r} in {name!r}."
                 )
 
     def _write(self, vector: torch.Tensor) -> None:
@@ -390,6 +389,15 @@ def check_method(config: Any, name: str) -> None:
             f"`adapters` must leave the base weights as they are, got {name!r} with init_lora_weights={start!r}. "
             "Convert it with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
         )
+
+
+def defining_fields(config: Any) -> dict[str, Any]:
+    """The method, and the fields of a LoRA without which its trained numbers do not mean the same.
+
+    Those of seeded methods are part of their identity, which says more.
+    """
+    fields = set() if isinstance(config, SeededConfig) else {each.name for each in dataclasses.fields(config)}
+    return {each: _plain(getattr(config, each)) for each in ("peft_type", *sorted(fields - _FREE))}
 
 
 def _plain(value: Any) -> Any:

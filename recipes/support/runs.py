@@ -119,6 +119,22 @@ def argument_types(recipe: type[Recipe[Any]]) -> list[Any]:
     return [hints[f.name] for f in dataclasses.fields(recipe) if f.init]  # type: ignore[arg-type]
 
 
+T = TypeVar("T", bound=Recipe[Any])
+
+
+def open_recipe(recipe_class: type[T], argv: Sequence[str]) -> T:
+    """Returns a recipe whose arguments have been read and checked.
+
+    Args:
+        recipe_class: the recipe.
+        argv: the command line without the program.
+    """
+    recipe = recipe_class(*parse_arguments(recipe_class.name, argument_types(recipe_class), argv))
+    recipe.check()
+    _set_up(recipe.training)
+    return recipe
+
+
 def run_recipe(recipe_class: type[Recipe[Any]], argv: Sequence[str]) -> None:
     """Runs a recipe: reads and checks its arguments, prepares, claims the output folder, does all runs, reports.
 
@@ -129,11 +145,9 @@ def run_recipe(recipe_class: type[Recipe[Any]], argv: Sequence[str]) -> None:
         recipe_class: the recipe.
         argv: the command line without the program.
     """
-    arguments = parse_arguments(recipe_class.name, argument_types(recipe_class), argv)
-    recipe = recipe_class(*arguments)
+    recipe = open_recipe(recipe_class, argv)
+    arguments = [getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.init]  # type: ignore[arg-type]
     training, folder = recipe.training, Path(str(recipe.training.output_dir))
-    recipe.check()
-    _set_up(training)
     state = PartialState()
     record = check_output_dir(training, arguments, recipe.run.overwrite_output_dir, recipe.continued)
     state.wait_for_everyone()  # no process may write before all have looked
