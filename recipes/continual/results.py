@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from peft_ext.files import write_whole
 from peft_ext.presentation import spread
-from recipes.support.reporting import by_label, plt
+from recipes.support.reporting import by_label, plt, write_files
 
 _FILE = "result.json"
 _COLUMNS = 3  # of the plot
@@ -138,25 +137,7 @@ def plot_matrices(results: Sequence[TurnResult], path: Path) -> None:
 
 
 def write_report(results: Sequence[TurnResult], folder: Path, notes: str) -> list[str]:
-    """Writes ``results.json``, ``results.md`` and ``matrix.png``, and prints tables and notes.
-
-    Args:
-        results: all runs.
-        folder: where the files go.
-        notes: Markdown below the tables.
-
-    Returns:
-        The names of the files.
-    """
-    write_whole(folder / "results.json", json.dumps([dataclasses.asdict(each) for each in results], indent=1) + "\n")
-    text = io.StringIO()
-    markdown = Console(file=text, width=200)
-    screen = Console()
-    screen = screen if screen.is_terminal else Console(width=160)  # a pipe has no width of its own
-    for plain, shown in zip(tables(results, box.MARKDOWN), tables(results)):
-        markdown.print(plain)
-        screen.print(shown)
-    write_whole(folder / "results.md", f"{text.getvalue()}\n{notes}")
-    screen.print(notes, markup=False, highlight=False, soft_wrap=True)
-    plot_matrices(results, folder / "matrix.png")
-    return ["results.json", "results.md", "matrix.png"]
+    """Writes and prints what `write_files` does, with ``matrix.png``."""
+    return write_files(
+        results, folder, partial(tables, results), notes, {"matrix.png": partial(plot_matrices, results)}
+    )

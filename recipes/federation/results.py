@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from peft_ext.files import write_whole
 from peft_ext.presentation import colours, spread, tidy
-from recipes.support.reporting import by_label, plt
+from recipes.support.reporting import by_label, plt, write_files
 
 _FILE = "result.json"
 
@@ -115,23 +114,7 @@ def plot(results: Sequence[FederatedResult], path: Path) -> None:
 
 
 def write_report(results: Sequence[FederatedResult], folder: Path, notes: str) -> list[str]:
-    """Writes ``results.json``, ``results.md`` and ``bytes.png``, and prints table and notes.
-
-    Args:
-        results: all runs.
-        folder: where the files go.
-        notes: Markdown below the table.
-
-    Returns:
-        The names of the files.
-    """
-    write_whole(folder / "results.json", json.dumps([dataclasses.asdict(each) for each in results], indent=1) + "\n")
-    text = io.StringIO()
-    Console(file=text, width=200).print(table(results, box.MARKDOWN))
-    write_whole(folder / "results.md", f"{text.getvalue()}\n{notes}")
-    screen = Console()
-    screen = screen if screen.is_terminal else Console(width=160)  # a pipe has no width of its own
-    screen.print(table(results))
-    screen.print(notes, markup=False, highlight=False, soft_wrap=True)
-    plot(results, folder / "bytes.png")
-    return ["results.json", "results.md", "bytes.png"]
+    """Writes and prints what `write_files` does, with ``bytes.png``."""
+    return write_files(
+        results, folder, lambda style: [table(results, style)], notes, {"bytes.png": partial(plot, results)}
+    )

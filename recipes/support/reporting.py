@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -186,12 +186,24 @@ def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
 def write_report(
     results: Sequence[RunResult], folder: Path, notes: str, plots: Mapping[str, Callable[[Path], None]]
 ) -> list[str]:
-    """Writes ``results.json``, ``results.md`` and the plots, and prints the table and the notes.
+    """Writes and prints what `write_files` does, with a table of all runs, the untrained model first."""
+    return write_files(results, folder, lambda style: [results_table(results, style)], notes, plots)
+
+
+def write_files(
+    results: Sequence[Any],
+    folder: Path,
+    tables: Callable[[box.Box], Iterable[Table]],
+    notes: str,
+    plots: Mapping[str, Callable[[Path], None]],
+) -> list[str]:
+    """Writes ``results.json``, ``results.md`` and the plots, and prints the tables and the notes.
 
     Args:
-        results: all runs, the untrained model first.
+        results: all runs, dataclasses.
         folder: where the files go.
-        notes: Markdown below the table: some outputs side by side, or what was run.
+        tables: makes the tables in a style.
+        notes: Markdown below the tables: some outputs side by side, or what was run.
         plots: what draws every PNG file.
 
     Returns:
@@ -199,14 +211,16 @@ def write_report(
     """
     rows = [dataclasses.asdict(result) for result in results]
     write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
-    table = io.StringIO()
-    Console(file=table, width=200).print(results_table(results, box.MARKDOWN))
-    write_whole(folder / "results.md", f"{table.getvalue()}\n{notes}")
+    text = io.StringIO()
+    markdown, screen = Console(file=text, width=200), Console()
+    # A pipe has no width of its own; tables must not be cut to 80 columns there.
+    screen = screen if screen.is_terminal else Console(width=160)
+    for table in tables(box.MARKDOWN):
+        markdown.print(table)
+    write_whole(folder / "results.md", f"{text.getvalue()}\n{notes}")
     for name, plot in plots.items():
         plot(folder / name)
-    console = Console()
-    # A pipe has no width of its own; the table must not be cut to 80 columns there.
-    console = console if console.is_terminal else Console(width=160)
-    console.print(results_table(results))
-    console.print(notes, markup=False, highlight=False, soft_wrap=True)
+    for table in tables(box.SIMPLE_HEAD):
+        screen.print(table)
+    screen.print(notes, markup=False, highlight=False, soft_wrap=True)
     return ["results.json", "results.md", *plots]
