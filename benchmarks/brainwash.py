@@ -135,13 +135,13 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def main(argv: Sequence[str]) -> None:
     """Measures what is not in the file yet."""
-    parser = HfArgumentParser(
-        [Arguments, AttackArguments], prog="python -m benchmarks run brainwash", allow_abbrev=False
-    )  # type: ignore[list-item]
-    args, attack, flags = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    types: Any = [Arguments, AttackArguments]
+    parser = HfArgumentParser(types, prog="python -m benchmarks run brainwash", allow_abbrev=False)
+    parsed: Any = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    args, attack, rest = parsed
     args.check()
     attack.check()
-    flags = ["--output_dir", "outputs/brainwash", *flags]
+    flags = ["--output_dir", "outputs/brainwash", *rest]
     recipe = LearnInTurn(*parse_arguments(LearnInTurn.name, argument_types(LearnInTurn), flags))
     recipe.training.label_names = ["labels"]  # hidden from the Trainer by PEFT's wrapper
     recipe.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks import __main__ as entry
 from benchmarks import brainwash, lines, poisoning
-from benchmarks.poisoning import PIXELS, attack, loss_after
+from benchmarks.poisoning import PIXELS, AttackArguments, Victim, attack, loss_after
 from peft_ext import NolaConfig
 from peft_ext.adapters.continual import TaskMemory
 from peft_ext.training.callbacks import trainable_parameters
 from recipes import learn_in_turn
-from recipes.continual.learners import Turns
+from recipes.continual.learners import Turns, parse_learners
 from recipes.continual.problems import ByTask, Problem, split_classes
 from recipes.support.arguments import UserError
 
@@ -124,18 +126,38 @@ def test_noise_stays_within_the_bound_and_the_range_of_pixels() -> None:
     assert torch.equal(start, again) and not torch.equal(start, other)
 
 
+PROBLEM = Problem(["a, b", "c, d"], [rows(0, 8), rows(1, 8)], [rows(0, 5, 1), rows(1, 5, 1)], fresh, batch)  # type: ignore[list-item]
+
+
+def test_images_are_inverted_task_by_task(tmp_path: Path) -> None:
+    training = TrainingArguments(str(tmp_path), max_steps=30, learning_rate=0.05, use_cpu=True, report_to=[])
+    with ExitStack() as stack:
+        victim = Victim(Turns(PROBLEM, training, 10), parse_learners(["finetune"])["finetune"], 0, stack)
+        found = victim.proxies(True, AttackArguments(proxies=6, inversion_steps=40))
+        real = victim.proxies(False, AttackArguments(proxies=6))
+    assert found["labels"].tolist() == [0, 1] * 3 and found["task"].tolist() == [0] * 6
+    assert {each.sum().item() for each in real[PIXELS]} < {row[PIXELS].sum().item() for row in rows(0, 8)}
+    with torch.no_grad():
+        noise = {**found, PIXELS: torch.randn_like(found[PIXELS])}
+        assert float(victim.model(**found).loss) < 0.3 < float(victim.model(**noise).loss)
+
+
+def vector(model: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(trainable_parameters(model).values()).detach().clone()
+
+
 @pytest.fixture
-def learned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[dict[str, Any]]]]:
-    """What is learned: learners, tasks and their rows. The recipe's data are few pixels."""
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[dict[str, Any]], torch.Tensor]]:
+    """What is learned: learners, tasks, their rows and what is trained from where. The recipe's data are few pixels."""
 
     def few_pixels(model: Any, data: Any, args: Any, method: Any) -> Problem:
         split_classes(args.tasks, ["a", "b", "c", "d"])
-        return Problem(["a, b", "c, d"], [rows(0, 8), rows(1, 8)], [rows(0, 5, 1), rows(1, 5, 1)], fresh, batch)  # type: ignore[list-item]
+        return PROBLEM
 
     found, learn = [], Turns.learn
 
     def recorded(self: Turns, model: Any, learner: Any, memory: Any, task: int, training: Any, rows: Any) -> Any:
-        found.append((learner.label, task, rows))
+        found.append((learner.label, task, rows, vector(model)))
         return learn(self, model, learner, memory, task, training, rows)
 
     monkeypatch.setattr(learn_in_turn, "split_images", few_pixels)
@@ -155,9 +177,10 @@ def test_from_learners_to_a_table(learned: list[Any], tmp_path: Path, capsys: py
     kinds = ["none", *poisoning.NOISES]
     unprotected = [(label, noise) for label in ("finetune", "separate") for noise in kinds if noise != "aware"]
     assert list(found) == [*(("safe", noise) for noise in kinds), *unprotected]
-    clean, last = rows(1, 8), {}
-    for label, task, used in learned:
+    clean, last, starts = rows(1, 8), {}, {}
+    for label, task, used, start in learned:
         if task == 1:
+            assert torch.equal(start, starts.setdefault(label, start))  # all from the same weights
             assert [{**row, PIXELS: 0} for row in used] == [{**row, PIXELS: 0} for row in clean]  # labels stay right
             last.setdefault(label, []).append(batch(used)[PIXELS])
     pixels = batch(clean)[PIXELS]
@@ -165,6 +188,8 @@ def test_from_learners_to_a_table(learned: list[Any], tmp_path: Path, capsys: py
         noise = [float((each - pixels).abs().max()) for each in images]
         assert noise[0] == 0 and all(0.1 < size <= 0.25 + 1e-6 for size in noise[1:])
         assert len({each.sum().item() for each in images}) == len(images) == (5 if label == "safe" else 4)
+    for label, start in starts.items():
+        assert torch.equal(start, vector(fresh())) == (label == "separate")
     assert torch.equal(last["safe"][1], last["finetune"][1])  # random noise is alike for all
     sizes = {noise: found["safe", noise]["noise_size"] for noise in kinds}
     assert sizes["none"] == 0 and all(0.5 < sizes[noise] / sizes["random"] < 1.8 for noise in kinds[1:])
@@ -177,7 +202,7 @@ def test_from_learners_to_a_table(learned: list[Any], tmp_path: Path, capsys: py
     brainwash.main(given)
     assert len(learned) == count  # all lines are there
     brainwash.main([*given, "--noises", "real", "--steps", "2"])
-    assert [(label, task) for label, task, _ in learned[count:]] == [
+    assert [(label, task) for label, task, *_ in learned[count:]] == [
         (label, task) for label in ("safe", "finetune", "separate") for task in (0, 1)
     ]
     entry.main(["report", "brainwash", "--results", str(tmp_path), "--output", str(tmp_path)])
