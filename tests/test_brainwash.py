@@ -129,7 +129,7 @@ def test_noise_stays_within_the_bound_and_the_range_of_pixels() -> None:
 PROBLEM = Problem(["a, b", "c, d"], [rows(0, 8), rows(1, 8)], [rows(0, 5, 1), rows(1, 5, 1)], fresh, batch)  # type: ignore[list-item]
 
 
-def test_images_are_inverted_task_by_task(tmp_path: Path) -> None:
+def test_an_attacker_and_what_stands_in_for_earlier_tasks(tmp_path: Path) -> None:
     training = TrainingArguments(str(tmp_path), max_steps=30, learning_rate=0.05, use_cpu=True, report_to=[])
     with ExitStack() as stack:
         victim = Victim(Turns(PROBLEM, training, 10), parse_learners(["finetune"])["finetune"], 0, stack)
@@ -140,6 +140,10 @@ def test_images_are_inverted_task_by_task(tmp_path: Path) -> None:
     with torch.no_grad():
         noise = {**found, PIXELS: torch.randn_like(found[PIXELS])}
         assert float(victim.model(**found).loss) < 0.3 < float(victim.model(**noise).loss)
+    few = AttackArguments(steps=2, proxies=6)
+    before = victim.images("real", 0.2, few)
+    assert victim.measure("none", 0.0, few)["noise_size"] == 0
+    assert torch.equal(before, victim.images("real", 0.2, few))  # made from the weights before the last task
 
 
 def vector(model: nn.Module) -> torch.Tensor:
