@@ -23,6 +23,7 @@ NEEDS = {
     "frozen_prefix": "nothing, or a model",
     "soup": "an image model and images, given by folder; hours",
     "soup_memory": "Linux; nothing, or a model",
+    "brainwash": "nothing",
     "quantization": "a recipe's output folder, its model and data",
     "seeded_digits": "nothing",
     "unlearning_curvature": "nothing",

@@ -12,7 +12,7 @@ from rich.table import Table
 from peft_ext.presentation import spread
 from recipes.support.arguments import UserError
 
-from . import catalog, flat, lines, many_adapters, scaling, soup, soup_memory, step_time
+from . import brainwash, catalog, flat, lines, many_adapters, scaling, soup, soup_memory, step_time
 from .quality import report as quality
 
 Row = dict[str, Any]
@@ -62,6 +62,7 @@ def _scaling(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]
 REPORTERS: dict[str, Callable[[Sequence[Row], Path], tuple[list[Table], list[str]]]] = {
     "learning_rates": quality.report_rates,
     "quality": quality.report_quality,
+    "brainwash": lambda rows, folder: (brainwash.tables(rows), []),
     "flat": lambda rows, folder: (flat.tables(rows), []),
     "many_adapters": _many_adapters,
     "scaling": _scaling,

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from transformers import TrainingArguments
 
 from peft_ext.adapters.continual import TaskMemory
@@ -183,19 +183,38 @@ class Turns:
         PartialState().print(result.line(), flush=True)
         return result
 
+    def learn(
+        self,
+        model: nn.Module,
+        learner: Learner,
+        memory: TaskMemory,
+        task: int,
+        training: TrainingArguments,
+        rows: Dataset | None = None,
+    ) -> list[float | None]:
+        """Learns a task after those before it, and returns the accuracies in percent on all that are learned.
+
+        Args:
+            model: as the tasks before have left it; changed in place.
+            learner: how.
+            memory: what the learner keeps of the tasks before. It takes this one in, unless that is the last.
+            task: its number.
+            training: the Trainer's arguments, with the run's seed.
+            rows: what it is learned from; by default the task's own training rows.
+        """
+        rows = self.problem.train[task] if rows is None else rows
+        fit(model, rows, self.problem.collator, training, callbacks=memory.callbacks(model, training.seed))
+        if task < len(self.problem.names) - 1:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()  # type: ignore[arg-type]
+            chosen = Subset(rows, order[: self.memory_samples])
+            try:
+                memory.remember(model, self.loader(chosen, training.per_device_eval_batch_size))
+            except ValueError as error:
+                raise UserError(f"learner {learner.label!r}, {self.problem.names[task]}: {error}") from error
+        return self.accuracies(model, range(task + 1))
+
     def _in_turn(self, model: nn.Module, learner: Learner, training: TrainingArguments, result: TurnResult) -> None:
         memory = TaskMemory(**learner.memory)
-        tasks = len(self.problem.names)
-        for task, rows in enumerate(self.problem.train):
-            callbacks = memory.callbacks(model, training.seed)
-            fit(model, rows, self.problem.collator, training, callbacks=callbacks)
-            if task < tasks - 1:
-                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()  # type: ignore[arg-type]
-                chosen = Subset(rows, order[: self.memory_samples])
-                try:
-                    memory.remember(model, self.loader(chosen, training.per_device_eval_batch_size))
-                except ValueError as error:
-                    raise UserError(f"learner {learner.label!r}, {self.problem.names[task]}: {error}") from error
-            protected = 0 if memory.projection is None else memory.projection.basis.shape[1]
-            result.protected.append(protected)
-            result.accuracy.append(self.accuracies(model, range(task + 1)))
+        for task in range(len(self.problem.names)):
+            result.accuracy.append(self.learn(model, learner, memory, task, training))
+            result.protected.append(0 if memory.projection is None else memory.projection.basis.shape[1])

@@ -342,7 +342,8 @@ class TestCovarNav(MethodCases):
         labels = [1, 2, 3] * 8
 
         def look(steps: int) -> tuple[float, float]:
-            rows = inverted(of_pictures, "pixel_values", labels, steps)
+            parts = (of_pictures.model, of_pictures.forget, of_pictures.collator)
+            rows = inverted(*parts, "pixel_values", labels, steps, of_pictures.training.seed)
             batch = default_data_collator(rows)
             assert batch["pixel_values"].shape == (24, 1, 2, 3) and batch["labels"].tolist() == labels
             inputs: list[torch.Tensor] = []

@@ -215,7 +215,9 @@ class CovarNav(Tuning):
         key = image_key(request, "CovarNav with protect='inverted'")
         own = {int(row[label_key(row)]) for row in map(request.forget.__getitem__, range(len(request.forget)))}  # type: ignore[arg-type]
         classes = [label for label in range(count_classes(request)) if len(own) > 1 or label not in own]
-        return inverted(request, key, [classes[i % len(classes)] for i in range(self.images)], self.inversion_steps)
+        labels = [classes[i % len(classes)] for i in range(self.images)]
+        like, seed = request.forget, request.training.seed
+        return inverted(request.model, like, request.collator, key, labels, self.inversion_steps, seed)
 
     def data(self, request: Request) -> Dataset:
         found = outputs_at_targets(request, request.forget)

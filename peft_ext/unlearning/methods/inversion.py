@@ -1,8 +1,8 @@
-"""Images that a network with batch-norm takes for its training samples, from the network alone."""
+"""Images that a network takes for its training samples, from the network alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,6 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ...targets import Alignment
-from .base import Request
 from .relabelling import label_key
 
 LEARNING_RATE = 0.1
@@ -49,28 +48,41 @@ def _distances(norms: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-def inverted(request: Request, key: str, labels: Sequence[int], steps: int) -> list[dict[str, Any]]:
+def inverted(
+    model: nn.Module,
+    like: Any,
+    collator: Callable[[list[Any]], Mapping[str, Any]],
+    key: str,
+    labels: Sequence[int],
+    steps: int,
+    seed: int,
+) -> list[dict[str, Any]]:
     """Returns rows of images that a model gives some labels, and whose statistics are those of its batch-norm layers.
 
     Deep inversion (Yin et al. 2020, "Dreaming to Distill") with the terms of the authors' later program: cross-entropy,
     total variation, length, and distance of mean and variance of the inputs of every batch-norm layer from what it
-    keeps. Adam starts from noise with mean and deviation of the forget images' channels; the training's seed draws it.
+    keeps; of a model without such layers the others remain. Adam starts from noise with mean and deviation of the
+    channels of given images.
 
     Args:
-        request: with the model, and rows to forget that say how a row looks.
+        model: left in evaluation mode.
+        like: rows of images; mean and deviation are those of the first 64, and the first one is what a row holds beside
+            image and label.
+        collator: makes a batch of rows.
         key: name of the image in a row.
         labels: a class for every image.
         steps: of Adam.
+        seed: draws the noise.
     """
-    model, norms, row = request.model.eval(), norms_with_statistics(request.model), dict(request.forget[0])
+    model, norms, row = model.eval(), norms_with_statistics(model), dict(like[0])
     device, alignment = next(model.parameters()).device, Alignment.of(model)
-    forget = torch.stack([torch.as_tensor(each[key]) for each in map(request.forget.__getitem__, range(_few(request)))])
-    mean, deviation = (part[..., None, None] for part in (forget.mean((0, 2, 3)), forget.std((0, 2, 3))))
-    generator = torch.Generator().manual_seed(request.training.seed)
-    noise = torch.randn(len(labels), *forget.shape[1:], generator=generator)
-    images = (mean + deviation * noise.to(forget)).to(device).requires_grad_()
+    given = torch.stack([torch.as_tensor(like[place][key]) for place in range(min(len(like), 64))])
+    mean, deviation = (part[..., None, None] for part in (given.mean((0, 2, 3)), given.std((0, 2, 3))))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(labels), *given.shape[1:], generator=generator)
+    images = (mean + deviation * noise.to(given)).to(device).requires_grad_()
     rows = [{**row, label_key(row): label, key: image} for label, image in zip(labels, images.detach().cpu())]
-    arguments, targets = alignment.split(send_to_device(dict(request.collator(rows)), device))
+    arguments, targets = alignment.split(send_to_device(dict(collator(rows)), device))
     optimizer = torch.optim.Adam([images], LEARNING_RATE)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 if 3 * step < 2 * steps else 0.1)
@@ -78,10 +90,8 @@ def inverted(request: Request, key: str, labels: Sequence[int], steps: int) -> l
             outputs = model(**{**arguments, key: images}).logits
         variation = images.diff(dim=-1).square().mean() + images.diff(dim=-2).square().mean()
         loss = F.cross_entropy(outputs, targets) + _VARIATION * variation + _LENGTH * images.norm(dim=1).mean()
-        (images.grad,) = torch.autograd.grad(loss + _STATISTICS * torch.stack(distances).sum(), [images])
+        if distances:
+            loss = loss + _STATISTICS * torch.stack(distances).sum()
+        (images.grad,) = torch.autograd.grad(loss, [images])
         optimizer.step()
     return [{**row, key: image} for row, image in zip(rows, images.detach().cpu())]
-
-
-def _few(request: Request) -> int:
-    return min(len(request.forget), 64)  # type: ignore[arg-type]
