@@ -21,7 +21,7 @@ from benchmarks.quality import __main__ as quality
 from benchmarks.quality import learning_rates, runs
 from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.summary import Point, front, latest
-from benchmarks.quality.task import QualityTask
+from benchmarks.quality.task import QualityTask, Sources
 from peft_ext import McncConfig
 from recipes.support.arguments import UserError
 from recipes.support.inputs import ModelArguments
@@ -136,11 +136,12 @@ def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):
     quality.main(given)
     searched = {row["rate"]: row["loss"] for row in lines.read(tmp_path / "learning_rates.jsonl")}
     best = min(searched, key=searched.__getitem__)
-    assert measured == [("NOLA 8", 1e-6, 0), ("NOLA 8", 1e-1, 0), ("NOLA 8", best, 1), ("NOLA 8", best, 2)]
+    tried = [("NOLA 8", rate, 0) for rate in searched]
+    assert measured == [*tried, ("NOLA 8", best, 1), ("NOLA 8", best, 2)] and list(searched)[:2] == [1e-6, 1e-1]
     quality.main(given)
-    assert len(measured) == 4
+    assert len(measured) == len(tried) + 2
     row = lines.read(tmp_path / "quality.jsonl")[0]
-    assert row["search"] == {"seed": 0, "rates": [1e-6, 1e-1]}
+    assert row["search"] == {"seed": 0, "rates": sorted(searched)}
     sizes = [row["saved"][dtype]["bytes"] for dtype in ("float32", "int8", "int4")]
     assert len(set(sizes)) == 3 and math.isfinite(row["saved"]["int4"]["loss"])
     entry.main(["report", "quality", "--results", str(tmp_path), "--output", str(tmp_path / "plots")])
@@ -152,6 +153,33 @@ def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):
     }
     with pytest.raises(UserError, match="search_seed: 0 is one of --seeds"):
         quality.main(flags(tmp_path, "--seeds", "0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "found"),
+    [
+        (3e-3, [1e-3, 3e-3, 1e-2], 3e-3),
+        (3e-1, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 3e-1),  # it goes on until losses rise
+        (1e-4, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 1e-4),
+        (10.0, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 1.0),  # the end of the ladder
+    ],
+)
+def test_search_goes_on_where_the_best_rate_is_at_an_end(tmp_path, monkeypatch, best, tried, found):
+    monkeypatch.setitem(runs.TASKS, "tiny", Tiny)
+    distance = lambda task, method, rate, seed, dtypes: {"loss": abs(math.log(rate / best)), "seconds": 0}  # noqa: E731
+    monkeypatch.setattr(runs, "measure", distance)
+    (task,), (contestant,) = runs.load(runs.RunArguments(tasks=["tiny"], methods=[LORA]), Sources())
+    rate, rates = quality.search(task, contestant, [1e-3, 3e-3, 1e-2], 0, tmp_path / "known.jsonl", ["x"])
+    assert (rate, rates) == (found, tried)
+
+
+@pytest.mark.parametrize(("loss", "found"), [(None, None), (0.5, 1e-3)])
+def test_search_ends_where_all_rates_are_alike(tmp_path, monkeypatch, loss, found):
+    monkeypatch.setitem(runs.TASKS, "tiny", Tiny)
+    monkeypatch.setattr(runs, "measure", lambda *args: {"loss": loss, "seconds": 0, "diverged_at": None if loss else 3})
+    (task,), (contestant,) = runs.load(runs.RunArguments(tasks=["tiny"], methods=[LORA]), Sources())
+    rate, rates = quality.search(task, contestant, [1e-3, 1e-2], 0, tmp_path / "known.jsonl", ["x"])
+    assert rates == [1e-3, 1e-2] and rate == found
 
 
 def test_flat_training_is_measured_in_pairs(tmp_path, monkeypatch, capsys):
