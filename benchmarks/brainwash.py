@@ -26,8 +26,8 @@ from transformers import HfArgumentParser
 from peft_ext.presentation import spread
 from recipes.continual.learners import Learner
 from recipes.learn_in_turn import LearnInTurn
-from recipes.support.arguments import UserError, hint, parse_arguments, run_main
-from recipes.support.runs import argument_types
+from recipes.support.arguments import UserError, hint, run_main
+from recipes.support.runs import open_recipe
 
 from . import lines
 from .poisoning import NOISES, AttackArguments, Row, Victim
@@ -142,9 +142,7 @@ def main(argv: Sequence[str]) -> None:
     args.check()
     attack.check()
     flags = ["--output_dir", "outputs/brainwash", *rest]
-    recipe = LearnInTurn(*parse_arguments(LearnInTurn.name, argument_types(LearnInTurn), flags))
-    recipe.training.label_names = ["labels"]  # hidden from the Trainer by PEFT's wrapper
-    recipe.check()
+    recipe = open_recipe(LearnInTurn, flags)
     if recipe.tasks.swiss_roll is not None:
         raise UserError("swiss_roll: the noise is put on images, and these are points; leave it out")
     recipe.make(Path(str(recipe.training.output_dir)))

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from peft_ext.adapters.continual import TaskMemory
 from peft_ext.randomness import uniform
-from peft_ext.training.callbacks import Ridge, trainable_parameters, trainable_state
+from peft_ext.training.callbacks import Ridge, restore, trainable_parameters, trainable_state
 from peft_ext.training.projection import ProjectUpdates
 from peft_ext.unlearning.methods.inversion import inverted
 from recipes.continual.learners import Learner, Turns
@@ -156,11 +156,6 @@ class Victim:
     def _learn(self, task: int, rows: Any) -> list[Any]:
         return self.turns.learn(self.model, self.learner, self.memory, task, self.training, rows)
 
-    @torch.no_grad()
-    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in trainable_parameters(self.model).items():
-            parameter.copy_(values[name])
-
     def _batch(self, rows: list[Row]) -> Row:
         return send_to_device(dict(self.turns.problem.collator(rows)), self.training.device)
 
@@ -182,7 +177,7 @@ class Victim:
 
     def images(self, noise: str, bound: float, args: AttackArguments) -> torch.Tensor:
         """Returns the last task's images with noise of a kind, `(n, channels, height, width)`."""
-        self._put(self.weights)
+        restore(self.model, self.weights)
         images = _images(self.last).to(self.training.device)
         limits = (float(images.min()), float(images.max()))
         batch, proxies = self._batch(self.last), self.proxies(noise == "inverted", args)
@@ -198,7 +193,7 @@ class Victim:
         """Learns the last task from images with noise, and returns what has become of all tasks."""
         clean = _images(self.last)
         images = clean if noise == "none" else self.images(noise, bound, args)
-        self._put(self.start)
+        restore(self.model, self.start)
         *after, last = self._learn(len(self.earlier), [{**row, PIXELS: each} for row, each in zip(self.last, images)])
         found = {
             "noise_size": float((images - clean).square().mean().sqrt() / (clean.max() - clean.min())),

@@ -317,20 +317,7 @@ def examples(count: int = 16) -> list[dict[str, torch.Tensor]]:
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "label_names": ["labels"],
-    }
-    return TrainingArguments(str(folder), **{**settings, **options})
+    return tiny_models.arguments(folder, **{"max_steps": 6, **options})
 
 
 def train(

@@ -49,21 +49,7 @@ def outliers(count: int = 5, seed: int = 9) -> list[dict[str, Any]]:
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "label_names": ["labels"],
-        "seed": 3,
-    }
-    return TrainingArguments(str(folder), **{**settings, **options})
+    return tiny_models.arguments(folder, **{"max_steps": 4, "seed": 3, **options})
 
 
 def train(adapted: Any, folder: Path, loss: OutlierLoss, resume: Any = None, ratio: int = 2, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,3 +152,20 @@ def mixture(kind: str, experts: int = 4, layers: int = 2, **options: Any) -> tra
 def experts() -> transformers.PreTrainedModel:
     """A mixture that stores its experts transposed."""
     return mixture("gpt_oss", experts=3, hidden_size=16, intermediate_size=12)
+
+
+def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
+    """Returns arguments for a few steps of four rows in order, at a constant rate and without clipping."""
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "label_names": ["labels"],
+    }
+    return transformers.TrainingArguments(str(folder), **{**settings, **options})

@@ -5,8 +5,8 @@
 
 The search is that of `learning_rates`: its lines are in `learning_rates.jsonl`, and those that are there are used.
 Where the best rate is the lowest or the highest one, it goes on in that direction, since methods differ in theirs by a
-factor of 100. The trainings at the best rate, with other seeds, are in `quality.jsonl`; adapters of ours are evaluated after
-saving and loading in int8 and int4 too. Search and scores share the validation rows, which flatters all alike.
+factor of 100. The trainings at the best rate, with other seeds, are in `quality.jsonl`; adapters of ours are evaluated
+after saving and loading in int8 and int4 too. Search and scores share the validation rows, which flatters all alike.
 """
 
 from __future__ import annotations

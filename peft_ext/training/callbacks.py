@@ -26,6 +26,14 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
 
+@torch.no_grad()
+def restore(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Puts copies, such as those of `trainable_state`, back into the parameters of their names."""
+    parameters = dict(model.named_parameters())
+    for name, value in state.items():
+        parameters[name].copy_(value)
+
+
 class Ridge(TrainerCallback):
     """Adds the gradient of `strength / 2 * |parameters - reference|^2` to that of the loss, before every step.
 

@@ -187,6 +187,7 @@ class InProcess(Grid):
         # What a message says of its sender; Flower's runtimes set it in their processes.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 0
 
+    # Flower's strategies call `get_node_ids` and `send_and_receive`; what else a grid has is of its runtimes' servers.
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
 

@@ -183,6 +183,13 @@ def plot_metric(results: Sequence[RunResult], path: Path, name: str) -> None:
     plt.close(figure)
 
 
+def markdown(*tables: Table) -> str:
+    """Returns tables of the style `box.MARKDOWN` as text."""
+    text = io.StringIO()
+    Console(file=text, width=200).print(*tables)
+    return text.getvalue()
+
+
 def write_report(
     results: Sequence[RunResult], folder: Path, notes: str, plots: Mapping[str, Callable[[Path], None]]
 ) -> list[str]:
@@ -211,13 +218,10 @@ def write_files(
     """
     rows = [dataclasses.asdict(result) for result in results]
     write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
-    text = io.StringIO()
-    markdown, screen = Console(file=text, width=200), Console()
+    screen = Console()
     # A pipe has no width of its own; tables must not be cut to 80 columns there.
     screen = screen if screen.is_terminal else Console(width=160)
-    for table in tables(box.MARKDOWN):
-        markdown.print(table)
-    write_whole(folder / "results.md", f"{text.getvalue()}\n{notes}")
+    write_whole(folder / "results.md", f"{markdown(*tables(box.MARKDOWN))}\n{notes}")
     for name, plot in plots.items():
         plot(folder / name)
     for table in tables(box.SIMPLE_HEAD):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
@@ -35,9 +33,9 @@ from peft_ext.training.outliers import (
 from recipes.support import inputs
 from recipes.support.arguments import UserError
 from recipes.support.methods import Method, Spec, parse_specs
-from recipes.support.reporting import RunResult, by_label
+from recipes.support.reporting import RunResult, by_label, markdown
 from recipes.tasks.image_classification import Classifier, ImageData, ImageTask, collate, forward_options
-from recipes.tasks.outlier_sets import OutlierSet, load_set, parse_set
+from recipes.tasks.outlier_sets import OutlierSet, SetSpec, load_set, parse_set
 from recipes.tasks.training import trainings
 
 _SET = (
@@ -160,6 +158,8 @@ class Outliers:
     refused: dict[tuple[str, str], str] = field(init=False, default_factory=dict)
     auxiliary: OutlierSet | None = field(init=False, default=None)
     tests: list[OutlierSet] = field(init=False, default_factory=list)
+    _auxiliary: SetSpec | None = field(init=False, default=None)
+    _tests: list[SetSpec] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         inputs.check_counts(self.args, "ood_ratio", "ood_samples")
@@ -174,8 +174,11 @@ class Outliers:
             raise UserError(f"ood_losses: {needing[0]!r} trains with outliers; name some with --ood_dataset")
         if self.args.ood_dataset is not None and not needing:
             raise UserError(f"ood_dataset: no loss of --ood_losses, {', '.join(self.losses)}, trains with outliers")
-        specs = [parse_set("ood_test", text) for text in self.args.ood_test]
-        for label in {spec.label for spec in specs if sum(spec.label == each.label for each in specs) > 1}:
+        if self.args.ood_dataset is not None:
+            self._auxiliary = parse_set("ood_dataset", self.args.ood_dataset)
+        self._tests = [parse_set("ood_test", text) for text in self.args.ood_test]
+        labels = [spec.label for spec in self._tests]
+        for label in {label for label in labels if labels.count(label) > 1}:
             raise UserError(f"ood_test: two are called {label!r}; give each a 'label' of its own")
 
     def load(self, data: ImageData) -> None:
@@ -188,11 +191,10 @@ class Outliers:
             UserError: there are none, they are of known classes, or auxiliary ones are scored.
         """
         limit, column = self.args.ood_samples, data.args.image_column
-        if self.args.ood_dataset is not None:
-            spec = parse_set("ood_dataset", self.args.ood_dataset)
-            self.auxiliary = load_set("ood_dataset", spec, data.args.train_split, limit, data)
-        for text in self.args.ood_test:
-            found = load_set("ood_test", parse_set("ood_test", text), data.args.eval_split, limit, data)
+        if self._auxiliary is not None:
+            self.auxiliary = load_set("ood_dataset", self._auxiliary, data.args.train_split, limit, data)
+        for spec in self._tests:
+            found = load_set("ood_test", spec, data.args.eval_split, limit, data)
             if self.auxiliary and (same := self.auxiliary.digests(column) & found.digests(column)):
                 raise UserError(
                     f"ood_test: {len(same)} of the images of {found.spec.label} are auxiliary outliers too; take other "
@@ -259,7 +261,7 @@ class Outliers:
         if self.auxiliary:
             text += f" Trained with: {self.auxiliary.description}, {self.args.ood_ratio} for every image."
         text += "".join(f"\n\nNo {loss} of {method}: {reason}." for (method, loss), reason in self.refused.items())
-        return f"{text}\n\n{_markdown(results)}\n{_MEANING}\n"
+        return f"{text}\n\n{_table(results)}\n{_MEANING}\n"
 
 
 _MEANING = (
@@ -279,8 +281,8 @@ def _loss(spec: Spec) -> OutlierLoss | None:
         raise UserError(f"ood_losses: {spec.label!r}: {error}") from error
 
 
-def _markdown(results: Sequence[RunResult]) -> str:
-    """Returns the table of a row for every method and score: mean and, over several runs, standard deviation."""
+def _table(results: Sequence[RunResult]) -> str:
+    """Returns Markdown with a row for every method and score: mean and, over several runs, standard deviation."""
     sets = list(dict.fromkeys(row["outliers"] for result in results for row in result.detection))
     table = Table(box=box.MARKDOWN)
     for heading in ("method", "score"):
@@ -296,6 +298,4 @@ def _markdown(results: Sequence[RunResult]) -> str:
                 for key in ("auroc", "fpr95")
             ]
             table.add_row(label, score, *cells)
-    text = io.StringIO()
-    Console(file=text, width=200).print(table)
-    return text.getvalue()
+    return markdown(table)

@@ -21,13 +21,14 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from peft_ext.files import write_whole
-from peft_ext.training.callbacks import Ridge, StopAfter, trainable_parameters, trainable_state
+from peft_ext.training.callbacks import Ridge, StopAfter, restore, trainable_parameters, trainable_state
 from peft_ext.training.trainer import fit
 from peft_ext.unlearning.evaluation.language import truth_ratio
 from peft_ext.unlearning.evaluation.metrics import Outcome, observe
 from peft_ext.unlearning.evaluation.results import GOLD, ORIGINAL, UnlearningResult
 from peft_ext.unlearning.methods import Request, UnlearningMethod
 from peft_ext.unlearning.methods.relabelling import OthersTargets
+from peft_ext.unlearning.methods.rows import some_of
 from recipes.support import inputs
 from recipes.support.arguments import UserError
 from recipes.support.methods import folder_name
@@ -145,9 +146,8 @@ class Experiment:
     def outcomes(self, model: nn.Module, request: Request, case: Case) -> dict[str, Outcome]:
         """Returns what a model says of all sets."""
         retain: Any = request.retain
-        if self.max_retain is not None and self.max_retain < len(retain):
-            rng = np.random.default_rng(inputs.SUBSET_SEED)
-            retain = Subset(retain, sorted(rng.choice(len(retain), self.max_retain, replace=False).tolist()))
+        if self.max_retain is not None:
+            retain = some_of(retain, self.max_retain, np.random.default_rng(inputs.SUBSET_SEED))
         test = self.setting.test.rows
         sets: dict[str, Any] = {"forget": request.forget, "retain": retain, "test": Subset(test, case.test)}
         if case.heldout:
@@ -202,10 +202,7 @@ class Experiment:
         """
         state, times = self.original(seed)
         request = self.request(seed, case.forget)
-        with torch.no_grad():
-            for name, parameter in request.model.named_parameters():
-                if name in state:
-                    parameter.copy_(state[name])
+        restore(request.model, state)
         request.model.to(self.training.device)  # type: ignore[arg-type]
         before = observe(request.model, self.loader(request.forget))
         result = self._measured(case, label, method, request, folder)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import COLOURS, picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # recipes are run from the root, not installed
 
@@ -77,15 +76,6 @@ def flags(model_folder: Path, data_folder: Path, tmp_path: Path) -> list[str]:
         "--disable_tqdm true"
     )
     return text.split()
-
-
-COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}
-
-
-def picture(colour: str, seed: int) -> Image.Image:
-    """A noisy square of a colour."""
-    noise = np.random.default_rng(seed).normal(0, 30, (20, 20, 3))
-    return Image.fromarray(np.uint8(np.clip(np.array(COLOURS[colour]) + noise, 0, 255)))
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import picture
 from peft import PeftModel, get_peft_model
+from pictures import picture
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,

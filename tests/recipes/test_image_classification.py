@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import pytest
 import torch
-from conftest import COLOURS, picture
+from pictures import COLOURS, picture
 from sklearn.metrics import accuracy_score
 from transformers import (
     AutoModelForImageClassification,

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import picture
+from pictures import picture
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import (

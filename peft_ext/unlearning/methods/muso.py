@@ -8,7 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer
 
 from ...checks import check_choice, check_positive, check_positive_integer, check_share
@@ -16,6 +16,7 @@ from ..derivatives.function import AdapterFunction
 from ..derivatives.losses import LOSSES
 from ..derivatives.quadratic import DRAWS, MEMORY, Quadratic, bytes_needed, estimated_curvature, ridge_gradient
 from .base import Request
+from .rows import share_of
 from .soft_targets import SoftCollator, SoftTargets, SoftTrainer
 from .tuning import Tuning
 
@@ -76,11 +77,7 @@ class MUSO(Tuning):
 
     def data(self, request: Request) -> Dataset:
         """Returns both sets, the forget set with the outputs of retraining."""
-        retain: Dataset = request.retain
-        if self.retain_share < 1:
-            total = len(retain)  # type: ignore[arg-type]
-            count = max(1, round(self.retain_share * total))
-            retain = Subset(retain, sorted(request.rng().choice(total, count, replace=False).tolist()))
+        retain = share_of(request.retain, self.retain_share, request.rng())
         return ConcatDataset([SoftTargets(request.forget, self.labels(request)), SoftTargets(retain)])
 
     def labels(self, request: Request) -> list[torch.Tensor]:

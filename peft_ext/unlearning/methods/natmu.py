@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import Trainer
 
 from ...checks import check_number, check_positive_integer, check_share
 from .base import Request
 from .images import image_key
 from .relabelling import label_key
+from .rows import share_of
 from .soft_targets import outputs_at_targets
 from .tuning import Tuning
 
@@ -119,11 +120,7 @@ class NatMU(Tuning):
         pairs = self._pairs(request, rng)
         height, width = torch.as_tensor(request.forget[0][key]).shape[-2:]
         hybrids = Hybrids(request.forget, retain, pairs, masks(height, width, self.delta), key)
-        if self.retain_share < 1:
-            total = len(retain)  # type: ignore[arg-type]
-            count = max(1, round(self.retain_share * total))
-            retain = Subset(retain, sorted(rng.choice(total, count, replace=False).tolist()))
-        return ConcatDataset([hybrids, retain])
+        return ConcatDataset([hybrids, share_of(retain, self.retain_share, rng)])
 
     def _pairs(self, request: Request, rng: np.random.Generator) -> list[tuple[int, int, int]]:
         """Returns the places of forget and retain rows, and the mask, of every hybrid."""

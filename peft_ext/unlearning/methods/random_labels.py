@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ...checks import check_share
 from .base import Request
 from .relabelling import mislabelled
+from .rows import share_of
 from .tuning import Tuning
 
 
@@ -31,9 +32,5 @@ class RandomLabels(Tuning):
 
     def data(self, request: Request) -> Dataset:
         rng = request.rng()
-        forget, retain = mislabelled(request, rng), request.retain
-        if self.retain_share < 1:
-            total = len(retain)  # type: ignore[arg-type]
-            count = max(1, round(self.retain_share * total))
-            retain = Subset(retain, sorted(rng.choice(total, count, replace=False).tolist()))
-        return ConcatDataset([forget, retain])
+        forget = mislabelled(request, rng)
+        return ConcatDataset([forget, share_of(request.retain, self.retain_share, rng)])

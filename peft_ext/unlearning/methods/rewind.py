@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainingArguments
 
 from ...checks import check_probability, check_share
 from ...training.trainer import mean_loss
 from .base import Request, Tuned, UnlearningReport
 from .retrain import Retrain
+from .rows import some_of
 from .tuning import TrainingMethod, squeezed
 
 MEASURED = 512
@@ -48,7 +48,7 @@ class Rewind(Retrain):
 
     def unlearn(self, request: Request) -> UnlearningReport:
         start = time.perf_counter()
-        retained = request.model, _some(request), request.collator, request.training
+        retained = request.model, some_of(request.retain, MEASURED, request.rng()), request.collator, request.training
         before = mean_loss(*retained)
         report = super().unlearn(request)
         report.retain_loss = before, mean_loss(*retained)
@@ -65,11 +65,3 @@ class Rewind(Retrain):
 
     def facts(self, trainer: Trainer) -> Tuned:
         return TrainingMethod.facts(self, trainer)
-
-
-def _some(request: Request) -> Dataset:
-    """Returns the retain set, or a random part of a large one."""
-    count = len(request.retain)  # type: ignore[arg-type]
-    if count <= MEASURED:
-        return request.retain
-    return Subset(request.retain, sorted(request.rng().choice(count, MEASURED, replace=False).tolist()))

@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
 
 from ...targets import IGNORED
 from ...training.batch import Batch
 from ..derivatives.data import Loader, batches
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+def some_of(rows: Any, count: int, rng: np.random.Generator) -> Any:
+    """Returns `count` random rows of a map-style set in the set's order, the set itself if it has no more."""
+    if count >= len(rows):
+        return rows
+    return Subset(rows, sorted(rng.choice(len(rows), count, replace=False).tolist()))
+
+
+def share_of(rows: Any, share: float, rng: np.random.Generator) -> Any:
+    """Returns a random share of a map-style set's rows, at least one, in the set's order; all of them for 1."""
+    return rows if share == 1 else some_of(rows, max(1, round(share * len(rows))), rng)
 
 
 def rows_of(*loaders: Loader) -> tuple[list[Any], Collator]:
