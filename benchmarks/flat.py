@@ -10,13 +10,10 @@ no training has seen. Adds a line a training to `flat.jsonl`; a training whose l
 
 from __future__ import annotations
 
-import copy
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,7 +23,6 @@ from transformers import HfArgumentParser
 
 from peft_ext.presentation import spread
 from peft_ext.training.flat import FlatTraining, perturbed
-from peft_ext.training.trainer import fit
 from recipes.support.arguments import UserError, run_main
 
 from . import lines
@@ -34,7 +30,7 @@ from .quality.contestants import Contestant
 from .quality.runs import TASKS, Run, RunArguments, load
 from .quality.summary import Row, by, latest
 from .quality.task import QualityTask, Sources
-from .quality.training import WatchedTrainer, evaluated
+from .quality.training import evaluated, trained
 
 FILE = "flat.jsonl"
 _FRESH = 2**32  # seed of the noise in evaluations, which is no pair's
@@ -56,22 +52,10 @@ class Arguments(RunArguments):
 
 def measure(task: QualityTask, run: Run, sigma: float, sigmas: Sequence[float], draws: int) -> dict[str, Any]:
     """Trains once, and evaluates without noise and under fresh noise of all sizes."""
-    training = copy.copy(task.training)
-    training.seed, training.learning_rate = run.seed, run.rate
-    model: Any = task.task.adapt(run.method, run.seed)
-    parts = task.trainer_arguments(model)
-    trainer = partial(WatchedTrainer, task.head_rate)
-    wall, processor = time.perf_counter(), time.process_time()
     with FlatTraining(sigma, run.seed) if sigma else nullcontext() as flat:
         options: dict[str, Any] = {"callbacks": [flat]} if flat else {}
-        trained: Any = fit(model, parts["train_dataset"], parts["data_collator"], training, trainer, **options)
-    found = {
-        "seconds": round(time.perf_counter() - wall, 2),
-        "processor_seconds": round(time.process_time() - processor, 2),
-        "diverged_at": trained.diverged_at,
-        **evaluated(task, model),
-        "noise": [],
-    }
+        model, found = trained(task, run.method, run.rate, run.seed, **options)
+    found |= {**evaluated(task, model), "noise": []}
     for size in sigmas:
         noisy = []
         for draw in range(draws):

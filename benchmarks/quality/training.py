@@ -61,6 +61,30 @@ class WatchedTrainer(EvaluationTrainer):
         return found
 
 
+def trained(task: QualityTask, method: Method, rate: float, seed: int, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Trains a contestant once.
+
+    Args:
+        task, method, rate, seed: those of `measure`.
+        **options: what else the Trainer takes.
+
+    Returns:
+        The model, and the seconds and the step where the training diverged, None if it did not.
+    """
+    training = copy.copy(task.training)
+    training.seed, training.learning_rate = seed, rate
+    model: Any = task.task.adapt(method, seed)
+    parts = task.trainer_arguments(model)
+    train, collator = parts["train_dataset"], parts["data_collator"]
+    wall, processor = time.perf_counter(), time.process_time()
+    trainer: Any = fit(model, train, collator, training, partial(WatchedTrainer, task.head_rate), **options)
+    return model, {
+        "seconds": round(time.perf_counter() - wall, 2),
+        "processor_seconds": round(time.process_time() - processor, 2),
+        "diverged_at": trainer.diverged_at,
+    }
+
+
 def measure(task: QualityTask, method: Method, rate: float, seed: int, dtypes: Sequence[str] = ()) -> dict[str, Any]:
     """Trains and evaluates a contestant once.
 
@@ -74,27 +98,18 @@ def measure(task: QualityTask, method: Method, rate: float, seed: int, dtypes: S
     Returns:
         What was measured. `loss` and `score` are None for a training that diverged, and `diverged_at` is its step.
     """
-    training = copy.copy(task.training)
-    training.seed, training.learning_rate = seed, rate
-    model: Any = task.task.adapt(method, seed)
-    parts = task.trainer_arguments(model)
-    train, collator = parts["train_dataset"], parts["data_collator"]
-    wall, processor = time.perf_counter(), time.process_time()
-    trainer: Any = fit(model, train, collator, training, partial(WatchedTrainer, task.head_rate))
-    found: dict[str, Any] = {
-        "seconds": round(time.perf_counter() - wall, 2),
-        "processor_seconds": round(time.process_time() - processor, 2),
+    model, found = trained(task, method, rate, seed)
+    found |= {
         "coefficients": sum(
             value.numel() for name, value in model.named_parameters() if value.requires_grad and _HEAD not in name
         ),
         "loss": None,
         "score": None,
-        "diverged_at": trainer.diverged_at,
     }
-    if trainer.diverged_at is None:
+    if found["diverged_at"] is None:
         found |= evaluated(task, model)
         if found["loss"] is None:
-            found["diverged_at"] = trainer.state.global_step
+            found["diverged_at"] = task.steps
     found["saved"] = _saved(task, model, dtypes if found["diverged_at"] is None else ())
     return found
 
