@@ -161,7 +161,7 @@ def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):
         (3e-3, [1e-3, 3e-3, 1e-2], 3e-3),
         (3e-1, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 3e-1),  # it goes on until losses rise
         (1e-4, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 1e-4),
-        (10.0, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0], 1.0),  # the end of the ladder
+        (99.0, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0], 30.0),  # the end of the ladder
     ],
 )
 def test_search_goes_on_where_the_best_rate_is_at_an_end(tmp_path, monkeypatch, best, tried, found):

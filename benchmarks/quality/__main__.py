@@ -29,7 +29,7 @@ from .task import QualityTask, Sources
 
 FILE = "quality.jsonl"
 DTYPES = ("int8", "int4")
-LADDER = [1e-5, 3e-5, *RATES, 3e-1, 1.0]
+LADDER = [1e-5, 3e-5, *RATES, 3e-1, 1.0, 3.0, 10.0, 30.0]
 """Where a search goes on beyond the rates that it was given."""
 
 
