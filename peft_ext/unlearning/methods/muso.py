@@ -14,7 +14,15 @@ from transformers import Trainer
 from ...checks import check_choice, check_positive, check_positive_integer, check_share
 from ..derivatives.function import AdapterFunction
 from ..derivatives.losses import LOSSES
-from ..derivatives.quadratic import DRAWS, MEMORY, Quadratic, bytes_needed, estimated_curvature, ridge_gradient
+from ..derivatives.quadratic import (
+    DRAWS,
+    MEMORY,
+    Quadratic,
+    bytes_needed,
+    estimated_curvature,
+    ridge_gradient,
+    smaller_form,
+)
 from .base import Request
 from .rows import share_of
 from .soft_targets import SoftCollator, SoftTargets, SoftTrainer
@@ -109,8 +117,8 @@ class MUSO(Tuning):
 
     def _form(self, size: int, rows: int) -> str:
         if self.form == "auto":
-            form = min(_FORMS[:2], key=lambda name: bytes_needed(name, size, rows))
-            return form if bytes_needed(form, size, rows) <= self.memory else "matrix_free"
+            form, need = smaller_form(size, rows)
+            return form if need <= self.memory else "matrix_free"
         need = bytes_needed(self.form, size, rows)
         if need > self.memory:
             raise ValueError(
