@@ -3,9 +3,10 @@
     python -m benchmarks run flat --tasks cifar10 --rates 1e-3 --cifar10_model <folder> --cifar10_data <folder>
     python -m benchmarks report flat
 
-The trainings of a pair have the same training rows, which the pair's number draws, the same start and the same order,
-and differ in the size of the noise alone; one has none. Each is evaluated without noise and under draws of noise that
-no training has seen. Adds a line a training to `flat.jsonl`; a training whose line is there is not done again.
+The trainings of a pair have the same rows, start and order, and differ in the size of the noise alone; one has none.
+Another pair has another start and order, and where a task takes a few images of every class, others of those. Each is
+evaluated without noise and under draws of noise that no training has seen. Adds a line a training to `flat.jsonl`; a
+training whose line is there is not done again.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Arguments(RunArguments):
     )
     rates: list[float] = field(default_factory=lambda: [1e-3], metadata={"help": "Learning rates."})
     sigmas: list[float] = field(default_factory=lambda: [0.05, 0.2], metadata={"help": "Sizes of the noise."})
-    pairs: int = field(default=6, metadata={"help": "How often everything is trained, on other rows each time."})
+    pairs: int = field(
+        default=6, metadata={"help": "How often everything is trained, with another start and order each time."}
+    )
     draws: int = field(default=3, metadata={"help": "Draws of fresh noise of each size in an evaluation."})
 
 
@@ -75,7 +78,7 @@ def measure_pair(args: Arguments, sources: Sources, task: str, who: Contestant, 
     """Adds the lines of one pair that are not in the file yet."""
     known, chosen = Path(args.output) / FILE, TASKS[task](sources, args.steps)
     inner: Any = chosen.task
-    inner.data_seed = pair  # draws the training rows
+    inner.data_seed = pair  # draws the images of a few-shot task
     for rate in args.rates:
         for sigma in (0.0, *args.sigmas):
             run = Run(chosen, who.on(chosen), rate, pair)
