@@ -34,7 +34,13 @@ def plot_rates(rows: Sequence[Row], title: str, path: Path) -> None:
     columns = min(_COLUMNS, len(families))
     lines = -(-len(families) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(3.4 * columns, 2.9 * lines + 0.4), layout="constrained", sharey=True, squeeze=False
+        lines,
+        columns,
+        figsize=(3.4 * columns, 2.9 * lines + 0.4),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     low, high = (min(losses), min(max(losses), _ROOM * min(losses))) if losses else (0.0, 1.0)
@@ -61,7 +67,7 @@ def plot_rates(rows: Sequence[Row], title: str, path: Path) -> None:
     for axis in axes.flat[max(0, len(families) - columns) : len(families)]:
         axis.set_xlabel("learning rate")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # long legends push the labels out
     plt.close(figure)
 
 
