@@ -96,9 +96,9 @@ def main(argv: Sequence[str]) -> None:
     for task in tasks:
         for contestant in contestants:
             best, tried = search(task, contestant, args.rates, args.search_seed, folder / learning_rates.FILE, command)
-            if tried and best is None:
-                print(f"{task.name}, {contestant.label}: every rate diverged; it has no point", file=sys.stderr)
             if best is None:
+                if tried:
+                    print(f"{task.name}, {contestant.label}: every rate diverged; it has no point", file=sys.stderr)
                 continue
             for run in grid(task, contestant, [best], args.seeds):
                 run.line(folder / FILE, command, DTYPES, search={"seed": args.search_seed, "rates": tried})

@@ -187,14 +187,6 @@ class InProcess(Grid):
         # What a message says of its sender; Flower's runtimes set it in their processes.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 0
 
-    # Flower's strategies call `get_node_ids` and `send_and_receive`; what else a grid has is of its runtimes' servers.
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
@@ -203,14 +195,23 @@ class InProcess(Grid):
     def get_node_ids(self) -> list[int]:
         return list(self.contexts)
 
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return [self.client(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
+
+    # Flower's strategies call none of the rest of a grid, which is of its runtimes' servers.
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         raise NotImplementedError
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         raise NotImplementedError
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        return [self.client(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
 
 
 def exchange(grid: Grid, federation: Federation, method: Method, way: str, seed: int) -> FederatedResult:
