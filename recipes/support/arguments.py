@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -213,3 +214,6 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if dist.is_available() and dist.is_initialized():
+        # A process that exits with the group's threads still running is now and then aborted by them.
+        dist.destroy_process_group()

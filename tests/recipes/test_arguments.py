@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from peft_ext import NolaConfig
 from recipes.finetune_gpt2 import FinetuneGPT2
 from recipes.finetune_vit import FinetuneViT
-from recipes.support.arguments import CONFIGS, UserError, parse_arguments
+from recipes.support.arguments import CONFIGS, UserError, parse_arguments, run_main
 from recipes.support.methods import parse_methods
 from recipes.support.runs import argument_types
 from recipes.train_from_seed import TrainFromSeed
@@ -192,3 +193,10 @@ def test_a_date_is_text(tmp_path: Path) -> None:
     values = parse(str(file))
     assert values["output_dir"] == "2024-02-30"
     assert parse_methods(values["methods"])[0].label == "2024-01-01"
+
+
+def test_a_recipe_ends_its_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    run_main(lambda _: dist.init_process_group("gloo", store=store, rank=0, world_size=1))
+    assert not dist.is_initialized()
