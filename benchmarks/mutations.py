@@ -100,6 +100,12 @@ METHODS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], dict[str,
         {"nnz": 1},
     ),
     "PRANC, dense": (llama, PrancConfig, {"num_coefficients": 13, "basis": "dense", **Q_AND_V}, {"basis": "sparse"}),
+    "PRANC, factors": (
+        llama,
+        PrancConfig,
+        {"num_coefficients": 13, "apply_to": "factors", "r": 2, **Q_AND_V},
+        {"apply_to": "weight"},
+    ),
     "MCNC": (llama, McncConfig, {"r": 2, "k": 3, "d": 13, "widths": (5,), **Q_AND_V}, {"frequency": 4.0}),
     "MCNC, weight": (
         llama,

@@ -52,6 +52,9 @@ def methods(targets: list[str]) -> dict[str, Callable[[], peft.PeftConfig]]:
         "NOLA r=8, 256 bases": lambda: peft_ext.NolaConfig(r=8, num_basis=256, target_modules=targets),
         "NOLA r=8, 1024 bases": lambda: peft_ext.NolaConfig(r=8, num_basis=1024, target_modules=targets),
         "PRANC, 10000 coefficients": lambda: peft_ext.PrancConfig(num_coefficients=10_000, target_modules=targets),
+        "PRANC on factors, 10000 coefficients": lambda: peft_ext.PrancConfig(
+            num_coefficients=10_000, apply_to="factors", target_modules=targets
+        ),
         "PRANC dense, 10 coefficients": lambda: peft_ext.PrancConfig(
             num_coefficients=10, basis="dense", target_modules=targets
         ),

@@ -52,6 +52,14 @@ def sparse_matrix(seed: int, stream: tuple[str | int, ...], k: int, size: int, n
     return total / math.sqrt(nnz)
 
 
+def pranc_basis(config: PrancConfig, stream: tuple[str | int, ...], size: int) -> torch.Tensor:
+    """The basis of `size` numbers, whose variance is 1 where that of the coefficients is 1."""
+    if config.basis == "dense":
+        k = config.num_coefficients
+        return dense_matrix(config.seed, stream, k, size) * math.sqrt(3 / k)  # variance 1 / k
+    return sparse_matrix(config.seed, stream, config.num_coefficients, size, config.nnz)
+
+
 @functools.lru_cache(maxsize=64)
 def dense_matrix(seed: int, stream: tuple[str | int, ...], k: int, size: int) -> torch.Tensor:
     """A dense basis of scale 1, `(k, size)` in float64, one vector at a time."""
@@ -94,6 +102,10 @@ def on_manifold(
 # Layers
 
 
+Shapes = list[tuple[int, int]]
+"""Rows and columns of all adapted layers."""
+
+
 @dataclass
 class Update:
     """What an adapter adds to a layer: `(out, in)` to the weight, perhaps `scaling * B @ A`, and to the bias."""
@@ -119,7 +131,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, adapted: int) -> Update:
+def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes) -> Update:
     """`A = A0 + sum_i a_i A_i` and `B = sum_j b_j B_j`."""
     out_features, in_features = matrix_shape(layer)
     last = name.rpartition(".")[-1]
@@ -139,24 +151,41 @@ def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Te
     return Update(scaling * B @ A, factors=(A, B), scaling=scaling)
 
 
-def pranc(config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, adapted: int) -> Update:
-    """`basis @ coefficients / sqrt(fan_in)`."""
+def pranc(config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes) -> Update:
+    """`basis @ coefficients / sqrt(fan_in)`; or A, beside its random start, and B, both filled from the one vector."""
     shape, k = matrix_shape(layer), config.num_coefficients
+    if config.apply_to == "factors":
+        return pranc_factors(config, name, coefficients, shape, shapes)
+    adapted = sum(rows * columns for rows, columns in shapes)
     weights, bias = shape[0] * shape[1], getattr(layer, "bias", None)
     biased = config.adapt_bias and bias is not None and not vectors(layer)
     size = weights + (shape[0] if biased else 0)
     stream = ("pranc", config.basis, name, *shape)
-    if config.basis == "dense":
-        basis = dense_matrix(config.seed, stream, k, size) * math.sqrt(3 / k)  # variance 1 / k
-    else:
-        basis = sparse_matrix(config.seed, stream, k, size, config.nnz)
+    basis = pranc_basis(config, stream, size)
     if config.parametrization == "scaled":
         coefficients = coefficients * math.sqrt(adapted / k)
     flat = coefficients @ (basis / math.sqrt(shape[1])).to(coefficients.dtype)
     return Update(flat[:weights].view(shape), flat[weights:] if biased else None)
 
 
-def mcnc(config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, adapted: int) -> Update:
+def pranc_factors(
+    config: PrancConfig, name: str, coefficients: torch.Tensor, shape: tuple[int, int], shapes: Shapes
+) -> Update:
+    r, k, (rows, columns) = config.r, config.num_coefficients, shape
+    factor_A = factor_B = 1.0
+    if config.parametrization == "scaled":
+        factor_A = (r * sum(columns for _, columns in shapes) / k) ** 0.25
+        factor_B = (r * sum(rows for rows, _ in shapes) / k) ** 0.5
+    stream_A = ("pranc", config.basis, name, "A", r, columns)
+    stream_B = ("pranc", config.basis, name, "B", rows, r)
+    start = uniform(config.seed, (*stream_A, "offset"), r * columns).to(coefficients.dtype) * 0.1 / math.sqrt(columns)
+    A = start + factor_A * coefficients @ pranc_basis(config, stream_A, r * columns).to(coefficients.dtype)
+    B = factor_B * coefficients @ pranc_basis(config, stream_B, rows * r).to(coefficients.dtype)
+    A, B, scaling = A.view(r, columns), B.view(rows, r), config.alpha / r
+    return Update(scaling * B @ A, factors=(A, B), scaling=scaling)
+
+
+def mcnc(config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes) -> Update:
     """Chunks that fill A, beside its random start, and B; or the weight, scaled by `1 / sqrt(fan_in)`."""
     out_features, in_features = matrix_shape(layer)
     d, widths = config.d or 5000, tuple(config.widths)
@@ -220,8 +249,7 @@ def layer_update(config: Any, base: nn.Module, name: str, coefficients: dict[str
     value = next(iter(coefficients.values())) if isinstance(config, PrancConfig) else coefficients[name]
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     shapes = [matrix_shape(base.get_submodule(each)) for each in targets(base, config)]
-    adapted = sum(rows * columns for rows, columns in shapes)
-    return REFERENCES[type(config)](config, base.get_submodule(name), name, value, adapted)
+    return REFERENCES[type(config)](config, base.get_submodule(name), name, value, shapes)
 
 
 def updates(config: Any, base: nn.Module, coefficients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ METHODS: dict[str, tuple[type[Config], dict[str, Any]]] = {
     "PRANC": (PrancConfig, {"num_coefficients": 13}),
     "PRANC, two a weight, biases": (PrancConfig, {"num_coefficients": 13, "nnz": 2, "adapt_bias": True}),
     "PRANC, dense": (PrancConfig, {"num_coefficients": 13, "basis": "dense"}),
+    "PRANC, factors": (PrancConfig, {"num_coefficients": 13, "apply_to": "factors", "r": 2, "alpha": 1.0}),
     "MCNC": (McncConfig, {"r": 2, "k": 3, "d": 10, "widths": (5,), "alpha": 1.0}),
     "MCNC, weight": (McncConfig, {"apply_to": "weight", "k": 2, "d": 13, "widths": (5, 4), "activation": "tanh"}),
 }
@@ -45,6 +46,11 @@ def config_of(method: str, **options: Any) -> Config:
 def lower(method: str) -> str:
     """The method's name as in the names of its fields and parameters."""
     return METHODS[method][0].method_name.lower()
+
+
+def adapts_norms(method: str) -> bool:
+    """Whether modules that hold vectors only can be targets."""
+    return lower(method) == "pranc" and METHODS[method][1].get("apply_to") != "factors"
 
 
 def adapt(base: nn.Module, method: str, **options: Any) -> tuple[PeftModel, Config]:

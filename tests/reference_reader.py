@@ -62,7 +62,8 @@ def digest(data: bytes) -> str:
 GENERATING = {
     "NOLA": "alpha alpha_pattern fan_in_fan_out generator_version num_basis parametrization r rank_pattern seed "
     "share_basis",
-    "PRANC": "adapt_bias basis fan_in_fan_out generator_version nnz num_coefficients parametrization seed",
+    "PRANC": "adapt_bias alpha apply_to basis fan_in_fan_out generator_version nnz num_coefficients parametrization r "
+    "seed",
     "MCNC": "activation alpha apply_to d fan_in_fan_out frequency generator_version k normalize parametrization r seed "
     "widths",
     "VISUAL_PROMPT": "deep num_prompts",
@@ -81,6 +82,9 @@ def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dic
         fields.pop("parametrization", None)
     elif fields["method"] in ("NOLA", "MCNC"):
         fields["factors_version"] = 2
+    if fields["method"] == "PRANC" and fields["apply_to"] in ("weight", None):
+        for name in ("alpha", "apply_to", "r"):
+            del fields[name]
     described = {}
     for name, value in fields.items():
         text = canonical(value)
@@ -304,31 +308,61 @@ def joined(config: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray
     return np.concatenate([parts[0].reshape(-1, config["k"]), parts[1][:, None]], axis=1).reshape(-1)
 
 
-def pranc_factor(config: Mapping[str, Any], adapted: int) -> float:
-    return math.sqrt(adapted / config["num_coefficients"]) if scaled(config) else 1.0
+def pranc_factor(config: Mapping[str, Any], size: int) -> float:
+    return math.sqrt(size / config["num_coefficients"]) if scaled(config) else 1.0
+
+
+def from_one_vector(
+    config: Mapping[str, Any], stream: Sequence[Any], coefficients: np.ndarray, size: int, scale: float
+) -> np.ndarray:
+    """Numbers that PRANC makes of an adapter's vector."""
+    if config["basis"] == "dense":
+        return dense(config["seed"], stream, coefficients, size, scale * math.sqrt(3 / len(coefficients)))
+    return sparse(config["seed"], stream, coefficients, size, scale, config["nnz"])
+
+
+class Sums(NamedTuple):
+    """What all adapted modules have together: numbers in their weights, and rows and columns, of all experts."""
+
+    weights: int
+    rows: int
+    columns: int
+
+
+def sums_of(modules: Sequence[Module]) -> Sums:
+    return Sums(
+        sum(each.experts * each.fan_out * each.fan_in for each in modules),
+        sum(each.experts * each.fan_out for each in modules),
+        sum(each.experts * each.fan_in for each in modules),
+    )
 
 
 def update(
-    config: Mapping[str, Any], module: Module, coefficients: np.ndarray, adapted: int
+    config: Mapping[str, Any], module: Module, coefficients: np.ndarray, sums: Sums
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a module's weight, as a matrix, and its bias get; `adapted` numbers are in the weights of all modules."""
+    """What a module's weight, as a matrix, and its bias get."""
     seed, method, (name, fan_out, fan_in, biases, experts) = config["seed"], config["peft_type"], module
     none = np.zeros(0, np.float32)
     stack = [experts] if experts > 1 else []
-    if method == "PRANC":
-        factor = pranc_factor(config, adapted)
+    if method == "PRANC" and config.get("apply_to") != "factors":
         weights = experts * fan_out * fan_in
         size = weights + (biases if config["adapt_bias"] else 0)
         stream = ["pranc", config["basis"], name, fan_out, fan_in]
-        if config["basis"] == "dense":
-            flat = dense(seed, stream, coefficients, size, factor * math.sqrt(3 / (len(coefficients) * fan_in)))
-        else:
-            flat = sparse(seed, stream, coefficients, size, factor / math.sqrt(fan_in), config["nnz"])
+        scale = pranc_factor(config, sums.weights) / math.sqrt(fan_in)
+        flat = from_one_vector(config, stream, coefficients, size, scale)
         return flat[:weights].reshape(*stack, fan_out, fan_in), flat[weights:]
     if method == "MCNC" and config["apply_to"] == "weight":
         flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in), "weight")
         return flat.reshape(*stack, fan_out, fan_in), none
-    if method == "MCNC":
+    if method == "PRANC":
+        r, alpha = config["r"], config["alpha"]
+        size_A, size_B = experts * r * fan_in, experts * fan_out * r
+        stream_A: list[Any] = ["pranc", config["basis"], name, "A", r, fan_in]
+        stream_B: list[Any] = ["pranc", config["basis"], name, "B", fan_out, r]
+        A = from_one_vector(config, stream_A, coefficients, size_A, math.sqrt(pranc_factor(config, r * sums.columns)))
+        A = A + offset(seed, [*stream_A, "offset"], size_A, 0.1 / math.sqrt(fan_in))
+        B = from_one_vector(config, stream_B, coefficients, size_B, pranc_factor(config, r * sums.rows))
+    elif method == "MCNC":
         r, alpha = config["r"], config["alpha"]
         size_A = experts * r * fan_in
         if scaled(config):
@@ -490,12 +524,8 @@ def joint_updates(
     size = sum(sizes)
     if config["peft_type"] == "MCNC":
         flat = manifold(config, coefficients, size, 1.0, "weight")
-    elif config["basis"] == "dense":
-        scale = pranc_factor(config, size) * math.sqrt(3 / len(coefficients))
-        flat = dense(config["seed"], ["network", "dense"], coefficients, size, scale)
     else:
-        factor = pranc_factor(config, size)
-        flat = sparse(config["seed"], ["network", "sparse"], coefficients, size, factor, config["nnz"])
+        flat = from_one_vector(config, ["network", config["basis"]], coefficients, size, pranc_factor(config, size))
     return np.split(flat, np.cumsum(sizes)[:-1])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import tiny_models
 import torch
 from peft import PeftModel, get_peft_model
-from reference_reader import Module, Parameter, base_weight, read_adapter, read_network, update
+from reference_reader import Module, Parameter, base_weight, read_adapter, read_network, sums_of, update
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -86,6 +86,35 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         PrancConfig,
         {"num_coefficients": 13, "basis": "dense", "adapt_bias": True, "target_modules": ALL},
     ),
+    "pranc-factors": (
+        "Layers",
+        PrancConfig,
+        {"num_coefficients": 13, "apply_to": "factors", "r": 2, "alpha": 3.0, "target_modules": LAYERS},
+    ),
+    "pranc-factors-plain": (
+        "Layers",
+        PrancConfig,
+        {
+            "num_coefficients": 13,
+            "apply_to": "factors",
+            "r": 3,
+            "nnz": 2,
+            "parametrization": "plain",
+            "target_modules": LAYERS,
+        },
+    ),
+    "pranc-factors-dense": (
+        "experts",
+        PrancConfig,
+        {
+            "num_coefficients": 13,
+            "apply_to": "factors",
+            "r": 2,
+            "basis": "dense",
+            "target_modules": ["o_proj"],
+            "target_parameters": EXPERTS,
+        },
+    ),
     "mcnc": (
         "Layers",
         McncConfig,
@@ -152,7 +181,9 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 def exact(config: dict[str, Any]) -> bool:
     """Whether the weights of a saved configuration are equal to the bit everywhere."""
-    return config["peft_type"] == "VISUAL_PROMPT" or config.get("basis") == "sparse"
+    return config["peft_type"] == "VISUAL_PROMPT" or (
+        config.get("basis") == "sparse" and config.get("apply_to") != "factors"
+    )
 
 
 def save(case: str, dtype: str, folder: Path, **options: Any) -> None:
@@ -245,14 +276,14 @@ def rebuilt_weights(case: str, folder: Path) -> dict[str, np.ndarray]:
     modules = list(_modules(base, fields))
     data = (folder / "adapter_model.safetensors").read_bytes()
     coefficients, _ = read_adapter(config, data, [module for module, _, _ in modules])
-    adapted = sum(module.experts * module.fan_out * module.fan_in for module, _, _ in modules)
+    sums = sums_of([module for module, _, _ in modules])
     found = {}
     for module, kind, shape in modules:
         own = coefficients[module.name]
         if kind == "tokens":
             found[f"{module.name}.tokens"] = own.reshape(shape)
             continue
-        matrix, bias = update(config, module, own, adapted)
+        matrix, bias = update(config, module, own, sums)
         found[module.name.removesuffix(".weight") + ".weight"] = base_weight(matrix, kind, shape)
         if len(bias):
             found[f"{module.name}.bias"] = bias

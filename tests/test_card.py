@@ -252,7 +252,8 @@ def test_code_of_the_card_of_a_network_runs(build: Any, tmp_path: Path, monkeypa
     text = (tmp_path / "saved" / "README.md").read_text()
     table = rows(text, "PRANC network")
     assert table["network"][0].startswith(f"{build().__class__.__name__}, ") and table["seed"] == ["8"]
-    assert set(rows(text, "Options")) == {"option", "num_coefficients", "basis", "nnz", "adapt_bias"}
+    options = ["num_coefficients", "basis", "nnz", "adapt_bias", "apply_to", "r", "alpha"]
+    assert list(rows(text, "Options")) == ["option", *options]
     code = code_of(text).replace("<this folder or repository>", "saved").replace("network = ...", "network = Small()")
     assert ("Small()" in code) == (build is Small)
     monkeypatch.chdir(tmp_path)

@@ -74,7 +74,11 @@ def test_averaged_coefficients_are_averaged_weights(make: Callable[[], Any]) -> 
     assert (found["first.weight"] - moved["first.weight"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("config", [lambda: config_of("NOLA"), lambda: LoraConfig(r=2)], ids=["NOLA", "LoRA"])
+@pytest.mark.parametrize(
+    "config",
+    [lambda: config_of("NOLA"), lambda: config_of("PRANC, factors"), lambda: LoraConfig(r=2)],
+    ids=["NOLA", "PRANC on factors", "LoRA"],
+)
 def test_averages_of_factors_are_no_averages_of_products(config: Callable[[], Any]) -> None:
     found, expected = averages(lambda: adapted(config()))
     torch.testing.assert_close(found["head.weight"], expected["head.weight"])  # what is trained whole is linear

@@ -83,7 +83,18 @@ CHUNKS = 2 * sum(ceil(3 * o, 50) + ceil(3 * i, 50) for o, i in SIZES)
 WHOLE = 2 * sum(ceil(o * i, 500) for o, i in SIZES)
 CASES = [
     (NolaConfig(r=3, num_basis=(40, 70)), {"num_A": 40, "num_B": 70, "r": 3}, [6 * 40, 6 * 70]),
-    (PrancConfig(num_coefficients=300, nnz=2), {"num_coefficients": 300, "nnz": 2}, [300]),
+    (PrancConfig(num_coefficients=300, nnz=2), {"num_coefficients": 300, "nnz": 2, "r": 8}, [300]),
+    (
+        PrancConfig(num_coefficients=300, nnz=2, apply_to="factors", r=3),
+        {
+            "num_coefficients": 300,
+            "nnz": 2,
+            "r": 3,
+            "inputs": 2 * sum(i for _, i in SIZES),
+            "outputs": 2 * sum(o for o, _ in SIZES),
+        },
+        [300],
+    ),
     (
         McncConfig(r=3, d=50),
         {"network": 5 * 32 + 32 * 32 + 32 * 50, "chunks": CHUNKS, "k": 5, "r": 3},
@@ -113,7 +124,7 @@ def test_the_formulas_of_a_page_hold(
     inputs = {"pixel_values": torch.randn(2, 3, 16, 16)} if images else {"input_ids": tiny_models.tokens()}
     model(**inputs)
     groups = sum(ceil(number) for number in kinds)
-    expected = formulas(PAGES[type(config)], **KNOWN, **known, groups=groups, header=0)
+    expected = formulas(PAGES[type(config)], **{**KNOWN, **known}, groups=groups, header=0)
 
     assert expected["coefficients"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = sum(size for key, size in frozen_bytes().items() if key not in before)

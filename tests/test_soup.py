@@ -20,7 +20,7 @@ from peft_ext.adapters import soup as soups
 from peft_ext.adapters.soup import Soup, best_adapter, greedy_soup, learn_soup, uniform_soup
 
 ADDED = ["PRANC", "PRANC, two a weight, biases", "PRANC, dense"]
-FACTORS = ["NOLA", "NOLA, own bases"]
+FACTORS = ["NOLA", "NOLA, own bases", "PRANC, factors"]
 Loader = list[dict[str, torch.Tensor]]
 
 

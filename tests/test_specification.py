@@ -98,7 +98,7 @@ def test_names(names: list[str]) -> None:
     assert reference_reader.unfold(fold_names(names)) == names == unfold_names(fold_names(names))
 
 
-@pytest.mark.parametrize("config", [NolaConfig(), PrancConfig(), McncConfig(), VisualPromptConfig()])
+@pytest.mark.parametrize("config", [NolaConfig(), PrancConfig(apply_to="factors"), McncConfig(), VisualPromptConfig()])
 def test_generating_fields(config: CheckpointedConfig) -> None:
     fields = sorted(config.generating().keys() - {"method", "factors_version"})
     assert reference_reader.GENERATING[config.method_name].split() == fields

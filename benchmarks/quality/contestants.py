@@ -80,6 +80,10 @@ CONTESTANTS = [
     _fixed("TinyLoRA tied", "tinylora", weight_tying=1.0, save_projection=False),
     *(_nola(length) for length in LENGTHS),
     *(_fixed(f"PRANC {length}", "pranc", num_coefficients=length) for length in LENGTHS),
+    *(
+        _fixed(f"PRANC factors {length}", "pranc", num_coefficients=length, apply_to="factors", r=_RANK)
+        for length in LENGTHS
+    ),
     *(_mcnc(length, "factors") for length in LENGTHS),
     *(_mcnc(length, "weight") for length in LENGTHS),
 ]

@@ -23,9 +23,9 @@ class Exchange:
 
     Agents average their vectors (FedAvg, McMahan et al. 2017, https://arxiv.org/abs/1602.05629, algorithm 1). The
     weights of PRANC (arXiv 2206.08464), adapter or whole network, are linear in the vector: the average of vectors is
-    exactly that of weights, and no longer than the vector of one agent. NOLA and LoRA multiply two factors, and their
-    average is that of the factors, which is not that of the products. Modules that are trained whole, such as heads,
-    and networks that are trained whole are averaged weight by weight.
+    exactly that of weights, and no longer than the vector of one agent. NOLA, LoRA and PRANC on factors multiply two
+    factors, and their average is that of the factors, which is not that of the products. Modules that are trained
+    whole, such as heads, and networks that are trained whole are averaged weight by weight.
 
     Args:
         model: a `PeftModel` with an active adapter, a `SeededNetwork`, or any module that is trained as it is.

@@ -48,8 +48,8 @@ def to_lora(
 ) -> dict[str, Any]:
     """Writes an adapter as a LoRA adapter of PEFT, which loads without this package.
 
-    NOLA, and MCNC on factors, are exported exactly, to rounding: their factors are LoRA's. The dense updates of PRANC,
-    and of MCNC on whole weights, are cut off behind their largest singular values, or kept whole with `error=0`.
+    NOLA, and PRANC and MCNC on factors, are exported exactly, to rounding: their factors are LoRA's. The dense updates
+    of PRANC and MCNC on whole weights are cut off behind their largest singular values, or kept whole with `error=0`.
 
     Every linear layer and embedding has the same rank, the largest that one of them needs, filled up with zeros, and
     `lora_alpha / r` is the scaling of all: vLLM and llama.cpp read no `rank_pattern` and no `alpha_pattern`. Only

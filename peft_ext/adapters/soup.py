@@ -121,8 +121,8 @@ def learn_soup(
     the best of them, and the result what was best after an epoch, by the loss on the loader: so it is never above that
     of the best adapter.
 
-    What is mixed are the numbers that are trained: of PRANC so exactly the updates, of NOLA and LoRA the factors A and
-    B, and modules that are trained whole (`modules_to_save`).
+    What is mixed are the numbers that are trained: of PRANC on weights so exactly the updates, of NOLA, LoRA and PRANC
+    on factors the factors A and B, and modules that are trained whole (`modules_to_save`).
 
     The adapters wait in a temporary file. One of them is in memory at a time, beside the soup and its gradient.
 

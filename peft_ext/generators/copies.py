@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import randomness
-from .base import Frozen, uniform_tensor
+from .base import Frozen
 from .linear import LinearGenerator, RandomBasis
 
 
@@ -38,10 +38,8 @@ class SignedCopies(LinearGenerator):
     def __post_init__(self) -> None:
         basis = self.basis
         signs = (_signs, basis.seed, basis.stream, self.copies, basis.num_basis, basis.version)
-        stream = (*basis.stream, "offset")
-        offset = (uniform_tensor, basis.seed, stream, (self.size,), self.offset_scale, basis.version)
         object.__setattr__(self, "_signs", Frozen.shared(*signs))
-        object.__setattr__(self, "_offset", Frozen(*offset, keep=False) if self.streamed else Frozen.shared(*offset))
+        self._keep_offset(basis.seed, basis.stream, basis.version)
 
     @property
     def num_coefficients(self) -> int:  # type: ignore[override]
@@ -64,10 +62,6 @@ class SignedCopies(LinearGenerator):
     def frozen_sizes(self) -> tuple[int, ...]:
         sizes = (*self.basis.frozen_sizes, self.copies * self.num_coefficients, self.size)
         return sizes[: len(self.frozen)]
-
-    def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
-        flat = super()._expand(coefficients)
-        return flat + self._offset.like(coefficients) if self.offset_scale else flat
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         signs = self._signs.like(x)

@@ -21,12 +21,24 @@ class LinearGenerator(Generator):
     """`coefficients @ basis`, perhaps with a constant offset. The backward pass needs the basis alone."""
 
     streamed = False
+    offset_scale: float = 0.0
+    _offset: Frozen
 
     @abstractmethod
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """`x @ basis`, or `x @ basis.T` for the adjoint; the last dimension of `x` is the one multiplied."""
 
+    def _keep_offset(self, seed: int, stream: tuple[str | int, ...], version: int) -> None:
+        """Makes the offset of the start of a stream; it is drawn at first use, if there is one."""
+        offset = (uniform_tensor, seed, (*stream, "offset"), (self.size,), self.offset_scale, version)
+        object.__setattr__(self, "_offset", Frozen(*offset, keep=False) if self.streamed else Frozen.shared(*offset))
+
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
+        flat = self._combined(coefficients)
+        return flat + self._offset.like(coefficients) if self.offset_scale else flat
+
+    def _combined(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """`coefficients @ basis`."""
         if torch.compiler.is_compiling() and (not self.streamed or torch.compiler.is_exporting()):
             # The compiler differentiates and plans memory itself: give it the plain product. In an exported program
             # nothing is drawn: it holds the basis.
@@ -81,10 +93,9 @@ class RandomBasis(LinearGenerator):
 
     def __post_init__(self) -> None:
         basis = (uniform_tensor, self.seed, (*self.stream, "basis"), (self.num_basis, self.size), 1.0, self.version)
-        offset = (uniform_tensor, self.seed, (*self.stream, "offset"), (self.size,), self.offset_scale, self.version)
         # A streamed basis is never asked for its tensor.
         object.__setattr__(self, "_basis", Frozen.shared(*basis))
-        object.__setattr__(self, "_offset", Frozen(*offset, keep=False) if self.streamed else Frozen.shared(*offset))
+        self._keep_offset(self.seed, self.stream, self.version)
 
     @property
     def frozen(self) -> tuple[Frozen, ...]:
@@ -95,10 +106,6 @@ class RandomBasis(LinearGenerator):
     @property
     def frozen_sizes(self) -> tuple[int, ...]:
         return (self.num_basis * self.size, self.size)[: len(self.frozen)]
-
-    def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
-        flat = super()._expand(coefficients)
-        return flat + self._offset.like(coefficients) if self.offset_scale else flat
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         x = x * self.scale
@@ -141,7 +148,7 @@ def _part(x: torch.Tensor, span: slice) -> torch.Tensor:
 
 @dataclass(frozen=True, repr=False)
 class SparseBasis(LinearGenerator):
-    """`scale * coefficients @ basis` for a frozen basis with `nnz` nonzero entries in every column.
+    """`offset + scale * coefficients @ basis` for a frozen basis with `nnz` nonzero entries in every column.
 
     Each of the `size` weights reads `nnz` coefficients, each with a random sign. The weights are cut into runs of
     `num_coefficients`, and every run reads each coefficient once, in an order of its own; the last run may be
@@ -151,7 +158,8 @@ class SparseBasis(LinearGenerator):
 
     The order of run `i` sorts the numbers `i * num_coefficients` onwards of the seed's stream
     `(*stream, "order", t)`, equal numbers in their order of appearance; weight `j` has the sign of number `j` of
-    `(*stream, "sign", t)`. `t` counts the coefficients that a weight reads.
+    `(*stream, "sign", t)`. `t` counts the coefficients that a weight reads. The offset is the start of the stream
+    `(*stream, "offset")`.
 
     What a weight reads is kept in memory, in two bytes for up to 32,768 coefficients and in four for more.
 
@@ -162,6 +170,7 @@ class SparseBasis(LinearGenerator):
         size: number of weights.
         scale: root mean square of a weight when that of the coefficients is 1.
         nnz: coefficients that a weight reads, times `1 / sqrt(nnz)`.
+        offset_scale: factor on the offset, whose entries are uniform on [-1, 1) before; 0 for none.
         version: of the randomness specification.
     """
 
@@ -171,28 +180,31 @@ class SparseBasis(LinearGenerator):
     size: int
     scale: float = 1.0
     nnz: int = 1
+    offset_scale: float = 0.0
     version: int = randomness.GENERATOR_VERSION
     _reads: tuple[Frozen, ...] = field(init=False, compare=False)
     _factors: tuple[Frozen, ...] = field(init=False, compare=False)
+    _offset: Frozen = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         arguments = (self.num_coefficients, self.size, self.version)
         for name, make in (("_reads", _signed_assignment), ("_factors", _column_factors)):
             frozen = [Frozen.shared(make, self.seed, self.stream, t, *arguments) for t in range(self.nnz)]
             object.__setattr__(self, name, tuple(frozen))
+        self._keep_offset(self.seed, self.stream, self.version)
 
     @property
     def frozen(self) -> tuple[Frozen, ...]:
-        return *self._reads, *self._factors
+        return *self._reads, *self._factors, *((self._offset,) if self.offset_scale else ())
 
     @property
     def frozen_sizes(self) -> tuple[int, ...]:
-        return self.nnz * (self.size,) + self.nnz * (self.num_coefficients,)
+        return (self.nnz * (self.size,) + self.nnz * (self.num_coefficients,) + (self.size,))[: len(self.frozen)]
 
     @property
     def frozen_nbytes(self) -> tuple[int, ...]:
         read = index_type(self.num_coefficients).itemsize * self.size
-        return self.nnz * (read,) + self.nnz * (4 * self.num_coefficients,)
+        return self.nnz * (read,) + tuple(4 * size for size in self.frozen_sizes[self.nnz :])
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         # Coefficient c with sign +1 is entry c of the table of 2 * num_coefficients, with sign -1 entry c + that many.

@@ -25,7 +25,7 @@ from .expansion import SharedExpansion
 from .expert_layers import SeededExperts, parameter_target
 from .layers import SeededLayer, execution_device, layer_kind, target_of
 from .mixed import MixedBatch, Pool
-from .target import Target, shape_counts
+from .target import Sums, Target, shape_counts, sums_of
 from .target_parameters import Place, parameter_hint, resolve
 
 _KINDS = {
@@ -72,7 +72,7 @@ class SeededModel(CheckpointedModel):
         self._saved_names: dict[str, str] = {}
         self._targets_from_state_dict = state_dict is not None
         self._places: list[Place] = []
-        self._adapted = 0  # numbers in the weights of all targets
+        self._sums = Sums()  # of all targets
         with warnings.catch_warnings():
             # PEFT matches patterns with the names of modules alone.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
@@ -173,9 +173,10 @@ class SeededModel(CheckpointedModel):
         """Adds an adapter that is made from others of the same modules, seed and generating fields.
 
         It is an adapter like any other: of their size, saved and loaded as they are, not active yet. With `"linear"`
-        PRANC's update is exactly the sum of theirs, each times its weight and its present scale. NOLA's is that of
-        LoRA's `linear` on the same factors: A and B are summed with the square roots of weights times scales, so that
-        two equal adapters of weight 1/2 give twice their update. The coefficients of MCNC cannot be combined.
+        PRANC's update of whole weights is exactly the sum of theirs, each times its weight and its present scale.
+        NOLA's is that of LoRA's `linear` on the same factors: A and B are summed with the square roots of weights times
+        scales, so that two equal adapters of weight 1/2 give twice their update. The coefficients of MCNC, and of PRANC
+        on factors, cannot be combined.
 
         Args:
             adapters: names of those that are combined.
@@ -206,6 +207,7 @@ class SeededModel(CheckpointedModel):
         targets: dict[str, nn.Module] = {}
         adaptable: set[str] = set()
         inside_adapted: tuple[str, ...] = ()
+        kinds = self.kinds(peft_config)
         for name, module in model.named_modules():
             if not name or name.startswith(inside_adapted):
                 continue
@@ -213,18 +215,18 @@ class SeededModel(CheckpointedModel):
                 inside_adapted += (f"{name}.",)
             base_layer = base_layer_of(module)
             kind = layer_kind(base_layer)
-            if kind in self.layer_classes:
+            if kind in kinds:
                 adaptable.add(name.rpartition(".")[-1])
             if self._check_target_module_exists(peft_config, name):
                 if self._check_tied_module_exists(peft_config, name):  # it gets what the input embedding gets
                     continue
                 if name in parameters:  # a name of the module that holds experts stands for them
                     continue
-                if kind not in self.layer_classes:
-                    kinds = ", ".join(_KINDS[kind] for kind in self.layer_classes)
+                if kind not in kinds:
+                    known = ", ".join(_KINDS[kind] for kind in kinds)
                     raise ValueError(
                         f"`target_modules` matches {name!r}, a {type(base_layer).__name__}, which "
-                        f"{peft_config.method_name} cannot adapt. It adapts {kinds}." + parameter_hint(name, base_layer)
+                        f"{peft_config.method_name} cannot adapt. It adapts {known}." + parameter_hint(name, base_layer)
                     )
                 targets[name] = base_layer
         if not targets and not self._places and not peft_config.exclude_modules and not peft_config.modules_to_save:
@@ -244,10 +246,14 @@ class SeededModel(CheckpointedModel):
         if peft_config.identity is not None:
             identity = Identity(peft_config.generating(), [peft_config.described(target) for target in saved])
             check_identity(peft_config.identity, identity, "in adapter_config.json")
-        self._adapted = sum(target.size for target in found)
+        self._sums = sums_of(found)
         self._saved_names = {target.name: name.name for target, name in zip(found, saved)}
         if found:
             peft_config.check_sizes(found)
+
+    def kinds(self, peft_config: Any) -> list[str]:
+        """The kinds of layers that an adapter of some configuration can adapt."""
+        return list(self.layer_classes)
 
     def _saved_order(self, peft_config: Any, found: list[Target]) -> list[str]:
         """The names by which the adapted modules were saved, in the order of the model: streams are drawn by them.
@@ -290,7 +296,7 @@ class SeededModel(CheckpointedModel):
             existing = target.adapting(parameter_name) or target
         if isinstance(existing, self.tuner_layer_cls) and existing.parameter_name == (parameter_name or "weight"):
             target = existing
-            described = target.target(saved_name)._replace(adapted=self._adapted)
+            described = target.target(saved_name)._replace(sums=self._sums)
             target.update_layer(adapter_name, peft_config, described, self._expansions)
             self._record(peft_config, adapter_name, target, described)
             return
@@ -303,7 +309,7 @@ class SeededModel(CheckpointedModel):
                 f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {peft_config.method_name}."
             )
         layer = self.layer_classes[kind](target, fan_in_fan_out=peft_config.fan_in_fan_out, **options)
-        described = layer.target(saved_name)._replace(adapted=self._adapted)
+        described = layer.target(saved_name)._replace(sums=self._sums)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, peft_config, described, self._expansions)
         self._record(peft_config, adapter_name, layer, described)

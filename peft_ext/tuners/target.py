@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..checkpoint.identity import shape_name
+
+
+class Sums(NamedTuple):
+    """What the modules of an adapter have together.
+
+    Attributes:
+        weights: numbers in their weights.
+        rows: rows of their weights, those of all experts counted.
+        columns: likewise.
+    """
+
+    weights: int = 0
+    rows: int = 0
+    columns: int = 0
 
 
 class Target(NamedTuple):
@@ -18,7 +32,7 @@ class Target(NamedTuple):
         fan_in: columns.
         biases: numbers in its bias.
         experts: how many matrices the weight is a stack of.
-        adapted: numbers in the weights of all modules of the adapter, this one's among them; see `together`.
+        sums: of all modules of the adapter, this one among them; see `together`.
     """
 
     name: str
@@ -26,7 +40,7 @@ class Target(NamedTuple):
     fan_in: int
     biases: int = 0
     experts: int = 1
-    adapted: int = 0
+    sums: Sums = Sums()
 
     @property
     def size(self) -> int:
@@ -34,15 +48,22 @@ class Target(NamedTuple):
         return self.experts * self.fan_out * self.fan_in
 
 
+def sums_of(targets: Iterable[Target]) -> Sums:
+    """What some targets have together."""
+    sizes = [(each.size, each.experts * each.fan_out, each.experts * each.fan_in) for each in targets]
+    return Sums(*map(sum, zip(*sizes)))
+
+
 def together(targets: Sequence[Target]) -> list[Target]:
-    """The targets of one adapter, each with the numbers that they have together."""
-    adapted = sum(target.size for target in targets)
-    return [target._replace(adapted=adapted) for target in targets]
+    """The targets of one adapter, each with what they have together."""
+    sums = sums_of(targets)
+    return [target._replace(sums=sums) for target in targets]
 
 
 def network_target(size: int) -> Target:
     """A whole network of so many parameters."""
-    return Target("", size, 1, adapted=size)
+    (whole,) = together([Target("", size, 1)])
+    return whole
 
 
 def shape_counts(targets: Sequence[Target]) -> dict[str, int]:

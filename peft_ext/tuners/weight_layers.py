@@ -147,10 +147,11 @@ class SeededWeightLayer(SeededLayer):
         That of the bias is scaled; that of the weight is, where it is used.
         """
         update, bias = self.update(adapter)
-        bias = bias if bias is None else self._scaled(adapter, bias)
-        if isinstance(update, tuple) or update.device == device:
-            return update, bias
-        return update.to(device), bias if bias is None else bias.to(device)
+        bias = bias if bias is None else self._scaled(adapter, bias).to(device)
+        if isinstance(update, tuple):
+            A, B = update
+            return (A.to(device), B.to(device)), bias
+        return update.to(device), bias
 
     def _drop_out(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         return self.dropout[adapter](x) if self.training else x

@@ -25,7 +25,7 @@ PATH = ("embedding", "first", "second", "wide", "conv1d")
 TARGETS = ["first", "wide", "conv1d", "embedding"]
 X = torch.arange(20).view(2, 10) % 11
 
-PRANC = [method for method in METHODS if lower(method) == "pranc"]
+PRANC = [method for method in METHODS if lower(method) == "pranc" and method != "PRANC, factors"]
 NOLA = [method for method in METHODS if lower(method) == "nola"]
 MCNC = [method for method in METHODS if lower(method) == "mcnc"]
 
@@ -234,11 +234,12 @@ def test_other_combinations_point_to_lora(method: str, kind: str) -> None:
     refused(model, message, ["a", "b"], [1, 1], "sum", combination_type=kind)
 
 
-@pytest.mark.parametrize("method", MCNC)
-def test_mcnc(method: str) -> None:
+@pytest.mark.parametrize("method", [*MCNC, "PRANC, factors"])
+def test_what_is_not_linear(method: str) -> None:
     model, _, _ = model_of(method, "a", "b")
+    why = "phi is not linear in alpha" if method in MCNC else "whose product is not linear in it"
     for adapters in (["a", "b"], ["a"]):
-        refused(model, "phi is not linear in alpha. Export .*`set_scale", adapters, [1.0] * len(adapters), "sum")
+        refused(model, f"{why}. Export .*`set_scale", adapters, [1.0] * len(adapters), "sum")
 
 
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (0.5, -0.5), (1.0, -0.9999999)])

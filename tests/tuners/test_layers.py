@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dense import close, coefficients_of, dense_gradients, layer_update, run_dense, updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from methods import FURTHER, METHODS, ONE_OF_EACH, Config, adapt, config_of, lower
+from methods import FURTHER, METHODS, ONE_OF_EACH, Config, adapt, adapts_norms, config_of, lower
 from peft import PeftModel, get_peft_model
 from tiny_models import One
 from torch import nn
@@ -88,7 +88,7 @@ def pairs(layers: list[str], methods: list[str], vectors: bool = False) -> pytes
     """Layers with methods; and those that PRANC alone adapts, if asked for or where all layers are."""
     found = [(layer, method) for layer in layers for method in methods]
     if vectors or layers == list(LAYERS):
-        found += [(layer, method) for layer in VECTORS for method in methods if lower(method) == "pranc"]
+        found += [(layer, method) for layer in VECTORS for method in methods if adapts_norms(method)]
     return pytest.mark.parametrize(("name", "method"), found, ids=map("-".join, found))
 
 
@@ -163,8 +163,10 @@ def any_options(data: st.DataObject, method: str, fan_in: int, fan_out: int) -> 
         count = sum(num_basis) if isinstance(num_basis, tuple) else 2 * num_basis
         return {"r": r, "num_basis": num_basis, "alpha": alpha}, count
     if lower(method) == "pranc":
-        count = data.draw(st.integers(1, weights))
-        return {"num_coefficients": count, "nnz": data.draw(st.integers(1, min(3, count)))}, count
+        on_factors = "factors" in method
+        count = data.draw(st.integers(1, r * (fan_in + fan_out) if on_factors else weights))
+        options = {"r": r, "alpha": alpha} if on_factors else {}
+        return {**options, "num_coefficients": count, "nnz": data.draw(st.integers(1, min(3, count)))}, count
     sizes = [weights] if "weight" in method else [r * fan_in, fan_out * r]
     assume(max(sizes) > 1)
     d = data.draw(st.integers(2, max(sizes)))
@@ -560,7 +562,7 @@ def three_adapters(method: str, order: tuple[str, ...]) -> tuple[PeftModel, nn.M
     """A model with three adapters of other kinds and targets; their coefficients depend on names and layers alone."""
     config = METHODS[method][0]
     second, third = FURTHER[lower(method)]
-    norm = ["norm"] if lower(method) == "pranc" else []
+    norm = ["norm"] if adapts_norms(method) else []
     configs = {
         "one": config_of(method, target_modules=["first", "second", "conv1d", "embedding"], init_weights=True),
         "two": config(**second, seed=7, target_modules=["first", "wide", *norm], init_weights=False),
@@ -741,7 +743,7 @@ def test_fewer_targets_leave_the_others_alone(method: str) -> None:
     torch.testing.assert_close(found[0], found[2])
 
 
-OWN_BASES = {"NOLA, own bases", "PRANC", "PRANC, two a weight, biases", "PRANC, dense"}
+OWN_BASES = {"NOLA, own bases", *(method for method in METHODS if lower(method) == "pranc")}
 
 
 # Placement and other fields of the configuration

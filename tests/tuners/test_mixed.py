@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from methods import FURTHER, METHODS, config_of, lower
+from methods import FURTHER, METHODS, adapts_norms, config_of, lower
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -63,7 +63,7 @@ def one_by_one(model: PeftModel, names: list[str], **inputs: torch.Tensor) -> to
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_every_row_has_its_adapter(kind: str, method: str) -> None:
     targets = ["q_proj", "v_proj", "embed_tokens"] if kind == "llama" else ["c_attn", "c_proj", "wte"]
-    if lower(method) == "pranc":
+    if adapts_norms(method):
         targets.append("norm" if kind == "llama" else "ln_f")
     model = adapted(getattr(tiny_models, kind)(), method, target_modules=targets)
     x = tiny_models.tokens(len(NAMES))
@@ -93,7 +93,7 @@ class Convolutions(nn.Module):
     ids=["plain", "groups", "reflecting", "dilated"],
 )
 def test_convolutions(options: dict[str, Any], method: str) -> None:
-    targets = ["first", "second", *(["norm"] if lower(method) == "pranc" else [])]
+    targets = ["first", "second", *(["norm"] if adapts_norms(method) else [])]
     torch.manual_seed(0)
     model = adapted(Convolutions(**options), method, target_modules=targets)
     x = torch.randn(len(NAMES), 4, 9, 9)

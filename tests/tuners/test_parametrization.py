@@ -51,15 +51,26 @@ def first_order(config: Any, draws: int = 12) -> float:
         NolaConfig(r=4, num_basis=(16, 64), share_basis=False),
         McncConfig(r=4, k=2, d=8, widths=(16,)),
         McncConfig(r=4, k=2, d=64, widths=(16,)),
+        PrancConfig(r=4, num_coefficients=20, apply_to="factors"),
+        PrancConfig(r=4, num_coefficients=100, nnz=3, apply_to="factors"),
+        PrancConfig(r=4, num_coefficients=20, basis="dense", apply_to="factors"),
     ],
-    ids=["8 bases", "16 and 64 bases", "chunks of 8", "chunks of 64"],
+    ids=[
+        "8 bases",
+        "16 and 64 bases",
+        "chunks of 8",
+        "chunks of 64",
+        "one vector of 20",
+        "one of 100, three a number",
+        "one of 20, dense",
+    ],
 )
 def test_a_first_step_of_factors_is_one_of_lora(config: Any) -> None:
     config.target_modules = {"wide", "narrow"}
     config.alpha = 4.0
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=["wide", "narrow"])
-    # Of the coefficients of a chunk only the amplitude has a gradient yet.
-    waiting = math.sqrt(config.k + 1) if isinstance(config, McncConfig) else 1.0
+    # Of the coefficients of a chunk only the amplitude has a gradient yet; A of one vector starts at a tenth of LoRA's.
+    waiting = {McncConfig: math.sqrt(getattr(config, "k", 0) + 1), PrancConfig: 10.0}.get(type(config), 1.0)
     assert first_order(config) * waiting == pytest.approx(first_order(lora), rel=0.15)
     assert first_order(config) != pytest.approx(first_order(plain(config)), rel=0.3)
 
@@ -70,8 +81,9 @@ def test_a_first_step_of_factors_is_one_of_lora(config: Any) -> None:
         (NolaConfig(r=4, num_basis=(8, 2)), 4 * 40 / 8),
         (NolaConfig(r=4, num_basis=(40, 2), share_basis=False), 4 * 40 / 40),
         (McncConfig(r=4, k=2, d=20, widths=(16,)), 20 / 3),
+        (PrancConfig(r=4, num_coefficients=20, apply_to="factors"), 4 * 40 / 20),
     ],
-    ids=["8 bases", "40 bases", "chunks of 20"],
+    ids=["8 bases", "40 bases", "chunks of 20", "one vector"],
 )
 def test_a_step_of_a_moves_it_between_where_lora_would_and_what_its_length_asks_for(config: Any, shared: float) -> None:
     """Its entries move by the fourth root of the numbers for a coefficient: 1 would be as far as LoRA's move."""

@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 from dense import PREFIX, close, coefficients_of, dense_gradients, layer_update, run_dense, updates
-from methods import METHODS, adapt, config_of
+from methods import METHODS, adapt, adapts_norms, config_of
 from peft import (
     PeftModel,
     get_peft_model,
@@ -27,13 +27,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from peft_ext import PrancConfig
+from peft_ext import PrancConfig, SeededNetwork
 from peft_ext.tuners.pranc import PrancLayer, PrancVector
 
 DOUBLE = torch.float64
 KINDS = [name for name, (config, _) in METHODS.items() if config is PrancConfig]
 kinds = pytest.mark.parametrize("method", KINDS)
-TARGETS = ["q_proj", "v_proj", "norm"]  # `norm` is the last one alone
+WITH_NORMS = [name for name in KINDS if adapts_norms(name)]
+
+
+def targets_of(method: str) -> list[str]:
+    """`norm` is the last one alone."""
+    return ["q_proj", "v_proj", "norm" if adapts_norms(method) else "layers.3.mlp.up_proj"]
 
 
 def layers_of(model: nn.Module, adapter: str = "default") -> dict[str, PrancLayer]:
@@ -50,7 +55,7 @@ def layers_of(model: nn.Module, adapter: str = "default") -> dict[str, PrancLaye
 @kinds
 def test_one_vector_for_the_whole_adapter(method: str, tmp_path: Path) -> None:
     """However many layers read it, the model, a state dict and a file hold it once."""
-    model, _ = adapt(tiny_models.llama(4), method, target_modules=TARGETS)
+    model, _ = adapt(tiny_models.llama(4), method, target_modules=targets_of(method))
     assert len(layers_of(model)) == 9
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     (name,) = trainable
@@ -84,8 +89,9 @@ def test_layers_are_not_copies_of_each_other(method: str) -> None:
 @kinds
 def test_the_gradient_is_the_sum_over_layers(method: str) -> None:
     base = tiny_models.Layers().to(DOUBLE)
-    model, config = adapt(base, method, target_modules=["first", "second", "wide", "norm"])
-    x, path = torch.randn(3, 8, dtype=DOUBLE), ("first", "norm", "second", "first", "wide")
+    norm = ("norm",) if adapts_norms(method) else ()
+    model, config = adapt(base, method, target_modules=["first", "second", "wide", *norm])
+    x, path = torch.randn(3, 8, dtype=DOUBLE), ("first", *norm, "second", "first", "wide")
     (vector,) = coefficients_of(model).values()
     model(x, path).square().sum().backward()
 
@@ -95,7 +101,7 @@ def test_the_gradient_is_the_sum_over_layers(method: str) -> None:
         merged.get_parameter(name).data += delta.detach()
     merged(x, path).square().sum().backward()
     total = torch.zeros_like(vector)
-    for name in ("first", "second", "wide", "norm"):
+    for name in ("first", "second", "wide", *norm):
         leaf = vector.detach().clone().requires_grad_()
         update = layer_update(config, base, name, {"first": leaf})
         layer = merged.get_submodule(name)
@@ -200,6 +206,8 @@ TWO_DEVICES = {
 @kinds
 @pytest.mark.parametrize("name", TWO_DEVICES)
 def test_layers_on_other_devices_than_the_vector(name: str, method: str) -> None:
+    if name == "norm" and not adapts_norms(method):
+        pytest.skip("norms have no factors")
     model, _ = adapt(tiny_models.Layers(), method, target_modules=["first", name])
     model.base_model.model.get_submodule(name).get_base_layer().to("meta")
     assert all(vector.device.type == "cpu" for vector in coefficients_of(model).values())
@@ -359,7 +367,7 @@ def test_biases_are_part_of_the_update() -> None:
 
 def test_the_size_of_updates() -> None:
     """`1 / sqrt(fan_in)` for scaled coefficients of 1, whatever the basis; a norm's update is as large as they are."""
-    for method in KINDS:
+    for method in WITH_NORMS:
         model, config = adapt(
             tiny_models.llama(1, hidden_size=64), method, target_modules=["q_proj", "down_proj", "norm"]
         )
@@ -408,3 +416,43 @@ def test_targets_from_a_state_dict_are_refused(snapshot: Callable[[nn.Module], d
             config_of("PRANC"), base, state_dict={"first.pranc_coefficients.values": torch.zeros(13)}
         )
     assert before["modules"] == snapshot(base)["modules"]
+
+
+# Factors
+
+
+def test_what_fills_factors_has_no_biases_and_no_norms() -> None:
+    with pytest.raises(ValueError, match="`adapt_bias` must be False with apply_to='factors'"):
+        PrancConfig(apply_to="factors", adapt_bias=True)
+    with pytest.raises(ValueError, match="`target_modules` matches 'norm', a LayerNorm, which PRANC cannot adapt"):
+        get_peft_model(tiny_models.Layers(), config_of("PRANC, factors", target_modules=["first", "norm"]))
+    with pytest.raises(ValueError, match="`apply_to` must be 'weight' for PRANC to make a whole network"):
+        SeededNetwork(nn.Linear(8, 8), PrancConfig(num_coefficients=10, apply_to="factors"))
+
+
+def test_the_numbers_of_the_factors_bound_the_coefficients() -> None:
+    base = tiny_models.Layers()  # `first` is 8 x 8
+    factors: dict[str, Any] = {"apply_to": "factors", "r": 3, "target_modules": ["first"]}
+    with pytest.raises(ValueError, match="at most the number of entries of the factors that they fill, 48 in the 1"):
+        get_peft_model(base, PrancConfig(num_coefficients=49, **factors))
+    with pytest.raises(ValueError, match="`r` must be at most 128, 16 times the 8 columns or rows"):
+        get_peft_model(base, PrancConfig(num_coefficients=4, **{**factors, "r": 129}))
+    get_peft_model(base, PrancConfig(num_coefficients=48, **factors))
+
+
+def test_what_fills_factors_starts_with_an_update_of_zero() -> None:
+    """A is uniform on +- 0.1 / sqrt(fan_in), of every layer its own, and B is zero; coefficients move both."""
+    model, _ = adapt(tiny_models.llama(1), "PRANC, factors", target_modules=["q_proj", "o_proj"], init_weights=True)
+    (vector,) = coefficients_of(model).values()
+    starts = []
+    for layer in layers_of(model).values():
+        A, B = layer.update("default")[0]
+        assert 0.09 * 32**-0.5 < A.abs().max() <= 0.1 * 32**-0.5 and not B.any()
+        starts.append(A)
+    assert not torch.equal(*starts)
+    vector.data.fill_(1)
+    for start, layer in zip(starts, layers_of(model).values()):
+        A, B = layer.update("default")[0]
+        # 128 / 13 numbers of all A read a coefficient, and as many of all B.
+        for moved, power in ((A - start, 0.25), (B, 0.5)):
+            close(moved.abs(), torch.full_like(moved, (128 / 13) ** power), tolerance=0.1)

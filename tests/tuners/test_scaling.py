@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from dense import close, coefficients_of, updates
-from methods import METHODS, ONE_OF_EACH, Config, adapt, config_of, lower
+from methods import METHODS, ONE_OF_EACH, Config, adapt, adapts_norms, config_of
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
@@ -61,7 +61,7 @@ def scaled(base: nn.Module, model: nn.Module, config: Config, scale: float, adap
 
 
 def cases() -> list[tuple[str, str]]:
-    return [(method, name) for method in METHODS for name in LAYERS if name != "norm" or lower(method) == "pranc"]
+    return [(method, name) for method in METHODS for name in LAYERS if name != "norm" or adapts_norms(method)]
 
 
 @pytest.mark.parametrize(("method", "name"), cases(), ids=map("-".join, cases()))

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from ...checks import check_choice, check_positive_integer
+from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator, index_type
-from ..config import SeededConfig, documented, weighted_sum
-from ..limits import check_memory
-from ..network import Filling, whole_parts
-from ..target import Target, network_target
+from ..config import ELSEWHERE, SeededConfig, beside_a_start, documented, weighted_sum
+from ..limits import check_memory, check_multiple
+from ..network import A, B, Filling, whole_parts
+from ..target import Target, network_target, sums_of
+
+_START = 0.1  # of the factor A, relative to that of LoRA
 
 
 @documented
@@ -27,7 +29,8 @@ class PrancConfig(SeededConfig):
     Paper: Nooralinejad et al., "PRANC: Pseudo RAndom Networks for Compacting deep models",
     https://huggingface.co/papers/2206.08464. Every weight is updated by `basis @ coefficients / sqrt(fan_in)`, where
     the basis is random, frozen and regenerated from the seed. All layers read the same vector, so its length does not
-    depend on the model.
+    depend on the model. With `apply_to="factors"` the vector fills LoRA's factors A, beside a frozen random start, and
+    B of all layers instead, as UniLoRA does (Li et al., https://huggingface.co/papers/2506.00799).
     """
 
     num_coefficients: int = field(
@@ -35,7 +38,7 @@ class PrancConfig(SeededConfig):
         metadata={
             "help": (
                 "Length of the one vector that all layers read, that is the number of trained parameters. At most the "
-                "number of target weights."
+                "number of target weights, or of the numbers in their factors."
             ),
             "generates": True,
         },
@@ -65,11 +68,27 @@ class PrancConfig(SeededConfig):
             "generates": True,
         },
     )
+    apply_to: str = field(
+        default="weight",
+        metadata={
+            "help": (
+                "What the vector fills: 'weight' (default), the updates of whole weights, as published; 'factors', the "
+                "LoRA factors A, beside a frozen random start, and B of updates of rank r, which learn more with as "
+                "many coefficients (docs/pranc.md) and cost what LoRA does."
+            ),
+            "generates": True,
+        },
+    )
+    r: int = field(default=8, metadata={"help": "Rank of the update, for apply_to='factors'.", "generates": True})
+    alpha: float = field(
+        default=8.0,
+        metadata={"help": "The update is scaled by alpha / r, for apply_to='factors'.", "generates": True},
+    )
     pranc_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
 
     method_name = "PRANC"
     paper = "https://huggingface.co/papers/2206.08464"
-    size_fields = ("num_coefficients",)
+    size_fields = ("num_coefficients", "r", "apply_to")
 
     def check_fields(self) -> None:
         super().check_fields()
@@ -81,6 +100,23 @@ class PrancConfig(SeededConfig):
                 f"`nnz` must be at most `num_coefficients` ({self.num_coefficients}), the coefficients that a weight "
                 f"can read, got {self.nnz}."
             )
+        check_choice("apply_to", self.apply_to, ("factors", "weight"))
+        check_positive_integer("r", self.r)
+        check_number("alpha", self.alpha)
+        if self.on_factors and self.adapt_bias:
+            raise ValueError("`adapt_bias` must be False with apply_to='factors', which biases have none of, got True.")
+
+    @property
+    def on_factors(self) -> bool:
+        """Whether the vector fills factors."""
+        return self.apply_to == "factors"
+
+    def generating(self) -> dict[str, Any]:
+        found = super().generating()
+        if not self.on_factors:  # adapters from before there was a choice know no such fields
+            for name in ("apply_to", "r", "alpha"):
+                del found[name]
+        return found
 
     def described(self, target: Target) -> list[Any]:
         described = super().described(target)
@@ -90,34 +126,73 @@ class PrancConfig(SeededConfig):
         return [self.num_coefficients]
 
     def check_sizes(self, targets: Sequence[Target]) -> None:
-        weights = sum(target.size for target in targets)
-        if self.num_coefficients > weights:
+        sums = sums_of(targets)
+        size, what = sums.weights, "weights that they update"
+        if self.on_factors:
+            widest = max(max(target.fan_out, target.fan_in) for target in targets)
+            check_multiple("r", self.r, widest, "columns or rows of the largest module")
+            size, what = self.r * (sums.rows + sums.columns), "entries of the factors that they fill"
+            check_memory("`r`", "the factors", size, targets)
+        if self.num_coefficients > size:
             raise ValueError(
-                f"`num_coefficients` must be at most the number of weights that they update, {weights} in the "
-                f"{len(targets)} target modules, got {self.num_coefficients}."
+                f"`num_coefficients` must be at most the number of {what}, {size} in the {len(targets)} target "
+                f"modules, got {self.num_coefficients}."
             )
         if self.basis == "sparse":
-            check_memory("`nnz`", "the tables of what weights read", self._read(weights), targets)
+            check_memory("`nnz`", "the tables of what weights read", self._read(size), targets)
 
     def _read(self, size: int) -> int:
         """What is kept of what so many weights read, in numbers of four bytes."""
         return -(-self.nnz * size * index_type(self.num_coefficients).itemsize // 4)
 
-    def generators(self, target: Target) -> tuple[LinearGenerator]:
-        """What makes the update of a module's weights, and of its biases behind them with `adapt_bias`."""
-        size = target.size + (target.biases if self.adapt_bias else 0)
-        stream = ("pranc", self.basis, target.name, target.fan_out, target.fan_in)
-        return (self._generator(stream, size, target),)
+    def generators(self, target: Target) -> tuple[LinearGenerator, ...]:
+        """What makes the update of a module's weights, and of its biases behind them with `adapt_bias`.
+
+        On factors: what makes A `(r, fan_in)`, and what makes B `(fan_out, r)`, from the same coefficients. A has an
+        offset, uniform on [-0.1, 0.1) / sqrt(fan_in), a tenth of LoRA's usual initialisation and about as small as
+        UniLoRA's: from LoRA's, less was learned. Those of experts are all A, and all B.
+        """
+        factors, stream = self.factors(target), ("pranc", self.basis, target.name)
+        fan_out, fan_in, rows = target.fan_out, target.fan_in, target.experts * self.r
+        if not self.on_factors:
+            size = target.size + (target.biases if self.adapt_bias else 0)
+            return (self._generator((*stream, fan_out, fan_in), size, factors[0] / math.sqrt(fan_in)),)
+        return (
+            self._generator((*stream, A, self.r, fan_in), rows * fan_in, factors[0], _START / math.sqrt(fan_in)),
+            self._generator((*stream, B, fan_out, self.r), rows * fan_out, factors[1]),
+        )
 
     def scaled_factors(self, target: Target) -> list[float]:
-        assert target.adapted, "a target alone does not say how many weights read the coefficients"
-        return [math.sqrt(target.adapted / self.num_coefficients)]
+        """That of the update, or those of A and of B."""
+        sums = target.sums
+        assert sums.weights, "a target alone does not say how many weights read the coefficients"
+        if not self.on_factors:
+            return [math.sqrt(sums.weights / self.num_coefficients)]
+        shared_A, shared_B = (self.r * size / self.num_coefficients for size in (sums.columns, sums.rows))
+        return [beside_a_start(shared_A), math.sqrt(shared_B)]
+
+    def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
+        return coefficients.div_(self.factors(target)[-1])  # of B, without which there is no update
 
     def combined(self, vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
-        """The sum of the vectors, each times its factor, whose update is that of the updates: they are linear."""
+        """The sum of the vectors, each times its factor, whose update is that of the updates: they are linear.
+
+        Raises:
+            ValueError: the vectors fill factors, whose products are not linear in them.
+        """
+        if self.on_factors:
+            raise ValueError(
+                "Coefficients of PRANC on factors cannot be combined: the vector fills A and B at once, whose product "
+                f"is not linear in it. {ELSEWHERE}"
+            )
         return weighted_sum(vectors, factors)
 
     def network_fillings(self, targets: Sequence[Target], keep_basis: bool = False) -> tuple[Filling, ...]:
+        if self.on_factors:
+            raise ValueError(
+                "`apply_to` must be 'weight' for PRANC to make a whole network, got 'factors': a NolaConfig, or a "
+                "McncConfig with apply_to='factors', makes one from factors."
+            )
         whole = network_target(sum(target.size for target in targets))
         if self.num_coefficients > whole.size:
             raise ValueError(
@@ -126,16 +201,26 @@ class PrancConfig(SeededConfig):
             )
         if self.basis == "sparse":
             check_memory("`nnz`", "the tables of what weights read", self._read(whole.size), [whole])
-        generator = self._generator(("network", self.basis), whole.size, whole, keep_basis)
-        return (Filling(generator, whole_parts(targets), tuple(self.factors(whole))),)
+        factors = self.factors(whole)
+        generator = self._generator(("network", self.basis), whole.size, factors[0], streamed=not keep_basis)
+        return (Filling(generator, whole_parts(targets), tuple(factors)),)
 
     def _generator(
-        self, stream: tuple[str | int, ...], size: int, target: Target, keep_basis: bool = False
+        self,
+        stream: tuple[str | int, ...],
+        size: int,
+        scale: float,
+        offset_scale: float = 0.0,
+        streamed: bool = True,
     ) -> LinearGenerator:
-        """What makes `size` weights, with a variance of `1 / fan_in` where that of the scaled coefficients is 1."""
-        k, version, fan_in = self.num_coefficients, self.generator_version, target.fan_in
-        (factor,) = self.factors(target)
+        """What makes `size` numbers.
+
+        Args:
+            scale: their root mean square where that of the coefficients is 1.
+            offset_scale: of what is added to them.
+            streamed: draw a dense basis again at every use.
+        """
+        k, version = self.num_coefficients, self.generator_version
         if self.basis == "dense":
-            scale = factor * math.sqrt(3 / (k * fan_in))
-            return RandomBasis(self.seed, stream, k, size, scale=scale, streamed=not keep_basis, version=version)
-        return SparseBasis(self.seed, stream, k, size, scale=factor / math.sqrt(fan_in), nnz=self.nnz, version=version)
+            return RandomBasis(self.seed, stream, k, size, scale * math.sqrt(3 / k), offset_scale, streamed, version)
+        return SparseBasis(self.seed, stream, k, size, scale, self.nnz, offset_scale, version)

@@ -22,6 +22,8 @@ from .config import PrancConfig
 class PrancLayer(SeededLayer):
     """Weights plus random combinations of the adapter's one vector: `W + basis @ coefficients / sqrt(fan_in)`.
 
+    Or, with `apply_to="factors"`, plus `B @ A`, both filled from that vector.
+
     (Paper, equation 1, of the update instead of the whole network; the factor is the scale of a fresh initialisation,
     which the published basis has.) The basis is named after the module: no other target changes it.
 
@@ -31,11 +33,12 @@ class PrancLayer(SeededLayer):
 
     config_class = PrancConfig
     more_layer_names = ("_pranc_vectors",)
-    more_param_names = ("pranc_containers",)
+    more_param_names = ("pranc_containers", "r")
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         super().__init__(base_layer, fan_in_fan_out, **kwargs)
         self.pranc_containers: dict[str, Coefficients] = {}
+        self.r: dict[str, int] = {}  # 0 where an adapter fills the whole weight
 
     def container(self, adapter: str) -> Coefficients | None:
         return super().container(adapter) if adapter in self.tied_to else self.pranc_containers.get(adapter)
@@ -61,35 +64,47 @@ class PrancLayer(SeededLayer):
     def add_adapter(
         self, adapter_name: str, config: PrancConfig, target: Target, expansions: dict[Any, SharedExpansion]
     ) -> tuple[SharedExpansion, ...]:
-        self.scaling[adapter_name] = 1.0
-        (generator,) = config.generators(target)
+        r = self.r[adapter_name] = config.r if config.on_factors else 0
+        self.scaling[adapter_name] = config.alpha / r if r else 1.0
+        generators = config.generators(target)
         if expansions:
             container = cast(Coefficients, next(iter(expansions.values())).containers[0])
         else:
-            container = self.make_container(adapter_name, config.initial(target, (generator,)))
+            container = self.make_container(adapter_name, config.initial(target, generators[:1]))
         self.pranc_containers[adapter_name] = container
         # Joining the layers would save nothing, and keep the updates and gradients of all of them in memory at once.
-        span = slice(0, generator.num_coefficients)
-        expansion = SharedExpansion(generator, (generator.size,), adapter_name, span, one_vector=True)
-        expansion.add(container)
-        expansions[generator] = expansion
-        return (expansion,)
+        made = []
+        for generator in generators:
+            span = slice(0, generator.num_coefficients)
+            expansion = SharedExpansion(generator, (generator.size,), adapter_name, span, one_vector=True)
+            expansion.add(container)
+            expansions[generator] = expansion
+            made.append(expansion)
+        return tuple(made)
 
     def adapts(self, adapter: str, parameter: str) -> bool:
-        (expansion,) = self.expansions[adapter]
-        return parameter == "weight" or expansion.generator.size > self.fan_out * self.fan_in
+        return parameter == "weight" or self._with_bias(adapter)
+
+    def _with_bias(self, adapter: str) -> bool:
+        return not self.r[adapter] and self.expansions[adapter][0].generator.size > self._size
+
+    @property
+    def _size(self) -> int:
+        """Numbers in the weight."""
+        return self.experts * self.fan_out * self.fan_in
 
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
-        (flat,) = weights
-        flat, size = flat.to(self._dtype(adapter)), self.experts * self.fan_out * self.fan_in
+        flat, *others = (weight.to(self._dtype(adapter)) for weight in weights)
+        if others:
+            several, r = (*flat.shape[:-1], *self.stack), self.r[adapter]
+            return (flat.reshape(*several, r, self.fan_in), others[0].reshape(*several, self.fan_out, r)), None
+        size = self._size
         bias = flat[..., size:] if flat.shape[-1] > size else None
         return flat[..., :size].reshape(*flat.shape[:-1], *self.stack, self.fan_out, self.fan_in), bias
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        if not super().supports_lora_conversion(adapter_name):
-            return False
-        (expansion,) = self.expansions[adapter_name]
-        return expansion.shape == (self.fan_out * self.fan_in,)  # the conversion leaves updates of biases out
+        # The conversion leaves updates of biases out.
+        return super().supports_lora_conversion(adapter_name) and not self._with_bias(adapter_name)
 
 
 class PrancLinear(PrancLayer, SeededLinear):
