@@ -35,6 +35,18 @@ TEST_CASES: list[tuple[str, str, type, dict[str, Any]]] = [
         PrancConfig,
         {"target_modules": ["lin0", "lin1"], "adapt_bias": True, "num_coefficients": 30},
     ),
+    (
+        "PRANC factors",
+        "MLP",
+        PrancConfig,
+        {"target_modules": ["lin0", "lin1"], "apply_to": "factors", "r": 2, "num_coefficients": 30},
+    ),
+    (
+        "PRANC factors, embedding and Conv1D",
+        "EmbConv1D",
+        PrancConfig,
+        {"target_modules": ["emb", "conv1d"], "apply_to": "factors", "num_coefficients": 30},
+    ),
     ("PRANC embedding", "EmbConv1D", PrancConfig, {"target_modules": ["emb"], "num_coefficients": 50}),
     (
         "PRANC embedding and Conv1D",
