@@ -35,8 +35,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def find(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the first line of a file that has all the entries of `identity`, if there is one."""
-    for row in read(path):
+    """Returns the last line of a file that has all the entries of `identity`, if there is one."""
+    for row in reversed(read(path)):
         if all(name in row and row[name] == value for name, value in identity.items()):
             return row
     return None

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from benchmarks.models import generator_bytes
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import learning_rates, runs
 from benchmarks.quality.contestants import CONTESTANTS
-from benchmarks.quality.summary import Point, front, latest
+from benchmarks.quality.summary import Point, chosen, front, latest
 from benchmarks.quality.task import QualityTask, Sources
 from peft_ext import McncConfig
 from recipes.support.arguments import UserError
@@ -134,14 +135,16 @@ def test_learning_rates_go_on_where_they_were_and_say_where_they_diverged(tmp_pa
 def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):
     given = flags(tmp_path, "--methods", NOLA, "--rates", "1e-6", "1e-1", "--seeds", "1", "2")
     quality.main(given)
-    searched = {row["rate"]: row["loss"] for row in lines.read(tmp_path / "learning_rates.jsonl")}
-    best = min(searched, key=searched.__getitem__)
-    tried = [("NOLA 8", rate, 0) for rate in searched]
+    searched: dict[float, list[float]] = {}
+    for row in lines.read(tmp_path / "learning_rates.jsonl"):
+        searched.setdefault(row["rate"], []).append(row["loss"])
+    best = min(searched, key=lambda rate: mean(searched[rate]))
+    tried = [("NOLA 8", rate, seed) for rate in searched for seed in (0, 4)]
     assert measured == [*tried, ("NOLA 8", best, 1), ("NOLA 8", best, 2)] and list(searched)[:2] == [1e-6, 1e-1]
     quality.main(given)
     assert len(measured) == len(tried) + 2
     row = lines.read(tmp_path / "quality.jsonl")[0]
-    assert row["search"] == {"seed": 0, "rates": sorted(searched)}
+    assert row["search"] == {"seeds": [0, 4], "rates": sorted(searched)}
     sizes = [row["saved"][dtype]["bytes"] for dtype in ("float32", "int8", "int4")]
     assert len(set(sizes)) == 3 and math.isfinite(row["saved"]["int4"]["loss"])
     entry.main(["report", "quality", "--results", str(tmp_path), "--output", str(tmp_path / "plots")])
@@ -151,8 +154,15 @@ def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):
         "quality-tiny-loss.png",
         "quality-tiny-accuracy.png",
     }
-    with pytest.raises(UserError, match="search_seed: 0 is one of --seeds"):
-        quality.main(flags(tmp_path, "--seeds", "0", "1"))
+    with pytest.raises(UserError, match="search_seeds: 4 is one of --seeds"):
+        quality.main(flags(tmp_path, "--seeds", "4", "1"))
+    # A wider search that chooses the same rate measures nothing again, and its choice is the one that counts.
+    quality.main([*given, "--search_seeds", "0"])
+    rows, _ = chosen(lines.read(tmp_path / "quality.jsonl"))
+    assert len(measured) == len(tried) + 2
+    assert [(each["seed"], each["search"]["seeds"], each["loss"]) for each in rows] == [
+        (seed, [0], each["loss"]) for seed, each in zip((1, 2), lines.read(tmp_path / "quality.jsonl"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,7 @@ def test_search_goes_on_where_the_best_rate_is_at_an_end(tmp_path, monkeypatch, 
     distance = lambda task, method, rate, seed, dtypes: {"loss": abs(math.log(rate / best)), "seconds": 0}  # noqa: E731
     monkeypatch.setattr(runs, "measure", distance)
     (task,), (contestant,) = runs.load(runs.RunArguments(tasks=["tiny"], methods=[LORA]), Sources())
-    rate, rates = quality.search(task, contestant, [1e-3, 3e-3, 1e-2], 0, tmp_path / "known.jsonl", ["x"])
+    rate, rates = quality.search(task, contestant, [1e-3, 3e-3, 1e-2], [0], tmp_path / "known.jsonl", ["x"])
     assert (rate, rates) == (found, tried)
 
 
@@ -178,7 +188,7 @@ def test_search_ends_where_all_rates_are_alike(tmp_path, monkeypatch, loss, foun
     monkeypatch.setitem(runs.TASKS, "tiny", Tiny)
     monkeypatch.setattr(runs, "measure", lambda *args: {"loss": loss, "seconds": 0, "diverged_at": None if loss else 3})
     (task,), (contestant,) = runs.load(runs.RunArguments(tasks=["tiny"], methods=[LORA]), Sources())
-    rate, rates = quality.search(task, contestant, [1e-3, 1e-2], 0, tmp_path / "known.jsonl", ["x"])
+    rate, rates = quality.search(task, contestant, [1e-3, 1e-2], [0, 1], tmp_path / "known.jsonl", ["x"])
     assert rates == [1e-3, 1e-2] and rate == found
 
 

@@ -1,4 +1,4 @@
-"""Quality against bytes: the best rate of every contestant from one seed, then other seeds at that rate.
+"""Quality against bytes: the best rate of every contestant from some seeds, then other seeds at that rate.
 
     python -m benchmarks run quality --tasks sst2 --sst2_model <folder> --sst2_data <folder>
     python -m benchmarks report quality
@@ -37,21 +37,28 @@ LADDER = [1e-5, 3e-5, *RATES, 3e-1, 1.0, 3.0, 10.0, 30.0]
 class Arguments(RunArguments):
     """What is measured."""
 
-    search_seed: int = field(default=0, metadata={"help": "Seed of the trainings that choose the rate."})
+    search_seeds: list[int] = field(
+        default_factory=lambda: [0, 4], metadata={"help": "Seeds of the trainings whose mean loss chooses the rate."}
+    )
     seeds: list[int] = field(
         default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds of the trainings at the best rate."}
     )
 
 
 def search(
-    task: QualityTask, contestant: Contestant, rates: Sequence[float], seed: int, known: Path, command: Sequence[str]
+    task: QualityTask,
+    contestant: Contestant,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    known: Path,
+    command: Sequence[str],
 ) -> tuple[float | None, list[float]]:
-    """Looks for the rate with the lowest loss, beyond the given ones where it is the first or the last of those tried.
+    """Looks for the rate with the lowest mean loss, beyond the given ones where it is the first or last of those tried.
 
     Args:
         task, contestant: of the trainings.
         rates: that are tried in any case.
-        seed: of the trainings.
+        seeds: of the trainings at every rate. After one that diverged, a rate gets no further ones.
         known: the file with the lines.
         command: what is run, for the lines.
 
@@ -61,9 +68,13 @@ def search(
     losses: dict[float, float] = {}
     ahead = list(rates)
     while ahead:
-        for run in grid(task, contestant, ahead, [seed]):
-            loss = run.line(known, command)["loss"]
-            losses[run.rate] = math.inf if loss is None else loss
+        for rate in ahead:
+            for count, run in enumerate(grid(task, contestant, [rate], seeds)):
+                loss = run.line(known, command)["loss"]
+                if loss is None:
+                    losses[rate] = math.inf
+                    break
+                losses[rate] = (losses.get(rate, 0.0) * count + loss) / (count + 1)
         ahead = _beyond(losses)
     finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
     return min(finite, key=losses.__getitem__, default=None), sorted(losses)
@@ -87,21 +98,21 @@ def main(argv: Sequence[str]) -> None:
     """Measures what is not in the files yet."""
     parser = HfArgumentParser([Arguments, Sources], prog="python -m benchmarks run quality")  # type: ignore[list-item]
     args, sources = parser.parse_args_into_dataclasses(list(argv))
-    if args.search_seed in args.seeds:
-        raise UserError(
-            f"search_seed: {args.search_seed} is one of --seeds; the rate would be chosen on what it scores"
-        )
+    if not args.search_seeds:
+        raise UserError("search_seeds: none is given; the rate is chosen by them")
+    if both := sorted(set(args.search_seeds) & set(args.seeds)):
+        raise UserError(f"search_seeds: {both[0]} is one of --seeds; the rate would be chosen on what it scores")
     tasks, contestants = load(args, sources)
     command, folder = lines.command("quality", argv), Path(args.output)
     for task in tasks:
         for contestant in contestants:
-            best, tried = search(task, contestant, args.rates, args.search_seed, folder / learning_rates.FILE, command)
+            best, tried = search(task, contestant, args.rates, args.search_seeds, folder / learning_rates.FILE, command)
             if best is None:
                 if tried:
                     print(f"{task.name}, {contestant.label}: every rate diverged; it has no point", file=sys.stderr)
                 continue
             for run in grid(task, contestant, [best], args.seeds):
-                run.line(folder / FILE, command, DTYPES, search={"seed": args.search_seed, "rates": tried})
+                run.line(folder / FILE, command, DTYPES, search={"seeds": args.search_seeds, "rates": tried})
 
 
 if __name__ == "__main__":

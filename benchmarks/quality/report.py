@@ -12,7 +12,7 @@ from peft_ext.presentation import spread
 
 from .figures import plot_front, plot_rates
 from .runs import TASKS
-from .summary import Row, by, front, latest, mean_loss, points
+from .summary import Row, by, chosen, front, latest, mean_loss, points
 
 _TOLERANCE = 1.05  # "about as good as the best rate"
 
@@ -67,7 +67,7 @@ def _loss_cell(loss: float | None, best: float) -> str:
 
 def report_quality(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]:
     """Returns a table of all points for every task, from few bytes to many, and draws the fronts."""
-    kept, left_out = latest(rows, "rate")
+    kept, left_out = chosen(rows)
     tables, files = [], []
     for task, of_task in by(kept, "task").items():
         found = points(of_task)

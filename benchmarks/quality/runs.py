@@ -75,6 +75,9 @@ class Run:
         identity = self.identity
         # Read again before each run: another process may have measured it.
         if (row := lines.find(known, identity)) is not None:
+            if any(row.get(name) != value for name, value in facts.items()):
+                row |= facts  # measured before, and chosen anew: reports take the last choice
+                lines.append(known, row)
             return row
         options = {name: value for name, value in self.method.options.items() if name != "target_modules"}
         found = measure(self.task, self.method, self.rate, self.seed, dtypes)

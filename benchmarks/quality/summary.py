@@ -29,6 +29,13 @@ def latest(rows: Sequence[Row], *names: str) -> tuple[list[Row], int]:
     return kept, len(rows) - len(kept)
 
 
+def chosen(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """Returns the lines at the rate that was chosen last, the last one of every seed, and how many lines are others."""
+    kept, _ = latest(rows, "rate")
+    kept = list({(row["task"], row["method"], row["seed"]): row for row in kept}.values())
+    return kept, len(rows) - len(kept)
+
+
 def by(rows: Iterable[Row], *names: str) -> dict[Any, list[Row]]:
     """Returns the lines by the values of some names, in order of first appearance."""
     groups: dict[Any, list[Row]] = {}

@@ -88,7 +88,7 @@ class PrancConfig(SeededConfig):
 
     method_name = "PRANC"
     paper = "https://huggingface.co/papers/2206.08464"
-    size_fields = ("num_coefficients", "r", "apply_to")
+    size_fields = ("num_coefficients",)
 
     def check_fields(self) -> None:
         super().check_fields()
