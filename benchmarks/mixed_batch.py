@@ -41,6 +41,9 @@ def methods(targets: list[str]) -> dict[str, Callable[[int], peft.PeftConfig]]:
             init_weights=False, seed=number, target_modules=targets
         ),
         "MCNC r=8": lambda _: peft_ext.McncConfig(init_weights=False, target_modules=targets),
+        "PRANC on factors, 10000 coefficients": lambda _: peft_ext.PrancConfig(
+            init_weights=False, apply_to="factors", target_modules=targets
+        ),
         "PRANC, 10000 coefficients": lambda _: peft_ext.PrancConfig(init_weights=False, target_modules=targets),
     }
 
