@@ -73,8 +73,8 @@ class PrancConfig(SeededConfig):
         metadata={
             "help": (
                 "What the vector fills: 'weight' (default), the updates of whole weights, as published; 'factors', the "
-                "LoRA factors A, beside a frozen random start, and B of updates of rank r, which learn more with as "
-                "many coefficients (docs/pranc.md) and cost what LoRA does."
+                "LoRA factors A, beside a frozen random start, and B of updates of rank r, which cost what LoRA's do and "
+                "learned more with as few coefficients (docs/choosing.md)."
             ),
             "generates": True,
         },
@@ -156,9 +156,11 @@ class PrancConfig(SeededConfig):
         fan_out, fan_in, rows = target.fan_out, target.fan_in, target.experts * self.r
         if not self.on_factors:
             size = target.size + (target.biases if self.adapt_bias else 0)
-            return (self._generator((*stream, fan_out, fan_in), size, factors[0] / math.sqrt(fan_in)),)
+            return (self._generator((*stream, fan_out, fan_in), size, factors[0], fan_in),)
         return (
-            self._generator((*stream, A, self.r, fan_in), rows * fan_in, factors[0], _START / math.sqrt(fan_in)),
+            self._generator(
+                (*stream, A, self.r, fan_in), rows * fan_in, factors[0], offset_scale=_START / math.sqrt(fan_in)
+            ),
             self._generator((*stream, B, fan_out, self.r), rows * fan_out, factors[1]),
         )
 
@@ -172,7 +174,7 @@ class PrancConfig(SeededConfig):
         return [beside_a_start(shared_A), math.sqrt(shared_B)]
 
     def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
-        return coefficients.div_(self.factors(target)[-1])  # of B, without which there is no update
+        return coefficients.div_(self.factors(target)[-1])  # on factors, that of B, which starts at zero
 
     def combined(self, vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
         """The sum of the vectors, each times its factor, whose update is that of the updates: they are linear.
@@ -209,18 +211,20 @@ class PrancConfig(SeededConfig):
         self,
         stream: tuple[str | int, ...],
         size: int,
-        scale: float,
+        factor: float,
+        fan_in: int = 1,
         offset_scale: float = 0.0,
         streamed: bool = True,
     ) -> LinearGenerator:
         """What makes `size` numbers.
 
         Args:
-            scale: their root mean square where that of the coefficients is 1.
+            factor, fan_in: `factor / sqrt(fan_in)` is their root mean square where that of the coefficients is 1.
             offset_scale: of what is added to them.
             streamed: draw a dense basis again at every use.
         """
         k, version = self.num_coefficients, self.generator_version
         if self.basis == "dense":
-            return RandomBasis(self.seed, stream, k, size, scale * math.sqrt(3 / k), offset_scale, streamed, version)
-        return SparseBasis(self.seed, stream, k, size, scale, self.nnz, offset_scale, version)
+            scale = factor * math.sqrt(3 / (k * fan_in))
+            return RandomBasis(self.seed, stream, k, size, scale, offset_scale, streamed, version)
+        return SparseBasis(self.seed, stream, k, size, factor / math.sqrt(fan_in), self.nnz, offset_scale, version)
