@@ -73,8 +73,8 @@ class PrancConfig(SeededConfig):
         metadata={
             "help": (
                 "What the vector fills: 'weight' (default), the updates of whole weights, as published; 'factors', the "
-                "LoRA factors A, beside a frozen random start, and B of updates of rank r, which cost what LoRA's do and "
-                "learned more with as few coefficients (docs/choosing.md)."
+                "LoRA factors A, beside a frozen random start, and B of updates of rank r, which cost what LoRA's "
+                "do and learned more with as few coefficients (docs/choosing.md)."
             ),
             "generates": True,
         },
@@ -157,10 +157,9 @@ class PrancConfig(SeededConfig):
         if not self.on_factors:
             size = target.size + (target.biases if self.adapt_bias else 0)
             return (self._generator((*stream, fan_out, fan_in), size, factors[0], fan_in),)
+        start = _START / math.sqrt(fan_in)
         return (
-            self._generator(
-                (*stream, A, self.r, fan_in), rows * fan_in, factors[0], offset_scale=_START / math.sqrt(fan_in)
-            ),
+            self._generator((*stream, A, self.r, fan_in), rows * fan_in, factors[0], offset_scale=start),
             self._generator((*stream, B, fan_out, self.r), rows * fan_out, factors[1]),
         )
 
