@@ -131,7 +131,9 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes) -> Update:
+def nola(
+    config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes, before: int
+) -> Update:
     """`A = A0 + sum_i a_i A_i` and `B = sum_j b_j B_j`."""
     out_features, in_features = matrix_shape(layer)
     last = name.rpartition(".")[-1]
@@ -151,11 +153,13 @@ def nola(config: NolaConfig, layer: nn.Module, name: str, coefficients: torch.Te
     return Update(scaling * B @ A, factors=(A, B), scaling=scaling)
 
 
-def pranc(config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes) -> Update:
+def pranc(
+    config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes, before: int
+) -> Update:
     """`basis @ coefficients / sqrt(fan_in)`; or A, beside its random start, and B, both filled from the one vector."""
     shape, k = matrix_shape(layer), config.num_coefficients
     if config.apply_to == "factors":
-        return pranc_factors(config, name, coefficients, shape, shapes)
+        return pranc_factors(config, coefficients, shape, shapes, before)
     adapted = sum(rows * columns for rows, columns in shapes)
     weights, bias = shape[0] * shape[1], getattr(layer, "bias", None)
     biased = config.adapt_bias and bias is not None and not vectors(layer)
@@ -169,23 +173,29 @@ def pranc(config: PrancConfig, layer: nn.Module, name: str, coefficients: torch.
 
 
 def pranc_factors(
-    config: PrancConfig, name: str, coefficients: torch.Tensor, shape: tuple[int, int], shapes: Shapes
+    config: PrancConfig, coefficients: torch.Tensor, shape: tuple[int, int], shapes: Shapes, before: int
 ) -> Update:
     r, k, (rows, columns) = config.r, config.num_coefficients, shape
+    all_rows, all_columns = ([r * each[side] for each in shapes] for side in (0, 1))
     factor_A = factor_B = 1.0
     if config.parametrization == "scaled":
-        factor_A = (r * sum(columns for _, columns in shapes) / k) ** 0.25
-        factor_B = (r * sum(rows for rows, _ in shapes) / k) ** 0.5
-    stream_A = ("pranc", config.basis, name, "A", r, columns)
-    stream_B = ("pranc", config.basis, name, "B", rows, r)
-    start = uniform(config.seed, (*stream_A, "offset"), r * columns).to(coefficients.dtype) * 0.1 / math.sqrt(columns)
-    A = start + factor_A * coefficients @ pranc_basis(config, stream_A, r * columns).to(coefficients.dtype)
-    B = factor_B * coefficients @ pranc_basis(config, stream_B, rows * r).to(coefficients.dtype)
+        factor_A, factor_B = (sum(all_columns) / k) ** 0.25, (sum(all_rows) / k) ** 0.5
+
+    def own(stream: str, sizes: list[int], values: torch.Tensor) -> torch.Tensor:
+        """The layer's part of what is made for all layers at once."""
+        basis = pranc_basis(config, ("pranc", config.basis, stream), sum(sizes)).to(values.dtype)
+        return (values @ basis).split(sizes)[before]
+
+    start = uniform(config.seed, ("pranc", config.basis, "A", "offset"), sum(all_columns)).split(all_columns)[before]
+    A = start.to(coefficients.dtype) * 0.1 / math.sqrt(columns) + own("A", all_columns, factor_A * coefficients)
+    B = own("B", all_rows, factor_B * coefficients)
     A, B, scaling = A.view(r, columns), B.view(rows, r), config.alpha / r
     return Update(scaling * B @ A, factors=(A, B), scaling=scaling)
 
 
-def mcnc(config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes) -> Update:
+def mcnc(
+    config: McncConfig, layer: nn.Module, name: str, coefficients: torch.Tensor, shapes: Shapes, before: int
+) -> Update:
     """Chunks that fill A, beside its random start, and B; or the weight, scaled by `1 / sqrt(fan_in)`."""
     out_features, in_features = matrix_shape(layer)
     d, widths = config.d or 5000, tuple(config.widths)
@@ -248,8 +258,9 @@ def layer_update(config: Any, base: nn.Module, name: str, coefficients: dict[str
     """The update of one layer. PRANC's one vector is with the first."""
     value = next(iter(coefficients.values())) if isinstance(config, PrancConfig) else coefficients[name]
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    shapes = [matrix_shape(base.get_submodule(each)) for each in targets(base, config)]
-    return REFERENCES[type(config)](config, base.get_submodule(name), name, value, shapes)
+    adapted = targets(base, config)
+    shapes = [matrix_shape(base.get_submodule(each)) for each in adapted]
+    return REFERENCES[type(config)](config, base.get_submodule(name), name, value, shapes, adapted.index(name))
 
 
 def updates(config: Any, base: nn.Module, coefficients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -321,26 +321,16 @@ def from_one_vector(
     return sparse(config["seed"], stream, coefficients, size, scale, config["nnz"])
 
 
-class Sums(NamedTuple):
-    """What all adapted modules have together: numbers in their weights, and rows and columns, of all experts."""
-
-    weights: int
-    rows: int
-    columns: int
-
-
-def sums_of(modules: Sequence[Module]) -> Sums:
-    return Sums(
-        sum(each.experts * each.fan_out * each.fan_in for each in modules),
-        sum(each.experts * each.fan_out for each in modules),
-        sum(each.experts * each.fan_in for each in modules),
-    )
+def part_of_all(sizes: Sequence[int], place: int, flat: np.ndarray) -> np.ndarray:
+    """What one module has of numbers that all have together."""
+    start = sum(sizes[:place])
+    return flat[start : start + sizes[place]]
 
 
 def update(
-    config: Mapping[str, Any], module: Module, coefficients: np.ndarray, sums: Sums
+    config: Mapping[str, Any], module: Module, coefficients: np.ndarray, modules: Sequence[Module]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a module's weight, as a matrix, and its bias get."""
+    """What the weight, as a matrix, and the bias of one of the adapted modules get."""
     seed, method, (name, fan_out, fan_in, biases, experts) = config["seed"], config["peft_type"], module
     none = np.zeros(0, np.float32)
     stack = [experts] if experts > 1 else []
@@ -348,20 +338,22 @@ def update(
         weights = experts * fan_out * fan_in
         size = weights + (biases if config["adapt_bias"] else 0)
         stream = ["pranc", config["basis"], name, fan_out, fan_in]
-        scale = pranc_factor(config, sums.weights) / math.sqrt(fan_in)
+        adapted = sum(each.experts * each.fan_out * each.fan_in for each in modules)
+        scale = pranc_factor(config, adapted) / math.sqrt(fan_in)
         flat = from_one_vector(config, stream, coefficients, size, scale)
         return flat[:weights].reshape(*stack, fan_out, fan_in), flat[weights:]
     if method == "MCNC" and config["apply_to"] == "weight":
         flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in), "weight")
         return flat.reshape(*stack, fan_out, fan_in), none
     if method == "PRANC":
-        r, alpha = config["r"], config["alpha"]
-        size_A, size_B = experts * r * fan_in, experts * fan_out * r
-        stream_A: list[Any] = ["pranc", config["basis"], name, "A", r, fan_in]
-        stream_B: list[Any] = ["pranc", config["basis"], name, "B", fan_out, r]
-        A = from_one_vector(config, stream_A, coefficients, size_A, math.sqrt(pranc_factor(config, r * sums.columns)))
-        A = A + offset(seed, [*stream_A, "offset"], size_A, 0.1 / math.sqrt(fan_in))
-        B = from_one_vector(config, stream_B, coefficients, size_B, pranc_factor(config, r * sums.rows))
+        r, alpha, place = config["r"], config["alpha"], list(modules).index(module)
+        all_A = [each.experts * r * each.fan_in for each in modules]
+        all_B = [each.experts * each.fan_out * r for each in modules]
+        scale_A, scale_B = math.sqrt(pranc_factor(config, sum(all_A))), pranc_factor(config, sum(all_B))
+        start = offset(seed, ["pranc", "sparse", "A", "offset"], sum(all_A), 0.1 / math.sqrt(fan_in))
+        A = sparse(seed, ["pranc", "sparse", "A"], coefficients, sum(all_A), scale_A, config["nnz"]) + start
+        B = sparse(seed, ["pranc", "sparse", "B"], coefficients, sum(all_B), scale_B, config["nnz"])
+        A, B = part_of_all(all_A, place, A), part_of_all(all_B, place, B)
     elif method == "MCNC":
         r, alpha = config["r"], config["alpha"]
         size_A = experts * r * fan_in

@@ -11,7 +11,7 @@ import numpy as np
 import tiny_models
 import torch
 from peft import PeftModel, get_peft_model
-from reference_reader import Module, Parameter, base_weight, read_adapter, read_network, sums_of, update
+from reference_reader import Module, Parameter, base_weight, read_adapter, read_network, update
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -103,14 +103,13 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
             "target_modules": LAYERS,
         },
     ),
-    "pranc-factors-dense": (
+    "pranc-factors-experts": (
         "experts",
         PrancConfig,
         {
             "num_coefficients": 13,
             "apply_to": "factors",
             "r": 2,
-            "basis": "dense",
             "target_modules": ["o_proj"],
             "target_parameters": EXPERTS,
         },
@@ -276,14 +275,14 @@ def rebuilt_weights(case: str, folder: Path) -> dict[str, np.ndarray]:
     modules = list(_modules(base, fields))
     data = (folder / "adapter_model.safetensors").read_bytes()
     coefficients, _ = read_adapter(config, data, [module for module, _, _ in modules])
-    sums = sums_of([module for module, _, _ in modules])
+    adapted = [module for module, _, _ in modules]
     found = {}
     for module, kind, shape in modules:
         own = coefficients[module.name]
         if kind == "tokens":
             found[f"{module.name}.tokens"] = own.reshape(shape)
             continue
-        matrix, bias = update(config, module, own, sums)
+        matrix, bias = update(config, module, own, adapted)
         found[module.name.removesuffix(".weight") + ".weight"] = base_weight(matrix, kind, shape)
         if len(bias):
             found[f"{module.name}.bias"] = bias

@@ -86,10 +86,10 @@ class Frozen:
 
 
 def uniform_tensor(
-    seed: int, stream: tuple[str | int, ...], shape: tuple[int, ...], factor: float, version: int
+    seed: int, stream: tuple[str | int, ...], shape: tuple[int, ...], factor: float, version: int, start: int = 0
 ) -> torch.Tensor:
-    """The start of a stream of random numbers as a tensor, times a factor."""
-    tensor = randomness.uniform(seed, stream, torch.Size(shape).numel(), 0, version).view(shape)
+    """The numbers of a random stream from `start` on as a tensor, times a factor."""
+    tensor = randomness.uniform(seed, stream, torch.Size(shape).numel(), start, version).view(shape)
     return tensor if factor == 1.0 else tensor.mul_(factor)
 
 

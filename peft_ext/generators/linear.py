@@ -28,9 +28,9 @@ class LinearGenerator(Generator):
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """`x @ basis`, or `x @ basis.T` for the adjoint; the last dimension of `x` is the one multiplied."""
 
-    def _keep_offset(self, seed: int, stream: tuple[str | int, ...], version: int) -> None:
-        """Makes the offset of the start of a stream; it is drawn at first use, if there is one."""
-        offset = (uniform_tensor, seed, (*stream, "offset"), (self.size,), self.offset_scale, version)
+    def _keep_offset(self, seed: int, stream: tuple[str | int, ...], version: int, start: int = 0) -> None:
+        """Makes the offset of numbers of a stream; it is drawn at first use, if there is one."""
+        offset = (uniform_tensor, seed, (*stream, "offset"), (self.size,), self.offset_scale, version, start)
         object.__setattr__(self, "_offset", Frozen(*offset, keep=False) if self.streamed else Frozen.shared(*offset))
 
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,10 @@ def _part(x: torch.Tensor, span: slice) -> torch.Tensor:
 class SparseBasis(LinearGenerator):
     """`offset + scale * coefficients @ basis` for a frozen basis with `nnz` nonzero entries in every column.
 
-    Each of the `size` weights reads `nnz` coefficients, each with a random sign. The weights are cut into runs of
+    The weights can be a part of a longer sequence: the `size` ones from weight `start` on. What follows is said of the
+    whole sequence, of `total` weights, and of its streams.
+
+    Each of the weights reads `nnz` coefficients, each with a random sign. The weights are cut into runs of
     `num_coefficients`, and every run reads each coefficient once, in an order of its own; the last run may be
     shorter. So with `nnz=1` the vectors of the basis have disjoint supports: they are orthogonal, and a factor next
     to 1 gives them one and the same norm, `scale * sqrt(size / num_coefficients)`. (Where there are fewer weights
@@ -171,6 +174,8 @@ class SparseBasis(LinearGenerator):
         scale: root mean square of a weight when that of the coefficients is 1.
         nnz: coefficients that a weight reads, times `1 / sqrt(nnz)`.
         offset_scale: factor on the offset, whose entries are uniform on [-1, 1) before; 0 for none.
+        start: the place of the first weight in the whole sequence.
+        total: weights of the whole sequence; `size` if 0.
         version: of the randomness specification.
     """
 
@@ -181,17 +186,23 @@ class SparseBasis(LinearGenerator):
     scale: float = 1.0
     nnz: int = 1
     offset_scale: float = 0.0
+    start: int = 0
+    total: int = 0
     version: int = randomness.GENERATOR_VERSION
     _reads: tuple[Frozen, ...] = field(init=False, compare=False)
     _factors: tuple[Frozen, ...] = field(init=False, compare=False)
     _offset: Frozen = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        arguments = (self.num_coefficients, self.size, self.version)
-        for name, make in (("_reads", _signed_assignment), ("_factors", _column_factors)):
-            frozen = [Frozen.shared(make, self.seed, self.stream, t, *arguments) for t in range(self.nnz)]
+        k, version = self.num_coefficients, self.version
+        made: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
+            ("_reads", _signed_assignment, (self.start, self.size)),
+            ("_factors", _column_factors, (self.total or self.size,)),
+        )
+        for name, make, span in made:
+            frozen = [Frozen.shared(make, self.seed, self.stream, t, k, *span, version) for t in range(self.nnz)]
             object.__setattr__(self, name, tuple(frozen))
-        self._keep_offset(self.seed, self.stream, self.version)
+        self._keep_offset(self.seed, self.stream, self.version, self.start)
 
     @property
     def frozen(self) -> tuple[Frozen, ...]:
@@ -270,18 +281,20 @@ def index_type(num_coefficients: int) -> torch.dtype:
 
 
 def _signed_assignment(
-    seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, size: int, version: int
+    seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, first: int, size: int, version: int
 ) -> torch.Tensor:
-    """Which coefficient each weight reads, plus `num_coefficients` where its sign is -1: integers `(size,)`."""
-    result = torch.empty(size, dtype=index_type(num_coefficients))
+    """Which coefficient each weight from `first` on reads, plus `num_coefficients` where its sign is -1: `(size,)`."""
+    skipped = first % num_coefficients  # of the first run
+    begin, end = first - skipped, first + size
+    result = torch.empty(skipped + size, dtype=index_type(num_coefficients))
     step = max(1, _CHUNK // num_coefficients) * num_coefficients
-    for start in range(0, size, step):
-        runs = -(-min(step, size - start) // num_coefficients)
+    for start in range(begin, end, step):
+        runs = -(-min(step, end - start) // num_coefficients)
         keys = randomness.uniform(seed, (*stream, "order", t), runs * num_coefficients, start, version)
-        order = keys.view(runs, num_coefficients).argsort(dim=1, stable=True).flatten()[: size - start]
+        order = keys.view(runs, num_coefficients).argsort(dim=1, stable=True).flatten()[: end - start]
         negative = randomness.uniform(seed, (*stream, "sign", t), len(order), start, version) < 0
-        result[start : start + len(order)] = order + negative * num_coefficients
-    return result
+        result[start - begin : start - begin + len(order)] = order + negative * num_coefficients
+    return result[skipped:].clone() if skipped else result
 
 
 def _column_factors(

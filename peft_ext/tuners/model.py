@@ -25,7 +25,7 @@ from .expansion import SharedExpansion
 from .expert_layers import SeededExperts, parameter_target
 from .layers import SeededLayer, execution_device, layer_kind, target_of
 from .mixed import MixedBatch, Pool
-from .target import Sums, Target, shape_counts, sums_of
+from .target import Target, shape_counts, together
 from .target_parameters import Place, parameter_hint, resolve
 
 _KINDS = {
@@ -69,10 +69,9 @@ class SeededModel(CheckpointedModel):
     ) -> None:
         self._mixed = None
         self._expansions: dict[Any, SharedExpansion] = {}
-        self._saved_names: dict[str, str] = {}
+        self._found: dict[str, Target] = {}  # the targets by name, with the names that they were saved by
         self._targets_from_state_dict = state_dict is not None
         self._places: list[Place] = []
-        self._sums = Sums()  # of all targets
         with warnings.catch_warnings():
             # PEFT matches patterns with the names of modules alone.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
@@ -246,8 +245,7 @@ class SeededModel(CheckpointedModel):
         if peft_config.identity is not None:
             identity = Identity(peft_config.generating(), [peft_config.described(target) for target in saved])
             check_identity(peft_config.identity, identity, "in adapter_config.json")
-        self._sums = sums_of(found)
-        self._saved_names = {target.name: name.name for target, name in zip(found, saved)}
+        self._found = {target.name: described for target, described in zip(found, together(saved))}
         if found:
             peft_config.check_sizes(found)
 
@@ -290,13 +288,12 @@ class SeededModel(CheckpointedModel):
         if parameter_name is None and self._check_tied_module_exists(peft_config, current_key):
             self._tie(peft_config, adapter_name, target, target_name, parent)
             return
-        saved_name = self._saved_names.get(module_name, module_name)
         existing = target
         if parameter_name is not None and isinstance(target, SeededExperts):
             existing = target.adapting(parameter_name) or target
         if isinstance(existing, self.tuner_layer_cls) and existing.parameter_name == (parameter_name or "weight"):
             target = existing
-            described = target.target(saved_name)._replace(sums=self._sums)
+            described = self._found.get(module_name) or target.target(module_name)
             target.update_layer(adapter_name, peft_config, described, self._expansions)
             self._record(peft_config, adapter_name, target, described)
             return
@@ -309,7 +306,7 @@ class SeededModel(CheckpointedModel):
                 f"{module_name!r}, a {type(target).__name__}, cannot be adapted with {peft_config.method_name}."
             )
         layer = self.layer_classes[kind](target, fan_in_fan_out=peft_config.fan_in_fan_out, **options)
-        described = layer.target(saved_name)._replace(sums=self._sums)
+        described = self._found.get(module_name) or layer.target(module_name)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, peft_config, described, self._expansions)
         self._record(peft_config, adapter_name, layer, described)

@@ -33,6 +33,7 @@ class Target(NamedTuple):
         biases: numbers in its bias.
         experts: how many matrices the weight is a stack of.
         sums: of all modules of the adapter, this one among them; see `together`.
+        before: of those that come before it in the model.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target(NamedTuple):
     biases: int = 0
     experts: int = 1
     sums: Sums = Sums()
+    before: Sums = Sums()
 
     @property
     def size(self) -> int:
@@ -55,9 +57,13 @@ def sums_of(targets: Iterable[Target]) -> Sums:
 
 
 def together(targets: Sequence[Target]) -> list[Target]:
-    """The targets of one adapter, each with what they have together."""
-    sums = sums_of(targets)
-    return [target._replace(sums=sums) for target in targets]
+    """The targets of one adapter, in the order of the model, each with what they have together."""
+    sums, before = sums_of(targets), Sums()
+    found = []
+    for target in targets:
+        found.append(target._replace(sums=sums, before=before))
+        before = Sums(*map(sum, zip(before, sums_of([target]))))
+    return found
 
 
 def network_target(size: int) -> Target:

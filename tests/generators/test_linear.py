@@ -273,3 +273,23 @@ def test_known_numbers_of_a_sparse_basis() -> None:
     weights = SparseBasis(5, STREAM, 3, 8, scale=0.5, nnz=2).expand(coefficients)
     expected = [0.7491494, 74.1581650, 0.6666667, 0.6666667, 36.6666679, -36.7423473, -30.0, -0.6666667]
     torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    k=st.integers(1, 12),
+    nnz=st.integers(1, 2),
+    chunk=st.sampled_from([1, 16, 1 << 22]),
+)
+def test_parts_of_a_sparse_basis_are_parts_of_the_whole(sizes: list[int], k: int, nnz: int, chunk: int) -> None:
+    """Of the weights, the offset and the vectors' norms, however the sequence is cut."""
+    total, options = sum(sizes), {"scale": 0.3, "nnz": min(nnz, k), "offset_scale": 0.5}
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    with chunks_of(chunk):
+        whole = SparseBasis(5, STREAM, k, total, **options).expand(torch.ones(k))
+        parts = [
+            SparseBasis(5, STREAM, k, size, **options, start=start, total=total).expand(torch.ones(k))
+            for size, start in zip(sizes, starts)
+        ]
+    assert torch.equal(torch.cat(parts), whole)

@@ -725,7 +725,7 @@ def test_another_adapter_does_not_change_the_first(method: str) -> None:
     assert torch.equal(model(x, PATH), alone(x, PATH))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "PRANC, factors"])
 def test_fewer_targets_leave_the_others_alone(method: str) -> None:
     """An update does not depend on what else is adapted; where layers have bases of their own, they differ."""
     found = []

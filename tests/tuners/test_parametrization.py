@@ -53,7 +53,6 @@ def first_order(config: Any, draws: int = 12) -> float:
         McncConfig(r=4, k=2, d=64, widths=(16,)),
         PrancConfig(r=4, num_coefficients=20, apply_to="factors"),
         PrancConfig(r=4, num_coefficients=100, nnz=3, apply_to="factors"),
-        PrancConfig(r=4, num_coefficients=20, basis="dense", apply_to="factors"),
     ],
     ids=[
         "8 bases",
@@ -62,7 +61,6 @@ def first_order(config: Any, draws: int = 12) -> float:
         "chunks of 64",
         "one vector of 20",
         "one of 100, three a number",
-        "one of 20, dense",
     ],
 )
 def test_a_first_step_of_factors_is_one_of_lora(config: Any) -> None:

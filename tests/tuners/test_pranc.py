@@ -424,6 +424,8 @@ def test_targets_from_a_state_dict_are_refused(snapshot: Callable[[nn.Module], d
 def test_what_fills_factors_has_no_biases_and_no_norms() -> None:
     with pytest.raises(ValueError, match="`adapt_bias` must be False with apply_to='factors'"):
         PrancConfig(apply_to="factors", adapt_bias=True)
+    with pytest.raises(ValueError, match="`basis` must be 'sparse' with apply_to='factors', got 'dense'"):
+        PrancConfig(apply_to="factors", basis="dense")
     with pytest.raises(ValueError, match="`target_modules` matches 'norm', a LayerNorm, which PRANC cannot adapt"):
         get_peft_model(tiny_models.Layers(), config_of("PRANC, factors", target_modules=["first", "norm"]))
     with pytest.raises(ValueError, match="`apply_to` must be 'weight' for PRANC to make a whole network"):

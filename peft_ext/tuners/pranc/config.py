@@ -105,6 +105,8 @@ class PrancConfig(SeededConfig):
         check_number("alpha", self.alpha)
         if self.on_factors and self.adapt_bias:
             raise ValueError("`adapt_bias` must be False with apply_to='factors', which biases have none of, got True.")
+        if self.on_factors and self.basis != "sparse":
+            raise ValueError(f"`basis` must be 'sparse' with apply_to='factors', got {self.basis!r}.")
 
     @property
     def on_factors(self) -> bool:
@@ -148,19 +150,37 @@ class PrancConfig(SeededConfig):
     def generators(self, target: Target) -> tuple[LinearGenerator, ...]:
         """What makes the update of a module's weights, and of its biases behind them with `adapt_bias`.
 
-        On factors: what makes A `(r, fan_in)`, and what makes B `(fan_out, r)`, from the same coefficients. A has an
-        offset, uniform on [-0.1, 0.1) / sqrt(fan_in), a tenth of LoRA's usual initialisation and about as small as
-        UniLoRA's: from LoRA's, less was learned. Those of experts are all A, and all B.
+        On factors: what makes A `(r, fan_in)`, and what makes B `(fan_out, r)`, from the same coefficients. The A of
+        all modules, in the order of the model, are one sequence, of which equally many numbers read each coefficient,
+        and so are the B: with a basis for each module, less was learned. A has an offset, uniform on
+        [-0.1, 0.1) / sqrt(fan_in), a tenth of LoRA's usual initialisation and about as small as UniLoRA's. Those of
+        experts are all A, and all B.
         """
-        factors, stream = self.factors(target), ("pranc", self.basis, target.name)
-        fan_out, fan_in, rows = target.fan_out, target.fan_in, target.experts * self.r
+        factors, fan_out, fan_in = self.factors(target), target.fan_out, target.fan_in
         if not self.on_factors:
             size = target.size + (target.biases if self.adapt_bias else 0)
-            return (self._generator((*stream, fan_out, fan_in), size, factors[0], fan_in),)
-        start = _START / math.sqrt(fan_in)
+            stream = ("pranc", self.basis, target.name, fan_out, fan_in)
+            return (self._generator(stream, size, factors[0], fan_in),)
+        rows, start = target.experts * self.r, _START / math.sqrt(fan_in)
+        before, sums = target.before, target.sums
         return (
-            self._generator((*stream, A, self.r, fan_in), rows * fan_in, factors[0], offset_scale=start),
-            self._generator((*stream, B, fan_out, self.r), rows * fan_out, factors[1]),
+            self._part(A, rows * fan_in, factors[0], start, before.columns, sums.columns),
+            self._part(B, fan_out * rows, factors[1], 0.0, before.rows, sums.rows),
+        )
+
+    def _part(self, kind: str, size: int, factor: float, offset_scale: float, before: int, total: int) -> SparseBasis:
+        """What makes `size` numbers of the sequence of all factors `A` or `B`, of rows or columns of length `r`."""
+        stream, place = ("pranc", self.basis, kind), (self.r * before, self.r * total)
+        return SparseBasis(
+            self.seed,
+            stream,
+            self.num_coefficients,
+            size,
+            factor,
+            self.nnz,
+            offset_scale,
+            *place,
+            version=self.generator_version,
         )
 
     def scaled_factors(self, target: Target) -> list[float]:
@@ -212,18 +232,15 @@ class PrancConfig(SeededConfig):
         size: int,
         factor: float,
         fan_in: int = 1,
-        offset_scale: float = 0.0,
         streamed: bool = True,
     ) -> LinearGenerator:
-        """What makes `size` numbers.
+        """What makes `size` weights, of root mean square `factor / sqrt(fan_in)` where that of the coefficients is 1.
 
         Args:
-            factor, fan_in: `factor / sqrt(fan_in)` is their root mean square where that of the coefficients is 1.
-            offset_scale: of what is added to them.
             streamed: draw a dense basis again at every use.
         """
         k, version = self.num_coefficients, self.generator_version
         if self.basis == "dense":
             scale = factor * math.sqrt(3 / (k * fan_in))
-            return RandomBasis(self.seed, stream, k, size, scale, offset_scale, streamed, version)
-        return SparseBasis(self.seed, stream, k, size, factor / math.sqrt(fan_in), self.nnz, offset_scale, version)
+            return RandomBasis(self.seed, stream, k, size, scale, streamed=streamed, version=version)
+        return SparseBasis(self.seed, stream, k, size, factor / math.sqrt(fan_in), self.nnz, version=version)
