@@ -102,7 +102,9 @@ def plot_front(found: Sequence[Point], name: str, ylabel: str, title: str, path:
     if best:
         axis.step([point.size for point in best], [point.mean(name) for point in best], color="0.4", linewidth=1,
                   where="post", zorder=0, label="front")  # fmt: skip
-    for point in best:
+    for before, point in zip([None, *best], best):
+        if before and before.label == point.label:  # in another type; a second label would be over the first one
+            continue
         label = point.label if point.dtype == "float32" else f"{point.label}, {point.dtype}"
         axis.annotate(label, (point.size, point.mean(name)), xytext=(3, -9 if name == "loss" else 5),
                       textcoords="offset points", fontsize=6)  # fmt: skip
