@@ -25,6 +25,7 @@ from .. import lines
 from . import learning_rates
 from .contestants import Contestant
 from .runs import RATES, RunArguments, grid, load
+from .summary import mean_loss
 from .task import QualityTask, Sources
 
 FILE = "quality.jsonl"
@@ -69,12 +70,13 @@ def search(
     ahead = list(rates)
     while ahead:
         for rate in ahead:
-            for count, run in enumerate(grid(task, contestant, [rate], seeds)):
-                loss = run.line(known, command)["loss"]
-                if loss is None:
-                    losses[rate] = math.inf
+            rows = []
+            for run in grid(task, contestant, [rate], seeds):
+                rows.append(run.line(known, command))
+                if rows[-1]["loss"] is None:
                     break
-                losses[rate] = (losses.get(rate, 0.0) * count + loss) / (count + 1)
+            if rows:
+                losses[rate] = mean_loss(rows)
         ahead = _beyond(losses)
     finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
     return min(finite, key=losses.__getitem__, default=None), sorted(losses)

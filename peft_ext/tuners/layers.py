@@ -249,6 +249,11 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         The weights may all have one more dimension, the first, of adapters; what is returned has it then too.
         """
 
+    def _factors(self, A: torch.Tensor, B: torch.Tensor, r: int) -> Update:
+        """A `(..., r, fan_in)` and B `(..., fan_out, r)`, with a dimension for experts, from their numbers in a row."""
+        several = (*A.shape[:-1], *self.stack)
+        return A.reshape(*several, r, self.fan_in), B.reshape(*several, self.fan_out, r)
+
     def get_base_weight(self) -> torch.Tensor:
         if getattr(getattr(self.get_base_layer().weight, "quant_state", None), "packing_format_for_cpu", False):
             # In evaluation on a CPU, bitsandbytes rearranges 4-bit weights, and what dequantizes them does not know.

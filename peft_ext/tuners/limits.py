@@ -28,6 +28,13 @@ def check_memory(fields: str, what: str, numbers: int, targets: Sequence[Target]
         )
 
 
+def check_rank(r: int, numbers: int, targets: Sequence[Target]) -> None:
+    """Raises a ValueError if factors of rank `r`, of so many numbers, are out of proportion to the adapted weights."""
+    widest = max(max(target.fan_out, target.fan_in) for target in targets)
+    check_multiple("r", r, widest, "columns or rows of the largest module")
+    check_memory("`r`", "the factors", numbers, targets)
+
+
 def check_multiple(field: str, value: int, size: int, what: str) -> None:
     """Raises a ValueError if a number of a configuration is more than `MULTIPLE` times a size of the model."""
     if value > MULTIPLE * size:

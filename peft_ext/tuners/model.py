@@ -206,7 +206,7 @@ class SeededModel(CheckpointedModel):
         targets: dict[str, nn.Module] = {}
         adaptable: set[str] = set()
         inside_adapted: tuple[str, ...] = ()
-        kinds = self.kinds(peft_config)
+        kinds = self.adaptable_kinds(peft_config)
         for name, module in model.named_modules():
             if not name or name.startswith(inside_adapted):
                 continue
@@ -249,7 +249,7 @@ class SeededModel(CheckpointedModel):
         if found:
             peft_config.check_sizes(found)
 
-    def kinds(self, peft_config: Any) -> list[str]:
+    def adaptable_kinds(self, peft_config: Any) -> list[str]:
         """The kinds of layers that an adapter of some configuration can adapt."""
         return list(self.layer_classes)
 

@@ -15,7 +15,7 @@ from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
 from ..config import SCALED, SeededConfig, beside_a_start, documented
-from ..limits import check_memory, check_multiple
+from ..limits import check_memory, check_rank
 from ..network import UPDATE, A, B, Filling, Part, check_default, factor_parts, size_of, whole_parts
 from ..target import Target
 
@@ -197,9 +197,7 @@ class McncConfig(SeededConfig):
         sizes = [size for target in targets for size in self.sizes(target.fan_out, target.fan_in, target.experts)]
         factors = self.apply_to == "factors"
         if factors:
-            widest = max(max(target.fan_out, target.fan_in) for target in targets)
-            check_multiple("r", self.r, widest, "columns or rows of the largest module")
-            check_memory("`r`", "the factors", sum(sizes), targets)
+            check_rank(self.r, sum(sizes), targets)
         if self.d is not None and self.d > max(sizes):
             what = "the largest factor" if factors else "the largest"
             raise ValueError(

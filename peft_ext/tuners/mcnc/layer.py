@@ -53,14 +53,12 @@ class McncLayer(SeededLayer):
 
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, None]:
         weights = [weight.to(self._dtype(adapter)) for weight in weights]
-        several = weights[0].shape[:-1]
         r = self.r[adapter]
         if not r:
-            return weights[0].view(*several, *self.stack, self.fan_out, self.fan_in), None
+            return weights[0].view(*weights[0].shape[:-1], *self.stack, self.fan_out, self.fan_in), None
         if len(weights) == 1:  # both factors in one sequence
             weights = list(weights[0].split((self.experts * r * self.fan_in, self.experts * self.fan_out * r), dim=-1))
-        several = (*several, *self.stack)  # type: ignore[assignment]
-        return (weights[0].reshape(*several, r, self.fan_in), weights[1].reshape(*several, self.fan_out, r)), None
+        return self._factors(weights[0], weights[1], r), None
 
 
 class McncLinear(McncLayer, SeededLinear):

@@ -13,7 +13,7 @@ from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator, index_type
 from ..config import ELSEWHERE, SeededConfig, beside_a_start, documented, weighted_sum
-from ..limits import check_memory, check_multiple
+from ..limits import check_memory, check_rank
 from ..network import A, B, Filling, whole_parts
 from ..target import Target, network_target, sums_of
 
@@ -131,10 +131,8 @@ class PrancConfig(SeededConfig):
         sums = sums_of(targets)
         size, what = sums.weights, "weights that they update"
         if self.on_factors:
-            widest = max(max(target.fan_out, target.fan_in) for target in targets)
-            check_multiple("r", self.r, widest, "columns or rows of the largest module")
             size, what = self.r * (sums.rows + sums.columns), "entries of the factors that they fill"
-            check_memory("`r`", "the factors", size, targets)
+            check_rank(self.r, size, targets)
         if self.num_coefficients > size:
             raise ValueError(
                 f"`num_coefficients` must be at most the number of {what}, {size} in the {len(targets)} target "

@@ -96,8 +96,7 @@ class PrancLayer(SeededLayer):
     def assemble(self, adapter: str, weights: list[torch.Tensor]) -> tuple[Update, torch.Tensor | None]:
         flat, *others = (weight.to(self._dtype(adapter)) for weight in weights)
         if others:
-            several, r = (*flat.shape[:-1], *self.stack), self.r[adapter]
-            return (flat.reshape(*several, r, self.fan_in), others[0].reshape(*several, self.fan_out, r)), None
+            return self._factors(flat, others[0], self.r[adapter]), None
         size = self._size
         bias = flat[..., size:] if flat.shape[-1] > size else None
         return flat[..., :size].reshape(*flat.shape[:-1], *self.stack, self.fan_out, self.fan_in), bias

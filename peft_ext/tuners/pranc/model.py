@@ -23,8 +23,8 @@ class PrancModel(SeededModel):
         "vector": PrancVector,
     }
 
-    def kinds(self, peft_config: Any) -> list[str]:
-        return [kind for kind in super().kinds(peft_config) if kind != "vector" or not peft_config.on_factors]
+    def adaptable_kinds(self, peft_config: Any) -> list[str]:
+        return [kind for kind in super().adaptable_kinds(peft_config) if kind != "vector" or not peft_config.on_factors]
 
     def inject_adapter(self, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
         if state_dict is not None:
