@@ -4,7 +4,7 @@
     python -m benchmarks report scaling
 
 The model is a chain of linear layers, `hidden -> inner -> hidden -> ...`. One of its sizes grows, the others stay at
-small values; a step is a forward and backward pass of few tokens and a step of AdamW. Every method is timed in turn
+small values; a step is a forward and backward pass of 512 tokens and a step of AdamW. Every method is timed in turn
 with LoRA of the same rank. Adds a line a point and method to `scaling.jsonl`; those that are there are not measured
 again.
 """
@@ -58,16 +58,19 @@ LABELS = {
     "layers": "layers",
     "hidden": "hidden size (one layer)",
     "rank": "rank",
-    "bases": "bases (PRANC: coefficients / 40)",
+    "bases": "bases (PRANC: coefficients / 8)",
 }
 BASELINE = "LoRA"
 METHODS: dict[str, Callable[[Point, list[str]], peft.PeftConfig]] = {
     BASELINE: lambda point, targets: peft.LoraConfig(r=point.rank, target_modules=targets),
     "NOLA": lambda point, targets: peft_ext.NolaConfig(r=point.rank, num_basis=point.bases, target_modules=targets),
-    "PRANC": lambda point, targets: peft_ext.PrancConfig(num_coefficients=40 * point.bases, target_modules=targets),
+    "PRANC": lambda point, targets: peft_ext.PrancConfig(num_coefficients=8 * point.bases, target_modules=targets),
+    "PRANC on factors": lambda point, targets: peft_ext.PrancConfig(
+        num_coefficients=8 * point.bases, apply_to="factors", r=point.rank, target_modules=targets
+    ),
     "MCNC": lambda point, targets: peft_ext.McncConfig(r=point.rank, target_modules=targets),
 }
-"""The methods compared; with 256 bases PRANC has 10,240 coefficients."""
+"""The methods compared; PRANC has as many coefficients as NOLA in four layers."""
 _UNCHANGED = {("rank", "PRANC"), ("bases", "MCNC"), ("bases", BASELINE)}  # what an axis does not change
 
 
@@ -77,7 +80,7 @@ class Arguments:
 
     axes: list[str] = field(default_factory=lambda: list(AXES), metadata={"help": f"Of {', '.join(AXES)}."})
     largest: int = field(default=4096, metadata={"help": "The largest hidden size."})
-    tokens: int = field(default=32, metadata={"help": "Tokens in a step."})
+    tokens: int = field(default=512, metadata={"help": "Tokens in a step."})
     pairs: int = field(default=9, metadata={"help": "Pairs of steps."})
     output: str = field(default=str(lines.RESULTS), metadata={"help": "Folder of the file with the results."})
 

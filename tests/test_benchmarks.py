@@ -317,25 +317,27 @@ def test_step_time_measures_what_has_no_line(tmp_path, monkeypatch, capsys):
 def test_scaling_grows_one_size_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "WIDTHS", {8: 24, 16: 40})
     axes = {"hidden": [scaling.Point(2, hidden, 4, 3) for hidden in (8, 16)], "bases": [scaling.Point(2, 8, 4, 2)]}
+    everything = ("LoRA", "NOLA", "PRANC", "PRANC on factors", "MCNC")
     monkeypatch.setattr(scaling, "AXES", axes)
     given = ["--pairs", "7", "--tokens", "16", "--output", str(tmp_path)]
     scaling.main(["--axes", "hidden", "--largest", "8", *given])
     scaling.main(given)
     rows = lines.read(tmp_path / "scaling.jsonl")
     assert [(row["axis"], row["hidden"], row["method"]) for row in rows] == [
-        *(("hidden", hidden, method) for hidden in (8, 16) for method in ("LoRA", "NOLA", "PRANC", "MCNC")),
-        *(("bases", 8, method) for method in ("NOLA", "PRANC")),
+        *(("hidden", hidden, method) for hidden in (8, 16) for method in everything),
+        *(("bases", 8, method) for method in everything[1:4]),
     ]
-    lora, nola, pranc = rows[:3]
+    lora, nola, pranc, factors = rows[:4]
     assert lora["generator_bytes"] == 0 and lora["trainable"] == 2 * 4 * (8 + 24)
     assert nola["generator_bytes"] == 4 * 2 * 3 * 4 * (8 + 24) + 4 * 4 * (8 + 24) and nola["trainable"] == 2 * 2 * 3
-    assert pranc["generator_bytes"] == 2 * 2 * 8 * 24 + 4 * 2 * 120 and pranc["trainable"] == 120
+    assert pranc["generator_bytes"] == 2 * 2 * 8 * 24 + 4 * 2 * 24 and pranc["trainable"] == 24
+    assert factors["generator_bytes"] == (2 + 4 + 2) * 4 * (8 + 24) + 2 * 4 * 24 and factors["trainable"] == 24
     check_provenance(pranc, "scaling", tmp_path)
 
     monkeypatch.setattr(scaling, "measure", None)
     scaling.main(given)
     entry.main(["report", "scaling", "--results", str(tmp_path), "--output", str(tmp_path / "plots")])
-    assert capsys.readouterr().out.count("PRANC") == 1 + 3 * 3
+    assert capsys.readouterr().out.count("PRANC") == 2 + 3 * 6
     assert (tmp_path / "plots" / "scaling.png").stat().st_size > 1000
     with pytest.raises(UserError, match="axes: there is no 'base'; there are hidden, bases; did you mean 'bases'"):
         scaling.main(["--axes", "base"])
