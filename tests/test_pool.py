@@ -244,7 +244,10 @@ def test_weights_of_idle_adapters_go_when_the_budget_is_spent(method: str) -> No
 
     def held() -> dict[str, int]:
         layers = [layer for layer in model.modules() if isinstance(layer, model.base_model.tuner_layer_cls)]
-        return {name: sum(e.nbytes for layer in layers for e in layer.expansions[name]) for name in NAMES}
+        return {
+            name: sum(kept.nbytes for kept in {e.kept for layer in layers for e in layer.expansions[name]})
+            for name in NAMES
+        }
 
     def use(name: str) -> torch.Tensor:
         model.set_adapter(name)
@@ -256,8 +259,7 @@ def test_weights_of_idle_adapters_go_when_the_budget_is_spent(method: str) -> No
         sizes = held()
         assert all(sizes.values())
         use("default")
-        layers = [layer for layer in model.modules() if isinstance(layer, model.base_model.tuner_layer_cls)]
-        one = sum(each.nbytes for each in {each for layer in layers for each in layer.expansions["ann"]})
+        one = held()["ann"]
         use("ann")
         use("default")
         set_expansion_budget(2 * one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,11 @@ class LinearGenerator(Generator):
         object.__setattr__(self, "_offset", Frozen(*offset, keep=False) if self.streamed else Frozen.shared(*offset))
 
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
-        flat = self._combined(coefficients)
-        return flat + self._offset.like(coefficients) if self.offset_scale else flat
+        return self.with_offset(self._combined(coefficients))
+
+    def with_offset(self, combined: torch.Tensor) -> torch.Tensor:
+        """The weights, from `coefficients @ basis`."""
+        return combined + self._offset.like(combined) if self.offset_scale else combined
 
     def _combined(self, coefficients: torch.Tensor) -> torch.Tensor:
         """`coefficients @ basis`."""
@@ -164,7 +167,8 @@ class SparseBasis(LinearGenerator):
     `(*stream, "sign", t)`. `t` counts the coefficients that a weight reads. The offset is the start of the stream
     `(*stream, "offset")`.
 
-    What a weight reads is kept in memory, in two bytes for up to 32,768 coefficients and in four for more.
+    What a weight of the whole sequence reads is kept in memory, once for all its parts, in two bytes for up to 32,768
+    coefficients and in four for more.
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -194,15 +198,20 @@ class SparseBasis(LinearGenerator):
     _offset: Frozen = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        k, version = self.num_coefficients, self.version
-        made: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
-            ("_reads", _signed_assignment, (self.start, self.size)),
-            ("_factors", _column_factors, (self.total or self.size,)),
-        )
-        for name, make, span in made:
-            frozen = [Frozen.shared(make, self.seed, self.stream, t, k, *span, version) for t in range(self.nnz)]
+        given = self.num_coefficients, self._total, self.version
+        for name, make in (("_reads", _signed_assignment), ("_factors", _column_factors)):
+            frozen = [Frozen.shared(make, self.seed, self.stream, t, *given) for t in range(self.nnz)]
             object.__setattr__(self, name, tuple(frozen))
         self._keep_offset(self.seed, self.stream, self.version, self.start)
+
+    @property
+    def whole(self) -> SparseBasis:
+        """That of the whole sequence which the weights are a part of, without the offset."""
+        return replace(self, start=0, size=self._total, offset_scale=0.0)
+
+    @property
+    def _total(self) -> int:
+        return self.total or self.size
 
     @property
     def frozen(self) -> tuple[Frozen, ...]:
@@ -210,11 +219,11 @@ class SparseBasis(LinearGenerator):
 
     @property
     def frozen_sizes(self) -> tuple[int, ...]:
-        return (self.nnz * (self.size,) + self.nnz * (self.num_coefficients,) + (self.size,))[: len(self.frozen)]
+        return (self.nnz * (self._total,) + self.nnz * (self.num_coefficients,) + (self.size,))[: len(self.frozen)]
 
     @property
     def frozen_nbytes(self) -> tuple[int, ...]:
-        read = index_type(self.num_coefficients).itemsize * self.size
+        read = index_type(self.num_coefficients).itemsize * self._total
         return self.nnz * (read,) + tuple(4 * size for size in self.frozen_sizes[self.nnz :])
 
     def _product(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
@@ -224,7 +233,7 @@ class SparseBasis(LinearGenerator):
         k, scale = self.num_coefficients, self.scale / math.sqrt(self.nnz)
         parts = []
         for read, factors in zip(self._reads, self._factors):
-            index, factor = read.like(x), factors.like(x)
+            index, factor = read.like(x)[self.start : self.start + self.size], factors.like(x)
             if adjoint:
                 table = _spread(x, index, 2 * k)
                 parts.append((table[..., :k] - table[..., k:]) * factor * scale)
@@ -281,20 +290,18 @@ def index_type(num_coefficients: int) -> torch.dtype:
 
 
 def _signed_assignment(
-    seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, first: int, size: int, version: int
+    seed: int, stream: tuple[str | int, ...], t: int, num_coefficients: int, size: int, version: int
 ) -> torch.Tensor:
-    """Which coefficient each weight from `first` on reads, plus `num_coefficients` where its sign is -1: `(size,)`."""
-    skipped = first % num_coefficients  # of the first run
-    begin, end = first - skipped, first + size
-    result = torch.empty(skipped + size, dtype=index_type(num_coefficients))
+    """Which coefficient each weight reads, plus `num_coefficients` where its sign is -1: shape `(size,)`."""
+    result = torch.empty(size, dtype=index_type(num_coefficients))
     step = max(1, _CHUNK // num_coefficients) * num_coefficients
-    for start in range(begin, end, step):
-        runs = -(-min(step, end - start) // num_coefficients)
+    for start in range(0, size, step):
+        runs = -(-min(step, size - start) // num_coefficients)
         keys = randomness.uniform(seed, (*stream, "order", t), runs * num_coefficients, start, version)
-        order = keys.view(runs, num_coefficients).argsort(dim=1, stable=True).flatten()[: end - start]
+        order = keys.view(runs, num_coefficients).argsort(dim=1, stable=True).flatten()[: size - start]
         negative = randomness.uniform(seed, (*stream, "sign", t), len(order), start, version) < 0
-        result[start - begin : start - begin + len(order)] = order + negative * num_coefficients
-    return result[skipped:].clone() if skipped else result
+        result[start : start + len(order)] = order + negative * num_coefficients
+    return result
 
 
 def _column_factors(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.identity import check_finite
-from ..generators import Generator
+from ..generators import Generator, SparseBasis
 from . import idle
 from .coefficients import Container
 
@@ -59,7 +59,7 @@ class SharedExpansion:
         self.one_vector = one_vector
         self.containers: list[Container] = []
         self.settle: Callable[[], None] | None = None  # verifies loaded coefficients before their first use
-        self._ready: dict[torch.device, _Expanded] = {}
+        self.kept = Kept()
         self._verified = False
         self._sharded = False
 
@@ -80,50 +80,41 @@ class SharedExpansion:
         if torch.compiler.is_compiling() or self._sharded or not is_plain(parameter):
             return self._expand_alone(parameter)
 
-        idle.use(self)
+        idle.use(self.kept)
+        key = self._key(container)
         needs_graph = parameter.requires_grad and torch.is_grad_enabled()
-        ready = self._ready.get(parameter.device)
+        ready = self.kept.ready.get(parameter.device)
         if ready is not None and not self._fits(ready, container, parameter):
             ready = None
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
-            if self.one_vector and ready is not None and not ready.graph and _is_distributed():
+            if self.one_vector and ready is not None and key not in ready.joined and _is_distributed():
                 raise RuntimeError(
                     "Re-entrant gradient checkpointing in several processes gives wrong gradients for coefficients "
                     "that many layers share (PRANC): they would be reduced before all layers have added theirs. Use "
                     "non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
-            value = ready.values[container].flatten() if ready else None
+            value = ready.values[key].flatten() if ready else None
             return _Recomputed.apply(parameter[self.span], self.generator, value).view(self.shape)
-        if ready is not None and not self._serves(ready, container, needs_graph):
+        if ready is not None and not self._serves(ready, key, needs_graph):
             ready = None
         if ready is None:
             ready = self._expand_all(parameter.device)
-            if container not in ready.values:
+            if key not in ready.values:
                 return self._expand_alone(parameter)
+        ready.served.add(key)
         if not needs_graph:
-            ready.served.add(container)
-            return ready.values[container]
-        if len(ready.parameters) == 1:
+            return ready.values[key]
+        if len(ready.graph) == 1:
             # A whole update that was added to the weight is not needed again: kept, it would be one more copy.
-            self._ready.pop(parameter.device, None)
-        ready.served.add(container)
-        return ready.graph[container]
+            self.kept.ready.pop(parameter.device, None)
+        ready.joined.add(key)
+        return ready.graph[key]
 
     def verify(self) -> None:
         """Verifies coefficients that were loaded, before their first use."""
         if self.settle is not None:
             self.settle()
             self.settle = None
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that expanded weights take, which are kept for the next pass."""
-        held = [each for ready in self._ready.values() for each in ready.values.values()]
-        return sum(each.numel() * each.element_size() for each in held)
-
-    def release(self) -> None:
-        """Lets go of expanded weights."""
-        self._ready.clear()
 
     def _check_whole(self, parameter: torch.Tensor) -> None:
         if _is_shard(parameter) or parameter.numel() != self.generator.num_coefficients:
@@ -138,10 +129,10 @@ class SharedExpansion:
             return False
         return parameter.device.type != "cpu" or torch.equal(parameter[self.span], ready.coefficients[container])
 
-    def _serves(self, ready: _Expanded, container: Container, needs_graph: bool) -> bool:
+    def _serves(self, ready: _Expanded, key: object, needs_graph: bool) -> bool:
         if needs_graph:
-            return bool(ready.graph) and container not in ready.served
-        if container in ready.served and ready.stacked.device.type != "cpu":  # another forward pass begins
+            return bool(ready.graph) and key not in ready.served
+        if key in ready.served and ready.stacked.device.type != "cpu":  # another forward pass begins
             if not torch.equal(self._stack(ready.parameters), ready.stacked):
                 return False
             ready.served.clear()
@@ -175,14 +166,27 @@ class SharedExpansion:
                 if not self._verified:
                     check_finite(coefficients.detach())
                     self._verified = True
-                weights = self.generator.expand(coefficients)
+                weights = self._joint.expand(coefficients)
                 expanded.stacked = coefficients.detach()
                 expanded.coefficients = dict(zip(parameters, expanded.stacked.unbind()))
-                expanded.values = dict(zip(parameters, self._split(weights.detach())))
+                expanded.values = dict(zip(self._keys(parameters), self._split(weights.detach())))
                 if weights.requires_grad:
-                    expanded.graph = dict(zip(parameters, self._split(weights)))
-        self._ready[device] = expanded
+                    expanded.graph = dict(zip(self._keys(parameters), self._split(weights)))
+        self.kept.ready[device] = expanded
         return expanded
+
+    @property
+    def _joint(self) -> Generator:
+        """What makes the weights of all layers in one product."""
+        return self.generator
+
+    def _key(self, container: Container) -> object:
+        """What the weights that a layer gets are kept by."""
+        return container
+
+    def _keys(self, parameters: dict[Container, torch.Tensor]) -> Iterable[object]:
+        """Those of all layers."""
+        return parameters
 
     def _stack(self, parameters: dict[Container, torch.Tensor]) -> torch.Tensor:
         return torch.stack([parameter[self.span] for parameter in parameters.values()])
@@ -191,11 +195,63 @@ class SharedExpansion:
         """The weights of each layer. The gradients of several are stacked again; of one there is nothing to copy."""
         return [weights.view(self.shape)] if len(weights) == 1 else weights.view(-1, *self.shape).unbind()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": {}}  # copies and pickles of a model expand for themselves
-
     def __repr__(self) -> str:
-        return f"SharedExpansion({self.generator!r}, {len(self.containers)} layers)"
+        return f"{type(self).__name__}({self.generator!r}, {len(self.containers)} layers)"
+
+
+class PartialExpansion(SharedExpansion):
+    """A layer's part of a sequence of numbers that one vector makes, of all layers in one product.
+
+    Args:
+        generator: of the part.
+        adapter_name: the adapter whose coefficients are read.
+        first: another part of the sequence, if there is one.
+    """
+
+    generator: SparseBasis
+
+    def __init__(self, generator: SparseBasis, adapter_name: str, first: PartialExpansion | None) -> None:
+        span = slice(0, generator.num_coefficients)
+        super().__init__(generator, (generator.size,), adapter_name, span, one_vector=True)
+        self.kept = first.kept if first else self.kept
+        self.parts: list[PartialExpansion] = first.parts if first else []
+        self.parts.append(self)
+        self.parts.sort(key=lambda part: part.generator.start)
+
+    @property
+    def _joint(self) -> Generator:
+        return self.generator.whole
+
+    def _key(self, container: Container) -> object:
+        return self
+
+    def _keys(self, parameters: dict[Container, torch.Tensor]) -> Iterable[object]:
+        return self.parts
+
+    def _split(self, weights: torch.Tensor) -> Iterable[torch.Tensor]:
+        generators = [part.generator for part in self.parts]
+        pieces = weights.flatten().split([generator.size for generator in generators])
+        return [generator.with_offset(piece) for generator, piece in zip(generators, pieces)]
+
+
+class Kept:
+    """What an expansion keeps for the next pass, by device."""
+
+    def __init__(self) -> None:
+        self.ready: dict[torch.device, _Expanded] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        held = [each for ready in self.ready.values() for each in ready.values.values()]
+        return sum(each.numel() * each.element_size() for each in held)
+
+    def release(self) -> None:
+        """Lets go of it."""
+        self.ready.clear()
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()  # copies and pickles of a model expand for themselves
 
 
 class _Expanded:
@@ -206,9 +262,10 @@ class _Expanded:
         self.versions = {container: _version(parameter) for container, parameter in parameters.items()}
         self.stacked = torch.empty(0)
         self.coefficients: dict[Container, torch.Tensor] = {}
-        self.values: dict[Container, torch.Tensor] = {}
-        self.graph: dict[Container, torch.Tensor] = {}
-        self.served: set[Container] = set()
+        self.values: dict[object, torch.Tensor] = {}
+        self.graph: dict[object, torch.Tensor] = {}
+        self.served: set[object] = set()
+        self.joined: set[object] = set()  # those that got theirs with a graph
 
 
 class _Recomputed(torch.autograd.Function):

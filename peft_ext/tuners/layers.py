@@ -313,7 +313,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
         for adapter in before:
             if adapter not in self.active_adapters:
                 for expansion in self.expansions.get(adapter, ()):
-                    idle.keep(expansion)
+                    idle.keep(expansion.kept)
 
     def _scaling_of(self, part: Part) -> float | torch.Tensor:
         """The scaling of every row, of shape `(rows, 1)` if they differ."""

@@ -40,7 +40,7 @@ def read(layer: Any, name: str, base: torch.Tensor) -> torch.Tensor:
     def compute(again: bool = False) -> torch.Tensor:
         if again:  # in a backward pass, in which a vector that many layers share takes kept weights for a mistake
             for expansion in (each for adapter in adapters for each in layer.expansions[adapter] if each.one_vector):
-                expansion.release()
+                expansion.kept.release()
         if mixed:
             raise ValueError(
                 f"The model reads the {name} of an adapted layer, and in a batch with `adapter_names` there is none "

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_ext.generators import Generator, RandomBasis, SineManifold, SparseBasis
-from peft_ext.tuners.expansion import SharedExpansion
+from peft_ext.tuners import expansion as expansion_module
+from peft_ext.tuners.expansion import PartialExpansion, SharedExpansion
 
 COUNT, SHAPE = 4, (2, 3)
 
@@ -242,33 +244,45 @@ def test_a_parameter_container_does_not_outlive_its_model(make):
     assert reference() is None
 
 
-# One vector that many layers read, each with an expansion of its own.
+# One vector that many layers read: each with an expansion of its own, or a part of one.
 
 
-def share(layers: int = 3) -> tuple[list[SharedExpansion], nn.ParameterDict]:
+def share(joined: bool, layers: int = 3) -> tuple[list[SharedExpansion], nn.ParameterDict]:
     container = nn.ParameterDict({"default": nn.Parameter(torch.randn(COUNT))})
-    expansions = []
-    for i in range(layers):
-        basis = SparseBasis(0, ("test", i), COUNT, 6)
-        expansions.append(SharedExpansion(basis, SHAPE, "default", slice(0, COUNT), one_vector=True))
-        expansions[-1].add(container)
+    expansions: list[SharedExpansion] = []
+    for i in reversed(range(layers)):
+        if joined:
+            part = SparseBasis(0, ("test",), COUNT, 6 + i, 1.0, 1, 0.1 * i, 6 * i + i * (i - 1) // 2, 6 * layers + 3)
+            expansion: SharedExpansion = PartialExpansion(part, "default", expansions[0] if expansions else None)
+        else:
+            basis = SparseBasis(0, ("test", i), COUNT, 6)
+            expansion = SharedExpansion(basis, SHAPE, "default", slice(0, COUNT), one_vector=True)
+        expansion.add(container)
+        expansions.append(expansion)
     return expansions, container
 
 
-def test_one_vector_collects_the_gradients_of_all_layers():
-    expansions, container = share()
+@pytest.fixture(params=[False, True], ids=["alone", "parts"])
+def shared(request) -> tuple[list[SharedExpansion], nn.ParameterDict]:
+    return share(request.param)
+
+
+def test_one_vector_collects_the_gradients_of_all_layers(shared):
+    expansions, container = shared
     for passes in (1, 2):
         sum((i + 1) * expansion(container).sum() for i, expansion in enumerate(expansions)).backward()
         total = sum(
-            expansion.generator.vjp(container["default"].detach(), torch.full((6,), float(i + 1)))
+            expansion.generator.vjp(
+                container["default"].detach(), torch.full((expansion.generator.size,), float(i + 1))
+            )
             for i, expansion in enumerate(expansions)
         )
         torch.testing.assert_close(container["default"].grad, passes * total)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_change_of_one_vector_is_noticed_by_all(change):
-    expansions, container = share()
+def test_a_change_of_one_vector_is_noticed_by_all(change, shared):
+    expansions, container = shared
     change = (
         (lambda container: container.update({"default": nn.Parameter(torch.randn(COUNT))}))
         if change is CHANGES["new parameter"]
@@ -281,14 +295,59 @@ def test_a_change_of_one_vector_is_noticed_by_all(change):
             expansion(container)
         change(container)
         for expansion in expansions:
-            right = expansion.generator.expand(container["default"]).view(SHAPE)
-            torch.testing.assert_close(expansion(container), right)
+            right = expansion.generator.expand(container["default"]).view(expansion.shape)
+            assert torch.equal(expansion(container), right)
 
 
 @pytest.mark.parametrize("numbers", [0, COUNT - 1])
-def test_one_vector_that_is_not_whole_is_refused(numbers):
+def test_one_vector_that_is_not_whole_is_refused(numbers, shared):
     """What FSDP leaves of a parameter outside of its unit."""
-    expansions, container = share()
+    expansions, container = shared
     container["default"] = nn.Parameter(torch.randn(numbers))
     with pytest.raises(RuntimeError, match=r"cannot be read.*Wrap the whole model as one unit: `fully_shard\(model\)`"):
         expansions[1](container)
+
+
+def test_parts_are_made_in_one_product(monkeypatch):
+    products = []
+    expand = SparseBasis.expand
+    monkeypatch.setattr(SparseBasis, "expand", lambda self, given: products.append(self.size) or expand(self, given))
+    expansions, container = share(True)
+    sum(expansion(container).sum() for expansion in expansions).backward()
+    assert products == [6 + 7 + 8]
+    with torch.no_grad():
+        for _ in range(2):
+            for expansion in expansions:
+                expansion(container)
+    assert len(products) == 1
+    other, (copied, *_) = copy.deepcopy((container, expansions))
+    copied(other).sum().backward()
+    assert len(copied.parts) == 3 and copied.kept is copied.parts[0].kept is not expansions[0].kept
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("several", [True, False], ids=["several processes", "one process"])
+def test_parts_in_recomputed_blocks(reentrant, several, monkeypatch, shared):
+    """Beside one that is not recomputed. In several processes gradients would be reduced before all are there."""
+    expansions, container = shared
+    monkeypatch.setattr(expansion_module, "_is_distributed", lambda: several)
+    x = torch.ones((), requires_grad=True)
+
+    def weigh(i: int, x: torch.Tensor) -> torch.Tensor:
+        return x * expansions[i](container).square().sum()
+
+    def losses(recomputed: bool) -> torch.Tensor:
+        parts = [weigh(0, x)]
+        for i in (1, 2):
+            parts.append(checkpoint(weigh, i, x, use_reentrant=reentrant) if recomputed else weigh(i, x))
+        return sum(parts[1:], parts[0])
+
+    losses(False).backward()
+    expected, container["default"].grad = container["default"].grad, None
+    if reentrant and several:
+        with pytest.raises(RuntimeError, match="Use non-reentrant checkpointing"):
+            losses(True).backward()
+        return
+    losses(True).backward()
+    torch.testing.assert_close(container["default"].grad, expected)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Optional, cast
 
 import torch
 from torch import nn
 
+from ...generators import SparseBasis
 from ..coefficients import Coefficients
-from ..expansion import SharedExpansion
+from ..expansion import PartialExpansion, SharedExpansion
 from ..expert_layers import SeededExperts
 from ..layers import SeededLayer, Update
 from ..mixed import MixedBatch
@@ -72,13 +73,20 @@ class PrancLayer(SeededLayer):
         else:
             container = self.make_container(adapter_name, config.initial(target, generators[:1]))
         self.pranc_containers[adapter_name] = container
-        # Joining the layers would save nothing, and keep the updates and gradients of all of them in memory at once.
-        made = []
+        made: list[SharedExpansion] = []
         for generator in generators:
-            span = slice(0, generator.num_coefficients)
-            expansion = SharedExpansion(generator, (generator.size,), adapter_name, span, one_vector=True)
+            key: Any
+            if config.on_factors:
+                part = cast(SparseBasis, generator)
+                key = part.whole
+                first = cast(Optional[PartialExpansion], expansions.get(key))
+                expansion: SharedExpansion = PartialExpansion(part, adapter_name, first)
+            else:
+                # Joining the layers would save nothing, and keep the updates and gradients of all in memory at once.
+                key, span = generator, slice(0, generator.num_coefficients)
+                expansion = SharedExpansion(generator, (generator.size,), adapter_name, span, one_vector=True)
             expansion.add(container)
-            expansions[generator] = expansion
+            expansions.setdefault(key, expansion)
             made.append(expansion)
         return tuple(made)
 
