@@ -169,9 +169,10 @@ class SharedExpansion:
                 weights = self._joint.expand(coefficients)
                 expanded.stacked = coefficients.detach()
                 expanded.coefficients = dict(zip(parameters, expanded.stacked.unbind()))
-                expanded.values = dict(zip(self._keys(parameters), self._split(weights.detach())))
+                parts = dict(zip(self._keys(parameters), self._split(weights)))
+                expanded.values = {key: part.detach() for key, part in parts.items()}
                 if weights.requires_grad:
-                    expanded.graph = dict(zip(self._keys(parameters), self._split(weights)))
+                    expanded.graph = parts
         self.kept.ready[device] = expanded
         return expanded
 
