@@ -345,13 +345,14 @@ def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig, list[Target]]
     """
     try:
         described = json.loads((path / NETWORK_CONFIG_NAME).read_text(encoding="utf-8"))
-        weights, method, _ = described["weights"], described["method"], described["identity"]
+        weights, method, identity = described["weights"], described["method"], described["identity"]
         shapes = [[int(size) for size in shape] for shape in weights.values()]
         if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
             raise ValueError("a name or a shape is none")
         targets = saved_targets(dict(zip(weights, shapes)), described.get("matrices", {}))
         # Networks from before there was a choice name none.
-        config = PeftConfig.from_peft_type(**{"parametrization": PLAIN, **method})
+        chosen = {"parametrization": PLAIN, "factors_version": identity.get("factors_version")}
+        config = PeftConfig.from_peft_type(**{**chosen, **method})
     except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(path / NETWORK_CONFIG_NAME)!r} is damaged: {error!r}.") from error
     if not isinstance(config, SeededConfig):

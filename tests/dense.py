@@ -17,7 +17,6 @@ from peft_ext import McncConfig, NolaConfig, PrancConfig
 from peft_ext.randomness import uniform
 
 PREFIX = "base_model.model."
-PHASE = 50.0  # factor on the inputs of the first activation of MCNC's network
 FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {  # activations and their usual gains
     "sine": (torch.sin, math.sqrt(2)),
     "relu": (torch.relu, math.sqrt(2)),
@@ -201,6 +200,8 @@ def mcnc(
     d, widths = config.d or 5000, tuple(config.widths)
     stream = ("mcnc", "phi", config.k, *widths, d)
     scaled = config.parametrization == "scaled"
+    newer = scaled and config.factors_version == 3
+    phase, start_of_A = (150.0, 0.1) if newer else (50.0, 1.0)
     rest = coefficients
 
     def chunks(size: int, amplitude: float) -> torch.Tensor:
@@ -208,7 +209,7 @@ def mcnc(
         number = math.ceil(size / d)
         own, rest = rest[: number * (config.k + 1)], rest[number * (config.k + 1) :]
         if scaled:
-            own = own * own.new_tensor([*config.k * [PHASE / config.frequency], amplitude]).repeat(number)
+            own = own * own.new_tensor([*config.k * [phase / config.frequency], amplitude]).repeat(number)
         return on_manifold(
             own, config.seed, stream, size, config.k, d, widths, config.activation, config.frequency, config.normalize
         )
@@ -227,7 +228,7 @@ def mcnc(
         A, B = chunks(size_A + size_B, 1.0).split([size_A, size_B])
     assert not len(rest)
     start = uniform(config.seed, ("mcnc", "A", r, in_features, "offset"), r * in_features).to(A.dtype)
-    A, B = (A + start / math.sqrt(in_features)).view(r, in_features), B.view(out_features, r)
+    A, B = (A + start_of_A * start / math.sqrt(in_features)).view(r, in_features), B.view(out_features, r)
     return Update(config.alpha / r * B @ A, factors=(A, B), scaling=config.alpha / r)
 
 

@@ -74,6 +74,11 @@ def scaled(config: Mapping[str, Any]) -> bool:
     return config.get("parametrization") == "scaled"
 
 
+def rule(config: Mapping[str, Any]) -> int:
+    """Which rule the factors follow: adapters and networks from when there was one name it in their identity alone."""
+    return config.get("factors_version") or 2
+
+
 def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """The identity of an adapter or a network, from its configuration and a row for every module or parameter."""
     fields = {"method": config["peft_type"]}
@@ -81,7 +86,7 @@ def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dic
     if not scaled(config):
         fields.pop("parametrization", None)
     elif fields["method"] in ("NOLA", "MCNC"):
-        fields["factors_version"] = 2
+        fields["factors_version"] = rule(config)
     if fields["method"] == "PRANC" and fields["apply_to"] in ("weight", None):
         for name in ("alpha", "apply_to", "r"):
             del fields[name]
@@ -216,7 +221,6 @@ def sparse(seed: int, stream: Sequence[Any], coefficients: np.ndarray, size: int
     return total
 
 
-PHASE = 50.0
 ACTIVATIONS = {
     "sine": (np.sin, math.sqrt(2)),
     "relu": (lambda x: np.maximum(x, 0), math.sqrt(2)),
@@ -225,13 +229,15 @@ ACTIVATIONS = {
 }
 
 
-def manifold(config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float, part: str) -> np.ndarray:
+def manifold(
+    config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float, part: str, phase: float = 50.0
+) -> np.ndarray:
     """`part` is what the numbers are: those of a factor `A` or `B`, or of a `weight`."""
     k, d = config["k"], config.get("d") or 5000
     factor_inputs = factor_amplitudes = 1.0
     if scaled(config):
         root = math.sqrt(min(d, size) / (1 if part == "weight" else k + 1))
-        factor_inputs, factor_amplitudes = PHASE / config["frequency"], math.sqrt(root) if part == "A" else root
+        factor_inputs, factor_amplitudes = phase / config["frequency"], math.sqrt(root) if part == "A" else root
     sizes = [k, *config["widths"], d]
     activation, gain = ACTIVATIONS[config["activation"]]
     layers = []
@@ -343,7 +349,8 @@ def update(
         flat = from_one_vector(config, stream, coefficients, size, scale)
         return flat[:weights].reshape(*stack, fan_out, fan_in), flat[weights:]
     if method == "MCNC" and config["apply_to"] == "weight":
-        flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in), "weight")
+        phase = 50.0 if rule(config) == 2 else 150.0
+        flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in), "weight", phase)
         return flat.reshape(*stack, fan_out, fan_in), none
     if method == "PRANC":
         r, alpha, place = config["r"], config["alpha"], list(modules).index(module)
@@ -360,12 +367,14 @@ def update(
         if scaled(config):
             _, size_B = _generated(config, module)
             first = -(-size_A // (config.get("d") or 5000)) * (config["k"] + 1)
-            A = manifold(config, coefficients[:first], size_A, 1.0, "A")
-            B = manifold(config, coefficients[first:], size_B, 1.0, "B")
+            phase = 50.0 if rule(config) == 2 else 150.0
+            A = manifold(config, coefficients[:first], size_A, 1.0, "A", phase)
+            B = manifold(config, coefficients[first:], size_B, 1.0, "B", phase)
         else:
             flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0, "A and B")
             A, B = flat[:size_A], flat[size_A:]
-        A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], experts * r * fan_in, 1 / math.sqrt(fan_in))
+        start = (0.1 if scaled(config) and rule(config) == 3 else 1.0) / math.sqrt(fan_in)
+        A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], experts * r * fan_in, start)
     else:
         r = matching(config["rank_pattern"], name, config["r"])
         alpha = matching(config["alpha_pattern"], name, config["alpha"])

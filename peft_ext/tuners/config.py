@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,18 +69,6 @@ def weighted_sum(vectors: Sequence[torch.Tensor], factors: Sequence[float]) -> t
     return sum(vector.to(vectors[0].device) * factor for vector, factor in zip(vectors, factors))  # type: ignore[return-value]
 
 
-def beside_a_start(shared: float) -> float:
-    """The factor of coefficients that are added to the random start of A, which B waits for.
-
-    LoRA's step asks for the root of `shared`, with which the random part of the steps soon drowns the start; 1 leaves A
-    where it started. Half of the way, in the logarithm, is better than both.
-
-    Args:
-        shared: numbers of A for a coefficient.
-    """
-    return math.sqrt(math.sqrt(shared))  # roots are rounded alike on every machine, powers are not
-
-
 @dataclass
 class CheckpointedConfig(DescribedConfig):
     """PEFT's standard fields, and those that say and verify what a checkpoint holds.
@@ -131,7 +118,6 @@ class CheckpointedConfig(DescribedConfig):
     )
 
     size_fields: ClassVar[tuple[str, ...]]  # that the number of coefficients depends on
-    factors_version: ClassVar[int] = 1  # of the rule of `factors`: adapters that were scaled by another are refused
 
     @classmethod
     def method(cls) -> str:
@@ -313,6 +299,15 @@ class SeededConfig(CheckpointedConfig):
             "generates": True,
         },
     )
+    factors_version: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": (
+                "Version of the rule that the fixed factors follow, where coefficients are scaled: the newest one, or "
+                "that of a saved adapter. Leave it alone."
+            )
+        },
+    )
     generator_version: int = field(
         default=randomness.GENERATOR_VERSION,
         metadata={"help": "Version of the random number specification. Leave it alone.", "generates": True},
@@ -321,6 +316,8 @@ class SeededConfig(CheckpointedConfig):
         default=None,
         metadata={"help": "Written to checkpoints and checked when they are loaded. Leave it alone."},
     )
+
+    factors_versions: ClassVar[tuple[int, ...]] = ()  # that can be read, oldest first; none if there is one rule only
 
     @property
     def dropout(self) -> float:
@@ -336,6 +333,7 @@ class SeededConfig(CheckpointedConfig):
         if self.parametrization is None:
             self.parametrization = SCALED if self.identity is None else PLAIN
         check_choice("parametrization", self.parametrization, (SCALED, PLAIN))
+        self._check_factors_version()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
@@ -352,13 +350,26 @@ class SeededConfig(CheckpointedConfig):
                 f"`layers_pattern` needs `layers_to_transform` to say which layers, got {self.layers_pattern!r} alone."
             )
 
+    def _check_factors_version(self) -> None:
+        """Brings the version into its final form: None where nothing is scaled, or where there was one rule only."""
+        if self.parametrization == PLAIN:
+            self.factors_version = None
+            return
+        known = self.factors_versions or (None,)
+        if self.factors_version is None:
+            saved = (self.identity or {}).get("factors_version")
+            self.factors_version = saved if saved in known else known[-1]  # others are refused with the identity
+        if self.factors_version not in known:
+            names = " or ".join(map(str, self.factors_versions)) or "left out"
+            raise ValueError(f"`factors_version` must be {names}, got {self.factors_version!r}.")
+
     def generating(self) -> dict[str, Any]:
         found = super().generating()
         if self.ensure_weight_tying:
             found["ensure_weight_tying"] = True
         if self.parametrization == PLAIN:
             del found["parametrization"]  # adapters from before there was a choice know no such field
-        elif self.factors_version > 1:
+        elif self.factors_version is not None:
             found["factors_version"] = self.factors_version
         return found
 

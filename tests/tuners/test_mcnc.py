@@ -45,7 +45,7 @@ def test_initialisation(method: str) -> None:
         alpha, beta = parts(parameter, config)
         assert not beta.any() and alpha.all() and alpha.abs().max() < 1
         drawn = randomness.uniform(3, ("mcnc", "alpha", name), parameter.numel()).view(alpha.shape[0], -1)
-        torch.testing.assert_close(10 * alpha, drawn[:, : config.k], rtol=1e-6, atol=0)
+        torch.testing.assert_close(150 / config.frequency * alpha, drawn[:, : config.k], rtol=1e-6, atol=0)
         assert torch.equal(parameter, coefficients_of(again)[name])
         assert not torch.equal(alpha, parts(coefficients_of(other)[name], config)[0])
     starts = [parameter[:10] for parameter in found.values()]
@@ -173,7 +173,7 @@ def test_the_size_of_updates(method: str) -> None:
         update, _ = layer.update("default")
     if isinstance(update, tuple):
         A, B = update
-        start = randomness.uniform(0, ("mcnc", "A", 2, 64, "offset"), 128).view(2, 64) / 8
+        start = randomness.uniform(0, ("mcnc", "A", 2, 64, "offset"), 128).view(2, 64) / 80
         assert (A - start).square().mean().sqrt().item() == pytest.approx(1, rel=0.3)
         assert B.square().mean().sqrt().item() == pytest.approx(1, rel=0.3)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -67,8 +68,8 @@ def test_a_first_step_of_factors_is_one_of_lora(config: Any) -> None:
     config.target_modules = {"wide", "narrow"}
     config.alpha = 4.0
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=["wide", "narrow"])
-    # Of the coefficients of a chunk only the amplitude has a gradient yet; A of one vector starts at a tenth of LoRA's.
-    waiting = {McncConfig: math.sqrt(getattr(config, "k", 0) + 1), PrancConfig: 10.0}.get(type(config), 1.0)
+    # Of the coefficients of a chunk only the amplitude has a gradient yet; A starts at a tenth of LoRA's but in NOLA.
+    waiting = {McncConfig: 10 * math.sqrt(getattr(config, "k", 0) + 1), PrancConfig: 10.0}.get(type(config), 1.0)
     assert first_order(config) * waiting == pytest.approx(first_order(lora), rel=0.15)
     assert first_order(config) != pytest.approx(first_order(plain(config)), rel=0.3)
 
@@ -147,16 +148,52 @@ def test_what_a_parametrization_can_be() -> None:
 
 
 @pytest.mark.parametrize("method", ["NOLA", "MCNC"])
-def test_an_adapter_that_was_scaled_by_an_earlier_rule_is_refused(method: str, tmp_path: Path) -> None:
+def test_an_adapter_that_was_scaled_by_the_first_rule_is_refused(method: str, tmp_path: Path) -> None:
     base = nn.ModuleDict({"first": nn.Linear(16, 16)})
-    model, _ = adapt(base, method, target_modules=["first"])
+    model, config = adapt(base, method, target_modules=["first"])
     model.save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
     saved = json.loads(file.read_text())
-    assert saved["identity"].pop("factors_version") == 2
+    newest = saved.pop("factors_version")
+    assert saved["identity"].pop("factors_version") == newest == config.factors_versions[-1]
     file.write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="`factors_version` of the saved adapter was 'not there' .* is 2 here"):
+    with pytest.raises(ValueError, match=f"`factors_version` of the saved adapter was 'not there' .* is {newest} here"):
         PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_an_adapter_of_an_earlier_rule_stays_one(tmp_path: Path) -> None:
+    """Its file names the rule in the identity alone, as files did when there was no other."""
+
+    def weight_of(model: Any) -> torch.Tensor:
+        return model.base_model.model["first"].get_delta_weight("default")
+
+    base = nn.ModuleDict({"first": nn.Linear(16, 16)})
+    options: dict[str, Any] = {"target_modules": ["first"], "init_weights": False}
+    model, _ = adapt(base, "MCNC", factors_version=2, **options)
+    expected = weight_of(model)
+    assert not torch.allclose(expected, weight_of(adapt(base, "MCNC", **options)[0]))
+    model.save_pretrained(str(tmp_path / "first"))
+    file = tmp_path / "first" / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert saved.pop("factors_version") == saved["identity"]["factors_version"] == 2
+    file.write_text(json.dumps(saved))
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "first"))
+    assert torch.equal(weight_of(loaded), expected)
+    loaded.save_pretrained(str(tmp_path / "again"))
+    again = PeftModel.from_pretrained(base, str(tmp_path / "again"))
+    assert again.peft_config["default"].factors_version == 2  # type: ignore[union-attr]
+    assert torch.equal(weight_of(again), expected)
+
+
+def test_what_the_version_of_the_factors_can_be() -> None:
+    for config, message in (
+        (lambda: McncConfig(factors_version=1), "`factors_version` must be 2 or 3, got 1"),
+        (lambda: NolaConfig(factors_version=3), "`factors_version` must be 2, got 3"),
+        (lambda: PrancConfig(factors_version=2), "`factors_version` must be left out, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config()
+    assert dataclasses.replace(McncConfig(), parametrization="plain").factors_version is None
 
 
 @pytest.mark.parametrize("frequency", [0.5, 5.0, 40.0])
@@ -164,6 +201,6 @@ def test_a_step_moves_the_phases_of_mcnc_alike_at_every_frequency(frequency: flo
     config = McncConfig(k=2, d=8, frequency=frequency)
     target = together([Target("layer", 24, 40)])[0]
     manifold = config.generators(target)[0]
-    assert manifold.frequency == pytest.approx(50)  # of a coefficient
+    assert manifold.frequency == pytest.approx(150)  # of a coefficient
     start = config.initial(target, config.generators(target))[: manifold.num_coefficients].view(-1, 3)[:, :2]
     assert (manifold.frequency * start).abs().max() == pytest.approx(frequency, rel=0.1)

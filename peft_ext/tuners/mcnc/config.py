@@ -14,12 +14,15 @@ from ...checkpoint.identity import parse_shape
 from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
-from ..config import SCALED, SeededConfig, beside_a_start, documented
+from ..config import SCALED, SeededConfig, documented
 from ..limits import check_memory, check_rank
 from ..network import UPDATE, A, B, Filling, Part, check_default, factor_parts, size_of, whole_parts
+from ..start import SMALL_START, beside_a_start
 from ..target import Target
 
-_PHASE = 50.0  # what a step moves the inputs of the first activation by, in learning rates; found by trying
+# What a step moves the inputs of the first activation by, in learning rates; found by trying.
+_PHASE = 50.0  # in whole networks, and in adapters of factors_version 2
+_PHASE_OF_ADAPTERS = 150.0
 _MOST_LAYERS = 64  # hidden ones of the frozen network
 
 
@@ -117,7 +120,7 @@ class McncConfig(SeededConfig):
     method_name = "MCNC"
     paper = "https://huggingface.co/papers/2406.19301"
     size_fields = ("k", "d", "r", "apply_to")
-    factors_version = 2
+    factors_versions = (2, 3)
     notice = "A patent application covers the method (US 20250384255 A1)."
 
     def check_fields(self) -> None:
@@ -151,15 +154,17 @@ class McncConfig(SeededConfig):
         """Those of the inputs and of the amplitudes of every sequence."""
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
         kinds = (UPDATE,) if self.apply_to == "weight" else (A, B)
-        return [factor for size, kind in zip(sizes, kinds) for factor in self._pair(size, kind)]
+        phase = _PHASE if self.factors_version == 2 else _PHASE_OF_ADAPTERS
+        return [factor for size, kind in zip(sizes, kinds) for factor in self._pair(size, kind, phase)]
 
-    def _pair(self, size: int, kind: str) -> list[float]:
+    def _pair(self, size: int, kind: str, phase: float = _PHASE) -> list[float]:
         """The factors of the inputs and of the amplitudes of a sequence of `size` numbers.
 
         Args:
             kind: what the numbers are: those of the factors `A` or `B`, or an `UPDATE`.
+            phase: what a step moves the inputs of the first activation by, in learning rates.
         """
-        inputs, numbers = _PHASE / self.frequency, min(self.chunk_size, size)
+        inputs, numbers = phase / self.frequency, min(self.chunk_size, size)
         if kind == UPDATE:
             return [inputs, math.sqrt(numbers)]  # an amplitude has so many numbers of its own
         # The inputs move the numbers as well: with them counted, few images were learned better.
@@ -230,10 +235,11 @@ class McncConfig(SeededConfig):
         if self.apply_to == "weight":
             return (self._manifold(target.size, factors, scale=1 / math.sqrt(target.fan_in)),)
         first, *rest = self.sizes(target.fan_out, target.fan_in, target.experts)
+        small = self.parametrization == SCALED and self.factors_version != 2
         start: dict[str, Any] = {
             "offset_stream": ("mcnc", "A", self.r, target.fan_in, "offset"),
             "offset_size": target.experts * self.r * target.fan_in,
-            "offset_scale": 1 / math.sqrt(target.fan_in),
+            "offset_scale": (SMALL_START if small else 1.0) / math.sqrt(target.fan_in),
         }
         return self._manifold(first, factors, **start), *(self._manifold(size, factors[2:]) for size in rest)
 

@@ -12,9 +12,10 @@ from peft.utils.other import get_pattern_key
 
 from ...checks import check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
-from ..config import ELSEWHERE, SeededConfig, beside_a_start, documented, weighted_sum
+from ..config import ELSEWHERE, SeededConfig, documented, weighted_sum
 from ..limits import check_memory, check_multiple
 from ..network import UPDATE, A, B, Filling, check_default, factor_parts, size_of
+from ..start import beside_a_start
 from ..target import Target
 
 N = TypeVar("N", int, float)
@@ -88,7 +89,7 @@ class NolaConfig(SeededConfig):
     method_name = "NOLA"
     paper = "https://huggingface.co/papers/2310.02556"
     size_fields = ("num_basis",)
-    factors_version = 2
+    factors_versions = (2,)
 
     def check_fields(self) -> None:
         super().check_fields()

@@ -12,12 +12,11 @@ import torch
 from ...checks import check_choice, check_number, check_positive_integer
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator, index_type
-from ..config import ELSEWHERE, SeededConfig, beside_a_start, documented, weighted_sum
+from ..config import ELSEWHERE, SeededConfig, documented, weighted_sum
 from ..limits import check_memory, check_rank
 from ..network import A, B, Filling, whole_parts
+from ..start import SMALL_START, beside_a_start
 from ..target import Target, network_target, sums_of
-
-_START = 0.1  # of the factor A, relative to that of LoRA
 
 
 @documented
@@ -159,7 +158,7 @@ class PrancConfig(SeededConfig):
             size = target.size + (target.biases if self.adapt_bias else 0)
             stream = ("pranc", self.basis, target.name, fan_out, fan_in)
             return (self._generator(stream, size, factors[0], fan_in),)
-        rows, start = target.experts * self.r, _START / math.sqrt(fan_in)
+        rows, start = target.experts * self.r, SMALL_START / math.sqrt(fan_in)
         before, sums = target.before, target.sums
         return (
             self._part(A, rows * fan_in, factors[0], start, before.columns, sums.columns),
