@@ -100,10 +100,11 @@ class Run:
 def _digest(task: QualityTask, method: Method) -> str:
     """Tells configurations apart, with the defaults of the options that are not given."""
     config: Any = method.config(task.task.task_type, 0, task.task.head)
-    # The rule by which coefficients are scaled is no field.
-    rule = {name: value for name, value in getattr(config, "generating", dict)().items() if name == "factors_version"}
+    fields = asdict(config)
+    if fields.get("factors_version", 0) is None:
+        del fields["factors_version"]  # lines from before there was such a field are of the same configurations
     text = json.dumps(
-        asdict(config) | rule,
+        fields,
         sort_keys=True,
         default=lambda value: sorted(value) if isinstance(value, set) else str(value),
     )
