@@ -200,7 +200,7 @@ def mcnc(
     d, widths = config.d or 5000, tuple(config.widths)
     stream = ("mcnc", "phi", config.k, *widths, d)
     scaled = config.parametrization == "scaled"
-    newer = scaled and config.factors_version == 3
+    newer = scaled and config.apply_to == "factors" and config.factors_version == 3
     phase, start_of_A = (150.0, 0.1) if newer else (50.0, 1.0)
     rest = coefficients
 

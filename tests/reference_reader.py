@@ -349,8 +349,7 @@ def update(
         flat = from_one_vector(config, stream, coefficients, size, scale)
         return flat[:weights].reshape(*stack, fan_out, fan_in), flat[weights:]
     if method == "MCNC" and config["apply_to"] == "weight":
-        phase = 50.0 if rule(config) == 2 else 150.0
-        flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in), "weight", phase)
+        flat = manifold(config, coefficients, experts * fan_out * fan_in, 1 / math.sqrt(fan_in), "weight")
         return flat.reshape(*stack, fan_out, fan_in), none
     if method == "PRANC":
         r, alpha, place = config["r"], config["alpha"], list(modules).index(module)

@@ -182,7 +182,7 @@ def test_saved_small(method: str, dtype: str, tmp_path: Path) -> None:
     base = tiny_models.mixture("gpt_oss")
     model, _ = adapt(base, method, coefficient_dtype=dtype, **ALONE)
     for parameter in coefficients_of(model).values():
-        parameter.data.uniform_(-0.1, 0.1)
+        parameter.data.uniform_(-0.03, 0.03)  # about as large as inputs of MCNC's chunks are
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     for old, new in zip(layers_of(model).values(), layers_of(again).values()):

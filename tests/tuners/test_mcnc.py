@@ -45,7 +45,8 @@ def test_initialisation(method: str) -> None:
         alpha, beta = parts(parameter, config)
         assert not beta.any() and alpha.all() and alpha.abs().max() < 1
         drawn = randomness.uniform(3, ("mcnc", "alpha", name), parameter.numel()).view(alpha.shape[0], -1)
-        torch.testing.assert_close(150 / config.frequency * alpha, drawn[:, : config.k], rtol=1e-6, atol=0)
+        factor = (150 if config.apply_to == "factors" else 50) / config.frequency
+        torch.testing.assert_close(factor * alpha, drawn[:, : config.k], rtol=1e-6, atol=0)
         assert torch.equal(parameter, coefficients_of(again)[name])
         assert not torch.equal(alpha, parts(coefficients_of(other)[name], config)[0])
     starts = [parameter[:10] for parameter in found.values()]

@@ -523,11 +523,11 @@ def test_half_precision_base(dtype: torch.dtype, method: str) -> None:
         parameter.data *= 0.2  # large updates of this model are ill-conditioned in half precision, dense ones as well
     output = model(input_ids=tiny_models.tokens(seed=1)).logits
     assert output.dtype == dtype
-    output.float().square().mean().backward()
+    (1024 * output.float().square().mean()).backward()  # small gradients have few bits in float16
     expected = dense_gradients(base, config, model, loss_of(1))
     for name, parameter in coefficients_of(model).items():
         torch.testing.assert_close(
-            parameter.grad, expected[name], rtol=0.2, atol=0.1 * float(expected[name].abs().max())
+            parameter.grad / 1024, expected[name], rtol=0.2, atol=0.1 * float(expected[name].abs().max())
         )
 
 

@@ -21,8 +21,8 @@ from ..start import SMALL_START, beside_a_start
 from ..target import Target
 
 # What a step moves the inputs of the first activation by, in learning rates; found by trying.
-_PHASE = 50.0  # in whole networks, and in adapters of factors_version 2
-_PHASE_OF_ADAPTERS = 150.0
+_PHASE = 50.0
+_PHASE_OF_FACTORS = 150.0  # in adapters, since factors_version 3
 _MOST_LAYERS = 64  # hidden ones of the frozen network
 
 
@@ -154,7 +154,7 @@ class McncConfig(SeededConfig):
         """Those of the inputs and of the amplitudes of every sequence."""
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
         kinds = (UPDATE,) if self.apply_to == "weight" else (A, B)
-        phase = _PHASE if self.factors_version == 2 else _PHASE_OF_ADAPTERS
+        phase = _PHASE if self.apply_to == "weight" or self.factors_version == 2 else _PHASE_OF_FACTORS
         return [factor for size, kind in zip(sizes, kinds) for factor in self._pair(size, kind, phase)]
 
     def _pair(self, size: int, kind: str, phase: float = _PHASE) -> list[float]:
