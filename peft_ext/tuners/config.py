@@ -350,18 +350,22 @@ class SeededConfig(CheckpointedConfig):
                 f"`layers_pattern` needs `layers_to_transform` to say which layers, got {self.layers_pattern!r} alone."
             )
 
+    @property
+    def rule(self) -> Optional[int]:
+        """The version of the rule that the factors follow; None where nothing is scaled or there was one rule only."""
+        known = self.factors_versions if self.parametrization == SCALED else ()
+        return (self.factors_version or known[-1]) if known else None
+
     def _check_factors_version(self) -> None:
-        """Brings the version into its final form: None where nothing is scaled, or where there was one rule only."""
-        if self.parametrization == PLAIN:
-            self.factors_version = None
-            return
-        known = self.factors_versions or (None,)
+        """Brings the version into its final form: that of a saved adapter, or the newest one."""
+        known = self.factors_versions
         if self.factors_version is None:
             saved = (self.identity or {}).get("factors_version")
-            self.factors_version = saved if saved in known else known[-1]  # others are refused with the identity
-        if self.factors_version not in known:
-            names = " or ".join(map(str, self.factors_versions)) or "left out"
+            self.factors_version = saved if saved in known else None  # others are refused with the identity
+        if self.parametrization == SCALED and self.factors_version not in (None, *known):
+            names = " or ".join(map(str, known)) or "left out"
             raise ValueError(f"`factors_version` must be {names}, got {self.factors_version!r}.")
+        self.factors_version = self.rule
 
     def generating(self) -> dict[str, Any]:
         found = super().generating()
@@ -369,8 +373,8 @@ class SeededConfig(CheckpointedConfig):
             found["ensure_weight_tying"] = True
         if self.parametrization == PLAIN:
             del found["parametrization"]  # adapters from before there was a choice know no such field
-        elif self.factors_version is not None:
-            found["factors_version"] = self.factors_version
+        elif self.rule is not None:
+            found["factors_version"] = self.rule
         return found
 
     def factors(self, target: Target) -> list[float]:
@@ -447,4 +451,6 @@ class SeededConfig(CheckpointedConfig):
         return torch.cat([torch.randn(size) / filling.factors[0] for size, filling in zip(sizes, fillings)])
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "fingerprint": randomness.fingerprint(self.seed, self.generator_version)}
+        # Fields that these follow from may have been set since.
+        fingerprint = randomness.fingerprint(self.seed, self.generator_version)
+        return {**super().to_dict(), "fingerprint": fingerprint, "factors_version": self.rule}

@@ -185,6 +185,21 @@ def test_an_adapter_of_an_earlier_rule_stays_one(tmp_path: Path) -> None:
     assert torch.equal(weight_of(again), expected)
 
 
+@pytest.mark.parametrize("method", SEEDED)
+def test_a_parametrization_that_is_set_later(method: str, tmp_path: Path) -> None:
+    """The version of the factors goes with it."""
+    base = nn.ModuleDict({"first": nn.Linear(16, 16)})
+    config = config_of(method, target_modules=["first"], parametrization="plain")
+    config.parametrization = "scaled"
+    model = get_peft_model(base, config)
+    expected = model.base_model.model["first"].get_delta_weight("default")  # type: ignore[operator]
+    model.save_pretrained(str(tmp_path))
+    loaded: Any = PeftModel.from_pretrained(base, str(tmp_path))
+    assert torch.equal(loaded.base_model.model["first"].get_delta_weight("default"), expected)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["factors_version"] == saved["identity"].get("factors_version") == config.rule
+
+
 def test_what_the_version_of_the_factors_can_be() -> None:
     for config, message in (
         (lambda: McncConfig(factors_version=1), "`factors_version` must be 2 or 3, got 1"),

@@ -161,8 +161,10 @@ def test_torch_modules_that_read(kind: str, method: str) -> None:
     torch.manual_seed(0)
     base = make().double()
     model, _ = adapt(base, method, target_modules=targets)
+    for parameter in coefficients_of(model).values():
+        parameter.data *= 2  # the factor A of some starts small
     x = inputs().double()
-    check(model, base, x, effect=5e-3)
+    check(model, base, x)
     check_gradients(model, x)
 
 

@@ -154,7 +154,7 @@ class McncConfig(SeededConfig):
         """Those of the inputs and of the amplitudes of every sequence."""
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
         kinds = (UPDATE,) if self.apply_to == "weight" else (A, B)
-        phase = _PHASE if self.apply_to == "weight" or self.factors_version == 2 else _PHASE_OF_FACTORS
+        phase = _PHASE_OF_FACTORS if self.apply_to == "factors" and self.rule == 3 else _PHASE
         return [factor for size, kind in zip(sizes, kinds) for factor in self._pair(size, kind, phase)]
 
     def _pair(self, size: int, kind: str, phase: float = _PHASE) -> list[float]:
@@ -235,11 +235,10 @@ class McncConfig(SeededConfig):
         if self.apply_to == "weight":
             return (self._manifold(target.size, factors, scale=1 / math.sqrt(target.fan_in)),)
         first, *rest = self.sizes(target.fan_out, target.fan_in, target.experts)
-        small = self.parametrization == SCALED and self.factors_version != 2
         start: dict[str, Any] = {
             "offset_stream": ("mcnc", "A", self.r, target.fan_in, "offset"),
             "offset_size": target.experts * self.r * target.fan_in,
-            "offset_scale": (SMALL_START if small else 1.0) / math.sqrt(target.fan_in),
+            "offset_scale": (SMALL_START if self.rule == 3 else 1.0) / math.sqrt(target.fan_in),
         }
         return self._manifold(first, factors, **start), *(self._manifold(size, factors[2:]) for size in rest)
 
