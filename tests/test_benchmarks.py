@@ -21,7 +21,7 @@ from benchmarks.models import generator_bytes
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import learning_rates, runs
 from benchmarks.quality.contestants import CONTESTANTS
-from benchmarks.quality.summary import Point, chosen, front, latest
+from benchmarks.quality.summary import Point, by_budget, chosen, front, latest
 from benchmarks.quality.task import QualityTask, Sources
 from peft_ext import McncConfig
 from recipes.support.arguments import UserError
@@ -223,10 +223,15 @@ def test_the_front_has_what_nothing_smaller_beats():
     assert found[-1].diverged() == 1
 
 
-def test_lines_of_old_defaults_and_other_budgets_are_left_out():
-    row = {"task": "t", "method": "m", "config": "new", "budget": {"steps": 5}}
-    rows = [{**row, "config": "old"}, {**row, "budget": {"steps": 1}}, {**row, "method": "n", "config": "x"}, row]
-    assert latest(rows) == ([rows[2], rows[3]], 2)
+def test_lines_of_old_defaults_are_left_out_and_other_budgets_are_apart():
+    row = {"task": "t", "method": "m", "config": "new", "budget": {"steps": 5, "train_rows": 8}}
+    other = {**row, "budget": {"steps": 1, "train_rows": 8}}
+    rows = [{**row, "config": "old"}, other, {**row, "method": "n", "config": "x"}, row, {**row, "task": "u"}]
+    found = by_budget([*rows, other])  # the last line's budget is not the one with most lines
+    assert [(task, suffix, len(group)) for task, _, suffix, group in found] == [
+        ("t", "", 3), ("t", "-1-steps-8-rows", 2), ("u", "", 1)
+    ]  # fmt: skip
+    assert latest(found[0][-1]) == ([rows[2], rows[3]], 1)
 
 
 def test_a_head_alone_is_no_contestant_where_there_is_none(tmp_path, measured, monkeypatch):

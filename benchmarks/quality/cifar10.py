@@ -17,7 +17,7 @@ class Cifar10(QualityTask):
     """
 
     name = "cifar10"
-    title = "CIFAR-10, 50 images a class, DINOv2 ViT-S"
+    title = "CIFAR-10, DINOv2 ViT-S"
     targets = ("q_proj", "v_proj")
     steps = 140
     batch_size = 16

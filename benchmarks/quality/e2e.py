@@ -11,12 +11,12 @@ from .task import QualityTask
 
 
 class E2E(QualityTask):
-    """60 steps of 8 pairs, and the loss of a target token on 64 pairs."""
+    """40 steps of 8 pairs, and the loss of a target token on 64 pairs."""
 
     name = "e2e"
     title = "E2E, SmolLM2-135M"
     targets = ("q_proj", "v_proj")
-    steps = 60
+    steps = 40
     batch_size = 8
     eval_batch_size = 16
     sampling = "group_by_length"

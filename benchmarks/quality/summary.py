@@ -11,28 +11,48 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def latest(rows: Sequence[Row], *names: str) -> tuple[list[Row], int]:
-    """Returns the lines that belong to the last one of their task and contestant, and how many do not.
+def by_budget(rows: Iterable[Row]) -> list[tuple[str, dict[str, Any], str, list[Row]]]:
+    """Returns the lines that can be compared with each other: those of one task and one budget.
 
-    A task's lines are compared at one budget, that of its last line. A contestant's have one configuration: after a
-    default has changed, the old lines are of another method.
+    Returns:
+        For each of them the task, the budget, what file names add, which is nothing for the budget of a task that has
+        the most lines, and the lines.
+    """
+    found = []
+    for task, of_task in by(rows, "task").items():
+        budgets: list[list[Row]] = []
+        for row in of_task:
+            same = next((group for group in budgets if group[0]["budget"] == row["budget"]), None)
+            if same is None:
+                budgets.append(same := [])
+            same.append(row)
+        budgets.sort(key=len, reverse=True)
+        for group in budgets:
+            budget = group[0]["budget"]
+            suffix = "-{steps}-steps-{train_rows}-rows".format(**budget) if group is not budgets[0] else ""
+            found.append((task, budget, suffix, group))
+    return found
+
+
+def latest(rows: Sequence[Row], *names: str) -> tuple[list[Row], int]:
+    """Returns the lines that belong to the last one of their contestant, and how many do not.
+
+    A contestant's have one configuration: after a default has changed, the old lines are of another method.
 
     Args:
-        rows: lines of one file.
+        rows: lines of one task and budget.
         names: what else a contestant's lines have in common.
     """
-    budgets = {row["task"]: row["budget"] for row in rows}
-    kept = [row for row in rows if row["budget"] == budgets[row["task"]]]
-    last = {(row["task"], row["method"]): row for row in kept}
+    last = {row["method"]: row for row in rows}
     same = ("config", *names)
-    kept = [row for row in kept if all(row[name] == last[row["task"], row["method"]][name] for name in same)]
+    kept = [row for row in rows if all(row[name] == last[row["method"]][name] for name in same)]
     return kept, len(rows) - len(kept)
 
 
 def chosen(rows: Sequence[Row]) -> tuple[list[Row], int]:
     """Returns the lines at the rate that was chosen last, the last one of every seed, and how many lines are others."""
     kept, _ = latest(rows, "rate")
-    kept = list({(row["task"], row["method"], row["seed"]): row for row in kept}.values())
+    kept = list({(row["method"], row["seed"]): row for row in kept}.values())
     return kept, len(rows) - len(kept)
 
 
