@@ -166,7 +166,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_computation(
         torch.testing.assert_close(parameter.grad, gradient)
     backbone = getattr(model.get_base_model(), base.base_model_prefix)
     torch.testing.assert_close(backbone(x, **options).last_hidden_state, normed)
-    assert (logits - base(x, **options).logits).abs().max() > 1e-3  # the prompts do something
+    # The prompts do something: 7e-4 at least in all draws, where float64 that leaves them out differs by 1e-15.
+    assert (logits - base(x, **options).logits).abs().max() > 1e-6
 
 
 @shallow_and_deep
