@@ -197,11 +197,11 @@ def mcnc(
 ) -> Update:
     """Chunks that fill A, beside its random start, and B; or the weight, scaled by `1 / sqrt(fan_in)`."""
     out_features, in_features = matrix_shape(layer)
-    d, widths = config.d or 5000, tuple(config.widths)
-    stream = ("mcnc", "phi", config.k, *widths, d)
     scaled = config.parametrization == "scaled"
-    newer = scaled and config.apply_to == "factors" and config.factors_version == 3
-    phase, start_of_A = (150.0, 0.1) if newer else (50.0, 1.0)
+    version = config.factors_version if scaled and config.apply_to == "factors" else 0
+    d, widths = config.d or (500 if version == 4 else 5000), tuple(config.widths)
+    stream = ("mcnc", "phi", config.k, *widths, d)
+    phase, start_of_A = (150.0, 0.1) if version in (3, 4) else (50.0, 1.0)
     rest = coefficients
 
     def chunks(size: int, amplitude: float) -> torch.Tensor:

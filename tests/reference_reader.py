@@ -79,6 +79,12 @@ def rule(config: Mapping[str, Any]) -> int:
     return config.get("factors_version") or 2
 
 
+def chunk_size(config: Mapping[str, Any]) -> int:
+    """`d`, or what it is where it is null."""
+    newest = scaled(config) and config["apply_to"] == "factors" and rule(config) == 4
+    return config.get("d") or (500 if newest else 5000)
+
+
 def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """The identity of an adapter or a network, from its configuration and a row for every module or parameter."""
     fields = {"method": config["peft_type"]}
@@ -233,7 +239,7 @@ def manifold(
     config: Mapping[str, Any], coefficients: np.ndarray, size: int, scale: float, part: str, phase: float = 50.0
 ) -> np.ndarray:
     """`part` is what the numbers are: those of a factor `A` or `B`, or of a `weight`."""
-    k, d = config["k"], config.get("d") or 5000
+    k, d = config["k"], chunk_size(config)
     factor_inputs = factor_amplitudes = 1.0
     if scaled(config):
         root = math.sqrt(min(d, size) / (1 if part == "weight" else k + 1))
@@ -293,7 +299,7 @@ def lengths(config: Mapping[str, Any], module: Module) -> list[int]:
         pair = config["num_basis"]
         return list(pair) if isinstance(pair, list) else [pair, pair]
     if config["peft_type"] == "MCNC":
-        d = config.get("d") or 5000
+        d = chunk_size(config)
         chunks = sum(-(-size // d) for size in _generated(config, module))
         return [chunks * config["k"], chunks]
     return [config["num_coefficients"]] if config["peft_type"] == "PRANC" else [module.fan_out * module.fan_in]
@@ -365,14 +371,14 @@ def update(
         size_A = experts * r * fan_in
         if scaled(config):
             _, size_B = _generated(config, module)
-            first = -(-size_A // (config.get("d") or 5000)) * (config["k"] + 1)
+            first = -(-size_A // (chunk_size(config))) * (config["k"] + 1)
             phase = 50.0 if rule(config) == 2 else 150.0
             A = manifold(config, coefficients[:first], size_A, 1.0, "A", phase)
             B = manifold(config, coefficients[first:], size_B, 1.0, "B", phase)
         else:
             flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0, "A and B")
             A, B = flat[:size_A], flat[size_A:]
-        start = (0.1 if scaled(config) and rule(config) == 3 else 1.0) / math.sqrt(fan_in)
+        start = (0.1 if scaled(config) and rule(config) in (3, 4) else 1.0) / math.sqrt(fan_in)
         A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], experts * r * fan_in, start)
     else:
         r = matching(config["rank_pattern"], name, config["r"])
@@ -553,7 +559,7 @@ def network_lengths(config: Mapping[str, Any], parameters: Sequence[Parameter]) 
     if config["peft_type"] == "NOLA":
         num_A, num_B = lengths(config, Module("", 1, 1))
         return [len(sizes_A) * num_A, len(sizes_B) * num_B, *([num_B] if vectors else [])]
-    d = config.get("d") or 5000
+    d = chunk_size(config)
     chunks = sum(-(-size // d) for size in (sum(sizes_A), sum(sizes_B), vectors))
     return [chunks * config["k"], chunks]
 
@@ -576,7 +582,7 @@ def factored_updates(
     seed, names = config["seed"], [each.name for each in parameters if matrix_of(each)]
     sizes_A, sizes_B, vectors = factor_sizes(config, parameters)
     if config["peft_type"] == "MCNC":
-        chunks = [-(-size // (config.get("d") or 5000)) for size in (sum(sizes_A), sum(sizes_B), vectors)]
+        chunks = [-(-size // (chunk_size(config))) for size in (sum(sizes_A), sum(sizes_B), vectors)]
         own = np.split(coefficients, np.cumsum(chunks)[:-1] * (config["k"] + 1))
         all_A = manifold(config, own[0], sum(sizes_A), 1.0, "A")
         all_A = all_A + offset(seed, ["network", "mcnc", "A", "offset"], sum(sizes_A), math.sqrt(3))

@@ -129,7 +129,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         McncConfig,
         {"r": 3, "k": 4, "d": 31, "widths": (4, 3), "activation": "relu", "normalize": False, "target_modules": LAYERS},
     ),
-    "mcnc-default": ("Layers", McncConfig, {"target_modules": LAYERS}),
+    "mcnc-default-chunks": ("Layers", McncConfig, {"target_modules": LAYERS}),
     "mcnc-weight": (
         "Layers",
         McncConfig,

@@ -64,7 +64,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (McncConfig, {"d": 0}, "`d` must be a positive integer, got 0"),
     (McncConfig, {"d": 100.0}, "`d` must be a positive integer, got 100.0"),
     (McncConfig, {"d": 5, "k": 5}, r"`d` must be larger than `k` \(5\): a chunk of d numbers .*, got 5"),
-    (McncConfig, {"k": 5000}, r"`d` must be larger than `k` \(5000\).*, got 5000"),
+    (McncConfig, {"k": 500}, r"`d` must be larger than `k` \(500\).*, got 500"),
     (McncConfig, {"widths": 32}, "`widths` must be a list of positive integers, got 32"),
     (McncConfig, {"widths": "32"}, "`widths` must be a list of positive integers, got '32'"),
     (McncConfig, {"widths": None}, "`widths` must be a list of positive integers, got None"),

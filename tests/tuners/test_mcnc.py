@@ -105,7 +105,7 @@ def test_every_factor_or_weight_is_cut_into_chunks(
 def test_the_published_numbers_of_coefficients(layers: int, hidden: int, inner: int, r: int, published: int) -> None:
     """LLaMA-2 7B and 13B, all linear layers (paper, table of language models): A and B are cut apart."""
     shapes = [*4 * [(hidden, hidden)], *2 * [(inner, hidden)], (hidden, inner)]
-    config = McncConfig(r=r)
+    config = McncConfig(r=r, d=5000)
     targets = [Target(f"{layer}.{i}", *shape) for layer in range(layers) for i, shape in enumerate(shapes)]
     assert sum(config.vector_sizes(targets)) == published
 
@@ -124,11 +124,25 @@ def test_layers_whose_factors_have_other_numbers_of_chunks() -> None:
     assert not found
 
 
+@pytest.mark.parametrize(
+    ("options", "d"),
+    [
+        ({}, 500),
+        ({"factors_version": 3}, 5000),
+        ({"factors_version": 2}, 5000),
+        ({"parametrization": "plain"}, 5000),
+        ({"apply_to": "weight"}, 5000),
+    ],
+)
+def test_the_default_length_of_a_chunk(options: dict[str, Any], d: int) -> None:
+    """Adapters that were saved without one keep that of their time."""
+    assert McncConfig(**options).chunk_size == d
+
+
 def test_the_default_length_of_a_chunk_fits_every_layer() -> None:
     """A factor smaller than a chunk has one, of which the beginning is used."""
     base = tiny_models.Layers().double()
     model, config = adapt(base, "MCNC", target_modules=["first", "wide"], d=None)
-    assert config.chunk_size == 5000
     assert [parameter.numel() for parameter in coefficients_of(model).values()] == [8, 8]
     x = torch.randn(3, 8, dtype=torch.float64)
     expected = run_dense(base, config, coefficients_of(model), lambda m: m(x, ("first", "wide")))

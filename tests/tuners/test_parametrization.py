@@ -202,7 +202,7 @@ def test_a_parametrization_that_is_set_later(method: str, tmp_path: Path) -> Non
 
 def test_what_the_version_of_the_factors_can_be() -> None:
     for config, message in (
-        (lambda: McncConfig(factors_version=1), "`factors_version` must be 2 or 3, got 1"),
+        (lambda: McncConfig(factors_version=1), "`factors_version` must be 2 or 3 or 4, got 1"),
         (lambda: NolaConfig(factors_version=3), "`factors_version` must be 2, got 3"),
         (lambda: PrancConfig(factors_version=2), "`factors_version` must be left out, got 2"),
     ):

@@ -23,6 +23,8 @@ from ..target import Target
 # What a step moves the inputs of the first activation by, in learning rates; found by trying.
 _PHASE = 50.0
 _PHASE_OF_FACTORS = 150.0  # in adapters, since factors_version 3
+_CHUNK = 5000
+_CHUNK_OF_FACTORS = 500  # in adapters, since factors_version 4
 _MOST_LAYERS = 64  # hidden ones of the frozen network
 
 
@@ -44,9 +46,9 @@ class McncConfig(SeededConfig):
         default=None,
         metadata={
             "help": (
-                "Outputs of the frozen network, the numbers in a chunk; 5000 by default. Each factor of a layer, or "
-                "its weight, is cut into chunks, of which the last may be shorter. If given, at most the numbers of "
-                "the largest one."
+                "Outputs of the frozen network, the numbers in a chunk; by default 500 in factors and 5000 in weights. "
+                "Each factor of a layer, or its weight, is cut into chunks, of which the last may be shorter. If "
+                "given, at most the numbers of the largest one."
             ),
             "generates": True,
         },
@@ -120,7 +122,7 @@ class McncConfig(SeededConfig):
     method_name = "MCNC"
     paper = "https://huggingface.co/papers/2406.19301"
     size_fields = ("k", "d", "r", "apply_to")
-    factors_versions = (2, 3)
+    factors_versions = (2, 3, 4)
     notice = "A patent application covers the method (US 20250384255 A1)."
 
     def check_fields(self) -> None:
@@ -154,7 +156,7 @@ class McncConfig(SeededConfig):
         """Those of the inputs and of the amplitudes of every sequence."""
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
         kinds = (UPDATE,) if self.apply_to == "weight" else (A, B)
-        phase = _PHASE_OF_FACTORS if self.apply_to == "factors" and self.rule == 3 else _PHASE
+        phase = _PHASE_OF_FACTORS if self._factors_of_rule(3) else _PHASE
         return [factor for size, kind in zip(sizes, kinds) for factor in self._pair(size, kind, phase)]
 
     def _pair(self, size: int, kind: str, phase: float = _PHASE) -> list[float]:
@@ -171,6 +173,10 @@ class McncConfig(SeededConfig):
         shared = numbers / (self.k + 1)
         return [inputs, beside_a_start(shared) if kind == A else math.sqrt(shared)]
 
+    def _factors_of_rule(self, version: int) -> bool:
+        """Whether the chunks fill factors by a rule of that version or a later one."""
+        return self.apply_to == "factors" and self.rule is not None and self.rule >= version
+
     def unscaled(self, coefficients: torch.Tensor, target: Target) -> torch.Tensor:
         sizes = self.sizes(target.fan_out, target.fan_in, target.experts)
         lengths = [self._chunks(size) * (self.k + 1) for size in sizes]
@@ -186,7 +192,9 @@ class McncConfig(SeededConfig):
     @property
     def chunk_size(self) -> int:
         """`d`, or its default."""
-        return 5000 if self.d is None else self.d
+        if self.d is not None:
+            return self.d
+        return _CHUNK_OF_FACTORS if self._factors_of_rule(4) else _CHUNK
 
     def sizes(self, fan_out: int, fan_in: int, experts: int = 1) -> list[int]:
         """The numbers that chunks make for a module with a weight of that shape, in sequences that are cut apart."""
@@ -238,7 +246,7 @@ class McncConfig(SeededConfig):
         start: dict[str, Any] = {
             "offset_stream": ("mcnc", "A", self.r, target.fan_in, "offset"),
             "offset_size": target.experts * self.r * target.fan_in,
-            "offset_scale": (SMALL_START if self.rule == 3 else 1.0) / math.sqrt(target.fan_in),
+            "offset_scale": (SMALL_START if self._factors_of_rule(3) else 1.0) / math.sqrt(target.fan_in),
         }
         return self._manifold(first, factors, **start), *(self._manifold(size, factors[2:]) for size in rest)
 
