@@ -21,6 +21,7 @@ from benchmarks.models import generator_bytes
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import learning_rates, runs
 from benchmarks.quality.contestants import CONTESTANTS
+from benchmarks.quality.report import report_rates
 from benchmarks.quality.summary import Point, by_budget, chosen, front, latest
 from benchmarks.quality.task import QualityTask, Sources
 from peft_ext import McncConfig
@@ -130,6 +131,9 @@ def test_learning_rates_go_on_where_they_were_and_say_where_they_diverged(tmp_pa
     shown = capsys.readouterr().out
     assert "Random numbers" in shown and "diverged" in shown and f"{row['loss']:.3f}" in shown
     assert (tmp_path / "plots" / "learning-rates-tiny.png").stat().st_size > 1000
+    one_rate = [row for row in rows if row["rate"] == 1e-2]  # all of these have no curve but a point
+    assert report_rates(one_rate, tmp_path)[1] == ["learning-rates-tiny.png"]
+    assert (tmp_path / "learning-rates-tiny.png").stat().st_size > 1000
 
 
 def test_quality_takes_the_best_rate_to_other_seeds(tmp_path, measured, capsys):

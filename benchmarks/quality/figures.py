@@ -19,17 +19,23 @@ from .summary import Point, Row, by, front, mean_loss  # noqa: E402
 
 _MARKERS = {"float32": "o", "int8": "s", "int4": "^"}
 _COLUMNS = 4
+_FEW = 5  # rates whose names have room below an axis; a logarithmic one has few ticks of its own there
 _ROOM = 1.6  # losses are drawn up to this many times the best: beyond it, one curve would flatten all
 
 
 def plot_rates(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draws mean loss over seeds against the rate, a panel a method, a curve a contestant; a cross is a divergence.
 
+    Contestants with one rate are left out if others have more.
+
     Args:
-        rows: lines of one task.
+        rows: lines of one task and budget.
         title: of the figure.
         path: the PNG file.
     """
+    curves = [of_label for of_label in by(rows, "method").values() if len({row["rate"] for row in of_label}) > 1]
+    rows = [row for of_label in curves for row in of_label] or rows
+    rates = sorted({row["rate"] for row in rows})
     families = by(rows, "name")
     columns = min(_COLUMNS, len(families))
     lines = -(-len(families) // columns)
@@ -55,6 +61,9 @@ def plot_rates(rows: Sequence[Row], title: str, path: Path) -> None:
             gone = [rate for rate in means if rate not in stays]
             axis.plot(gone, [top] * len(gone), color=colour, marker="x", linestyle="none")
         axis.set_xscale("log")
+        if len(rates) <= _FEW:
+            axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            axis.minorticks_off()
         axis.set_title(_first_word(of_family[0]["method"]), loc="left", fontsize=10)
         # Below the panel: seven curves leave no room among them.
         axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(-0.05, -0.3), ncols=2)
@@ -66,6 +75,7 @@ def plot_rates(rows: Sequence[Row], title: str, path: Path) -> None:
         line[0].set_ylabel("validation loss")
     for axis in axes.flat[max(0, len(families) - columns) : len(families)]:
         axis.set_xlabel("learning rate")
+        axis.tick_params(labelbottom=True)  # the last of its column, though there are panels further down in others
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150, bbox_inches="tight")  # long legends push the labels out
     plt.close(figure)
