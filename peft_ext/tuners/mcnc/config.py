@@ -24,7 +24,7 @@ from ..target import Target
 _PHASE = 50.0
 _PHASE_OF_FACTORS = 150.0  # in adapters, since factors_version 3
 _CHUNK = 5000
-_CHUNK_OF_FACTORS = 500  # in adapters, since factors_version 4
+_CHUNK_OF_FACTORS = 500  # since factors_version 4
 _MOST_LAYERS = 64  # hidden ones of the frozen network
 
 
