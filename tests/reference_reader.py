@@ -371,14 +371,14 @@ def update(
         size_A = experts * r * fan_in
         if scaled(config):
             _, size_B = _generated(config, module)
-            first = -(-size_A // (chunk_size(config))) * (config["k"] + 1)
+            first = -(-size_A // chunk_size(config)) * (config["k"] + 1)
             phase = 50.0 if rule(config) == 2 else 150.0
             A = manifold(config, coefficients[:first], size_A, 1.0, "A", phase)
             B = manifold(config, coefficients[first:], size_B, 1.0, "B", phase)
         else:
             flat = manifold(config, coefficients, experts * r * (fan_in + fan_out), 1.0, "A and B")
             A, B = flat[:size_A], flat[size_A:]
-        start = (0.1 if scaled(config) and rule(config) in (3, 4) else 1.0) / math.sqrt(fan_in)
+        start = (0.1 if scaled(config) and rule(config) > 2 else 1.0) / math.sqrt(fan_in)
         A = A + offset(seed, ["mcnc", "A", r, fan_in, "offset"], experts * r * fan_in, start)
     else:
         r = matching(config["rank_pattern"], name, config["r"])
@@ -582,7 +582,7 @@ def factored_updates(
     seed, names = config["seed"], [each.name for each in parameters if matrix_of(each)]
     sizes_A, sizes_B, vectors = factor_sizes(config, parameters)
     if config["peft_type"] == "MCNC":
-        chunks = [-(-size // (chunk_size(config))) for size in (sum(sizes_A), sum(sizes_B), vectors)]
+        chunks = [-(-size // chunk_size(config)) for size in (sum(sizes_A), sum(sizes_B), vectors)]
         own = np.split(coefficients, np.cumsum(chunks)[:-1] * (config["k"] + 1))
         all_A = manifold(config, own[0], sum(sizes_A), 1.0, "A")
         all_A = all_A + offset(seed, ["network", "mcnc", "A", "offset"], sum(sizes_A), math.sqrt(3))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -18,9 +17,9 @@ from .summary import Row, by, by_budget, chosen, front, latest, mean_loss, point
 _TOLERANCE = 1.05  # "about as good as the best rate"
 
 
-def _title(task: str, budget: dict[str, Any]) -> str:
-    name = TASKS[task].title if task in TASKS else task
-    return name + ", {steps} steps of {batch_size}, {train_rows} rows".format(**budget)
+def _title(line: Row) -> str:
+    name = TASKS[line["task"]].title if line["task"] in TASKS else line["task"]
+    return name + ", {steps} steps of {batch_size}, {train_rows} rows".format(**line["budget"])
 
 
 def _note(left_out: int) -> str | None:
@@ -30,10 +29,10 @@ def _note(left_out: int) -> str | None:
 def report_rates(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]:
     """Returns a table of losses at every rate for every task, and draws the curves."""
     tables, files = [], []
-    for task, budget, suffix, group in by_budget(rows):
-        of_task, left_out = latest(group)
+    for stem, group in by_budget(rows).items():
+        title, (of_task, left_out) = _title(group[0]), latest(group)
         rates = sorted({row["rate"] for row in of_task})
-        table = Table(title=f"Loss at each rate: {_title(task, budget)}", caption=_note(left_out), title_justify="left")
+        table = Table(title=f"Loss at each rate: {title}", caption=_note(left_out), title_justify="left")
         for heading in (
             "contestant",
             "coefficients",
@@ -50,8 +49,8 @@ def report_rates(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[s
             seeds = str(len({row["seed"] for row in runs}))
             table.add_row(label, f"{runs[-1]['coefficients']:,}", seeds, *cells, ", ".join(good) or "none")
         tables.append(table)
-        files.append(f"learning-rates-{task}{suffix}.png")
-        plot_rates(of_task, _title(task, budget), folder / files[-1])
+        files.append(f"learning-rates-{stem}.png")
+        plot_rates(of_task, title, folder / files[-1])
     return tables, files
 
 
@@ -66,12 +65,11 @@ def _loss_cell(loss: float | None, best: float) -> str:
 def report_quality(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]:
     """Returns a table of all points for every task, from few bytes to many, and draws the fronts."""
     tables, files = [], []
-    for task, budget, suffix, group in by_budget(rows):
-        of_task, left_out = chosen(group)
+    for stem, group in by_budget(rows).items():
+        title, (of_task, left_out) = _title(group[0]), chosen(group)
         found = points(of_task)
         score = next((row["metric"] for row in of_task if row.get("metric")), None)
         best = {name: front([point for point in found if point.size], name) for name in ("loss", "score")}
-        title = _title(task, budget)
         table = Table(title=f"Quality against bytes: {title}", caption=_note(left_out), title_justify="left")
         headings = [
             "contestant",
@@ -101,6 +99,6 @@ def report_quality(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list
             table.add_row(point.label, point.dtype, *cells, ", ".join(on))
         tables.append(table)
         for name, ylabel in (("loss", "validation loss"), *([("score", str(score))] if score else [])):
-            files.append(f"quality-{task}{suffix}-{name if name == 'loss' else score}.png")
+            files.append(f"quality-{stem}-{name if name == 'loss' else score}.png")
             plot_front(found, name, ylabel, title, folder / files[-1])
     return tables, files

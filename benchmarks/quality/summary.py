@@ -11,26 +11,21 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def by_budget(rows: Iterable[Row]) -> list[tuple[str, dict[str, Any], str, list[Row]]]:
+def by_budget(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Returns the lines that can be compared with each other: those of one task and one budget.
 
-    Returns:
-        For each of them the task, the budget, what file names add, which is nothing for the budget of a task that has
-        the most lines, and the lines.
+    They are under the name that files have: that of the task for the budget with the most lines, and with steps and
+    training rows for the others.
     """
-    found = []
+    found = {}
     for task, of_task in by(rows, "task").items():
-        budgets: list[list[Row]] = []
+        budgets: dict[Any, list[Row]] = {}
         for row in of_task:
-            same = next((group for group in budgets if group[0]["budget"] == row["budget"]), None)
-            if same is None:
-                budgets.append(same := [])
-            same.append(row)
-        budgets.sort(key=len, reverse=True)
-        for group in budgets:
-            budget = group[0]["budget"]
-            suffix = "-{steps}-steps-{train_rows}-rows".format(**budget) if group is not budgets[0] else ""
-            found.append((task, budget, suffix, group))
+            budgets.setdefault(tuple(sorted(row["budget"].items())), []).append(row)
+        most, *others = sorted(budgets.values(), key=len, reverse=True)
+        found[task] = most
+        for group in others:
+            found[task + "-{steps}-steps-{train_rows}-rows".format(**group[0]["budget"])] = group
     return found
 
 
