@@ -228,11 +228,12 @@ def test_the_front_has_what_nothing_smaller_beats():
 
 
 def test_lines_of_old_defaults_are_left_out_and_other_budgets_are_apart():
-    row = {"task": "t", "method": "m", "config": "new", "budget": {"steps": 5, "train_rows": 8}}
-    other = {**row, "budget": {"steps": 1, "train_rows": 8}}
+    row = {"task": "t", "method": "m", "config": "new", "budget": {"steps": 5, "head_rate": 0.1}}
+    other = {**row, "budget": {"steps": 1, "head_rate": 0.1}}
+    third = {**row, "budget": {"steps": 5, "head_rate": 0.2}}
     rows = [{**row, "config": "old"}, other, {**row, "method": "n", "config": "x"}, row, {**row, "task": "u"}]
-    found = by_budget([*rows, other])  # the last line's budget is not the one with most lines
-    assert [(name, len(group)) for name, group in found.items()] == [("t", 3), ("t-1-steps-8-rows", 2), ("u", 1)]
+    found = by_budget([*rows, other, third])  # the last line's budget is not the one with most lines
+    assert {name: len(group) for name, group in found.items()} == {"t": 3, "t-steps-1": 2, "t-head_rate-0.2": 1, "u": 1}
     assert latest(found["t"]) == ([rows[2], rows[3]], 1)
 
 

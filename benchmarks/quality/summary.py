@@ -14,8 +14,8 @@ Row = dict[str, Any]
 def by_budget(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Returns the lines that can be compared with each other: those of one task and one budget.
 
-    They are under the name that files have: that of the task for the budget with the most lines, and with steps and
-    training rows for the others.
+    They are under the name that files have: that of the task for the budget with the most lines, and with what is
+    different for the others.
     """
     found = {}
     for task, of_task in by(rows, "task").items():
@@ -25,7 +25,8 @@ def by_budget(rows: Iterable[Row]) -> dict[str, list[Row]]:
         most, *others = sorted(budgets.values(), key=len, reverse=True)
         found[task] = most
         for group in others:
-            found[task + "-{steps}-steps-{train_rows}-rows".format(**group[0]["budget"])] = group
+            differences = group[0]["budget"].items() - most[0]["budget"].items()
+            found["-".join([task, *(f"{name}-{value}" for name, value in sorted(differences))])] = group
     return found
 
 

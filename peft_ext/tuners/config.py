@@ -303,8 +303,8 @@ class SeededConfig(CheckpointedConfig):
         default=None,
         metadata={
             "help": (
-                "Version of the rule that the fixed factors follow, where coefficients are scaled: the newest one, or "
-                "that of a saved adapter. Leave it alone."
+                "Version of the rule for the fixed factors, and for defaults that depend on it, where coefficients "
+                "are scaled: the newest one, or that of a saved adapter. Leave it alone."
             )
         },
     )
@@ -352,7 +352,7 @@ class SeededConfig(CheckpointedConfig):
 
     @property
     def rule(self) -> Optional[int]:
-        """The version of the rule that the factors follow; None where nothing is scaled or there was one rule only."""
+        """The `factors_version` in use; None where nothing is scaled or there was one rule only."""
         known = self.factors_versions if self.parametrization == SCALED else ()
         return (self.factors_version or known[-1]) if known else None
 

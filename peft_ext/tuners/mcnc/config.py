@@ -46,9 +46,10 @@ class McncConfig(SeededConfig):
         default=None,
         metadata={
             "help": (
-                "Outputs of the frozen network, the numbers in a chunk; by default 500 in factors and 5000 in weights. "
-                "Each factor of a layer, or its weight, is cut into chunks, of which the last may be shorter. If "
-                "given, at most the numbers of the largest one."
+                "Outputs of the frozen network, the numbers in a chunk; by default 500 in factors and 5000 in weights, "
+                "in factors 5000 too with the 'plain' parametrization or a `factors_version` below 4. Each factor of "
+                "a layer, or its weight, is cut into chunks, of which the last may be shorter. If given, at most the "
+                "numbers of the largest one."
             ),
             "generates": True,
         },
