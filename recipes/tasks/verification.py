@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from recipes.support import inputs
+from recipes.support.arguments import UserError
 from recipes.tasks import causal_lm, image_classification
 
 EXPECTED = "expected.safetensors"
@@ -39,7 +40,7 @@ def verify_in_fresh_process(
         base: how the base model is loaded.
 
     Raises:
-        subprocess.CalledProcessError: the loaded adapter computes something else.
+        UserError: the loaded adapter computes something else, or cannot be loaded.
     """
     name, kind = next((name, kind) for name, kind in KINDS.items() if isinstance(base, kind.ModelArguments))
     model.eval()
@@ -56,7 +57,11 @@ def verify_in_fresh_process(
     # Equal to the bit only with as many threads as here.
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     sys.stdout.flush()
-    subprocess.run(command, check=True, env={**os.environ, **environment})
+    if subprocess.run(command, env={**os.environ, **environment}).returncode:
+        raise UserError(
+            f"{adapter}: a process of its own that loaded the adapter did not get the model that was trained; what it "
+            "said is above"
+        )
 
 
 def read_expected(adapter: Path) -> tuple[list[dict[str, torch.Tensor]], str]:

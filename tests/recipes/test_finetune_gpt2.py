@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from recipes.finetune_gpt2 import main
-from recipes.support.arguments import CONFIGS
+from recipes.support.arguments import CONFIGS, UserError
 from recipes.support.methods import parse_methods
 from recipes.support.runs import last_checkpoint
 from recipes.tasks import training
 from recipes.tasks.base import adapt
 from recipes.tasks.causal_lm import DataArguments, ModelArguments, load_model, load_text_data
+from recipes.tasks.verification import verify_in_fresh_process
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["--methods", "{name: nola, r: 4, num_basis: 16}", "{name: lora, r: 1, learning_rate: 1e-2}"]
@@ -150,7 +151,9 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_command_line_with_a_fresh_process(flags: list[str]) -> None:
+def test_command_line_with_a_fresh_process(
+    flags: list[str], model_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     done = run([sys.executable, "-m", "recipes.finetune_gpt2", *flags, *METHODS[:2], "--verify_adapters"])
     assert done.returncode == 0, done.stderr
     assert "largest difference to the trained model 0.0e+00; same text: True" in done.stdout
@@ -160,6 +163,19 @@ def test_command_line_with_a_fresh_process(flags: list[str]) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: output_dir: ")
     assert "Traceback" not in done.stderr
+
+    # The comparison can fail: here the model has moved on since the adapter was saved.
+    (adapter,) = Path(flags[flags.index("--output_dir") + 1]).glob("nola*/adapter")
+    base = ModelArguments(str(model_folder))
+    model, tokenizer = load_model(base)
+    moved = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, moved.parameters()):
+            parameter.normal_()
+    row = {"ids": tokenizer("name[N0] =", return_tensors="pt").input_ids[0], "prompt_length": torch.tensor(2)}
+    with pytest.raises(UserError, match="did not get the model that was trained"):
+        verify_in_fresh_process(moved, tokenizer, [row], adapter, base)
+    assert "does not give the text that the trained model gave" in capfd.readouterr().err
 
 
 @pytest.fixture
