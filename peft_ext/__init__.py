@@ -7,8 +7,9 @@ from .adapters.hub import push_to_hub
 from .adapters.lora import to_lora
 from .adapters.pool import AdapterPool
 from .adapters.scaling import rescale_adapter_scale
+from .from_seed import load_from_seed
 from .registration import register
-from .seeded_network import SeededNetwork, load_from_seed
+from .seeded_network import SeededNetwork
 from .tuners.description import describe
 from .tuners.idle import set_expansion_budget
 from .tuners.mcnc import McncConfig, McncModel

@@ -9,23 +9,21 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from huggingface_hub import CommitInfo
-from peft import PeftConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import quantization
 from .checkpoint.card import About
-from .checkpoint.hub import local_folder, upload
+from .checkpoint.hub import upload
 from .checkpoint.identity import (
     Identity,
     canonical,
     check_checksum,
-    check_finite,
     check_identity,
     checksum,
     digest,
@@ -33,14 +31,12 @@ from .checkpoint.identity import (
     record_content,
     write_record,
 )
-from .checks import check_choice
 from .generators import Generator
 from .generators.base import Frozen
-from .tuners.config import PLAIN, SCALED, SeededConfig
+from .tuners.config import SCALED, SeededConfig
 from .tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, describe
 from .tuners.expansion import SharedExpansion
-from .tuners.network import UPDATE, A, B, Weight, matrices_of, product, saved_targets, start_of, weights_of
-from .tuners.target import Target
+from .tuners.network import UPDATE, A, B, Weight, matrices_of, product, start_of, weights_of
 
 _ADAPTER = "network"
 NETWORK_COEFFICIENTS = f"coefficients.{_ADAPTER}"
@@ -118,7 +114,7 @@ class SeededNetwork(nn.Module):
     @property
     def identity(self) -> Identity:
         """All that turns the coefficients into weights."""
-        return _identity(self.config, self._weights, self._matrices)
+        return identity_of(self.config, self._weights, self._matrices)
 
     @property
     def _matrices(self) -> dict[str, list[int]]:
@@ -126,9 +122,8 @@ class SeededNetwork(nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         """The record of the coefficients and buffers, which state dicts hold as `_extra_state`."""
-        buffers = {name: buffer for name, buffer in self.named_buffers()}
         coefficients = self.coefficients[_ADAPTER]
-        return _record(self.identity, "float32", len(coefficients), coefficients, buffers)
+        return _record(self.identity, "float32", len(coefficients), coefficients, persistent_buffers(self))
 
     def set_extra_state(self, state: Any) -> None:
         """Does nothing: what is loaded has been verified."""
@@ -154,9 +149,24 @@ class SeededNetwork(nn.Module):
         return (update.mT if weight.transposed else update).reshape(weight.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the network."""
+        """That of the network.
+
+        Raises:
+            ValueError: gradient checkpointing of the network is on: its weights are not there any more when the
+                backward pass would compute its blocks again.
+        """
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules()):
+            self.gradient_checkpointing_enable()
         with self._filled(self.weights()):
             return self.network(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises a ValueError: networks from a seed have no gradient checkpointing."""
+        raise ValueError(
+            "A network from a seed must be trained without gradient checkpointing (`gradient_checkpointing_disable()` "
+            "of the network, `gradient_checkpointing=False` in TrainingArguments): its weights exist during the "
+            "forward pass only. Smaller batches with gradient accumulation save memory too."
+        )
 
     @contextmanager
     def _filled(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -168,10 +178,17 @@ class SeededNetwork(nn.Module):
             for module, attribute, _ in self._slots:
                 setattr(module, attribute, None)
 
-    @torch.no_grad()
     def to_plain(self) -> nn.Module:
         """The network with ordinary parameters, frozen at their present values; a copy."""
-        network = copy.deepcopy(self.network)
+        return self._with_parameters(copy.deepcopy(self.network))
+
+    def unwrap(self) -> nn.Module:
+        """The network itself, like `to_plain`; this object cannot be used afterwards."""
+        return self._with_parameters(self.network)
+
+    @torch.no_grad()
+    def _with_parameters(self, network: nn.Module) -> nn.Module:
+        """The wrapped network, or a copy of it, once it has ordinary parameters."""
         modules = dict(network.named_modules())
         names = {module: name for name, module in self.network.named_modules()}
         parameters = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in self.weights().items()}
@@ -188,13 +205,14 @@ class SeededNetwork(nn.Module):
         transformers is written to `config.json` beside them, and a model card that describes all this to `README.md`;
         see `peft_ext.describe`.
         """
+        self.config.check()  # the dtype can have been chosen since it was made
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
         del state[_RECORD]
         dtype = self.config.coefficient_dtype
         coefficients = state.pop(NETWORK_COEFFICIENTS)
-        buffers = {name: state[name] for name, _ in self.named_buffers() if name in state}
+        buffers = {name: state[name] for name in persistent_buffers(self)}
         if quantization.is_integer(dtype):
             layout = self.config.layout([len(coefficients)])
             stored = state["packed"] = layout.pack([coefficients], dtype)
@@ -210,7 +228,7 @@ class SeededNetwork(nn.Module):
         fields = {**self.config.to_dict(), "coefficient_error": quantization.change([coefficients], after)}
         described = {
             "network": type(self.network).__name__,
-            "network_config": _digest_of_network_config(path),
+            "network_config": digest_of_network_config(path),
             "weights": {weight.name: list(weight.shape) for weight in self._weights},
             **({"matrices": self._matrices} if self._matrices else {}),
             "method": {key: value for key, value in fields.items() if value is not None},
@@ -256,113 +274,7 @@ class SeededNetwork(nn.Module):
         return upload(repo_id, save, About(**about), private, token, revision, commit_message, create_pr)
 
 
-def load_from_seed(
-    folder: str | os.PathLike[str],
-    network: nn.Module | None = None,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> nn.Module:
-    """Rebuilds a network that `SeededNetwork.save_pretrained` or `SeededNetwork.push_to_hub` wrote.
-
-    Args:
-        folder: where it was written, or the id of a repository on the hub, `"user/name"`, of which nothing but seed,
-            coefficients and the configuration of the network is downloaded.
-        network: a network of the same architecture, whatever its weights, which are replaced. May be left out for
-            the classes of transformers, which are made from `config.json`.
-        revision: branch, tag or commit of the repository.
-        token: of the hub; by default the one that is logged in.
-
-    Returns:
-        The network with ordinary frozen parameters, in evaluation mode.
-
-    Raises:
-        ValueError: another architecture, an unknown generator version or other random numbers, coefficients that do
-            not fit or are not finite, or no `network` where one is needed.
-        FileNotFoundError: neither a folder nor what could be the id of a repository.
-    """
-    path = local_folder(folder, (NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, transformers.CONFIG_NAME), revision, token)
-    described, config, _ = read_config(path)
-    state = load_file(path / NETWORK_WEIGHTS_NAME)
-    content = read_record(state.pop("identity", None), "identity")
-    saved, name = described["weights"], described["network"]
-
-    def verify(network: nn.Module) -> None:
-        weights = list(weights_of(network))
-        _check_weights(saved, name, weights)
-        targets = [weight.target for weight in weights]
-        matrices = matrices_of(targets, config.network_fillings(targets))
-        identity = _identity(config, weights, matrices)
-        check_identity(described["identity"], identity, f"in {NETWORK_CONFIG_NAME}")
-        check_identity(content.get("identity"), identity, f"in {NETWORK_WEIGHTS_NAME}")
-        if matrices != described.get("matrices", {}):
-            raise ValueError(f"`matrices` in {NETWORK_CONFIG_NAME} must be those of the {name}: it was edited.")
-
-    if network is None:
-        _check_network_config(path, described)
-        with torch.device("meta"):  # before a stranger's sizes cost memory
-            verify(_make_network(path, name))
-        with _float32():
-            network = _make_network(path, name)
-    verify(network)
-    seeded = SeededNetwork(network, config)
-    coefficients = seeded.coefficients[_ADAPTER]
-    check_choice(f"dtype in {NETWORK_WEIGHTS_NAME}", content.get("dtype"), quantization.DTYPES)
-    found = "packed" if quantization.is_integer(content["dtype"]) else NETWORK_COEFFICIENTS
-    kept = seeded.state_dict().keys()
-    expected = {key: buffer.shape for key, buffer in seeded.named_buffers() if key in kept}
-    shapes = {key: tensor.shape for key, tensor in state.items() if key != "packed" or found != "packed"}
-    if found != "packed":
-        expected = {NETWORK_COEFFICIENTS: coefficients.shape, **expected}
-    if shapes != expected:
-        raise ValueError(
-            f"{NETWORK_WEIGHTS_NAME} does not fit {NETWORK_CONFIG_NAME}: it must hold "
-            f"{', '.join(f'{key} {tuple(shape)}' for key, shape in expected.items())}."
-        )
-    if found not in state:
-        raise ValueError(f"{NETWORK_WEIGHTS_NAME} must hold {found!r} for coefficients in {content['dtype']}.")
-    check_finite(state[found], f" in {NETWORK_WEIGHTS_NAME}")
-    buffers = {key: tensor for key, tensor in state.items() if key != found}
-    check_checksum(content.get("coefficients"), checksum([("coefficients", state[found])]), f"{found!r}")
-    check_checksum(content.get("others"), checksum(buffers.items()), "the buffers")
-    with torch.no_grad():
-        if found == "packed":
-            (vector,) = config.layout([len(coefficients)]).unpack(state[found], content["dtype"])
-        else:
-            vector = state[found]
-        coefficients.copy_(vector)
-        for key, buffer in seeded.named_buffers():
-            if key in buffers:
-                buffer.copy_(buffers[key])
-    return seeded.to_plain().eval()
-
-
-def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig, list[Target]]:
-    """What `seed_config.json` of a folder says, and the configuration and the parameters in it.
-
-    Raises:
-        ValueError: it is damaged, or no configuration of a network.
-    """
-    try:
-        described = json.loads((path / NETWORK_CONFIG_NAME).read_text(encoding="utf-8"))
-        weights, method, identity = described["weights"], described["method"], described["identity"]
-        shapes = [[int(size) for size in shape] for shape in weights.values()]
-        if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
-            raise ValueError("a name or a shape is none")
-        targets = saved_targets(dict(zip(weights, shapes)), described.get("matrices", {}))
-        # Networks from before there was a choice name none.
-        chosen = {"parametrization": PLAIN, "factors_version": identity.get("factors_version")}
-        config = PeftConfig.from_peft_type(**{**chosen, **method})
-    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{str(path / NETWORK_CONFIG_NAME)!r} is damaged: {error!r}.") from error
-    if not isinstance(config, SeededConfig):
-        kind = method.get("peft_type")
-        raise ValueError(f"`peft_type` in {NETWORK_CONFIG_NAME} must be a method that makes networks, got {kind!r}.")
-    config.network_fillings(targets)  # whether it makes networks, and has fewer coefficients than parameters
-    return described, config, targets
-
-
-def _digest_of_network_config(path: Path) -> str | None:
+def digest_of_network_config(path: Path) -> str | None:
     """A hash of `config.json`, which decides more than shapes; None if there is none."""
     file = path / transformers.CONFIG_NAME
     if not file.is_file():
@@ -370,27 +282,7 @@ def _digest_of_network_config(path: Path) -> str | None:
     return digest(canonical(json.loads(file.read_text(encoding="utf-8"))))
 
 
-def _check_network_config(path: Path, described: Mapping[str, Any]) -> None:
-    found = _digest_of_network_config(path)
-    if found is not None and found != described.get("network_config"):
-        raise ValueError(
-            f"{transformers.CONFIG_NAME} is not the one that was saved: its hash is {found!r}, and "
-            f"{str(described.get('network_config'))[:50]!r} in {NETWORK_CONFIG_NAME}. It was edited or is damaged."
-        )
-
-
-def _check_weights(saved: Mapping[str, Any], name: str, weights: Sequence[Weight]) -> None:
-    found = {weight.name: list(weight.shape) for weight in weights}
-    if found != saved:
-        differing = sorted(each for each in found.keys() | saved.keys() if found.get(each) != saved.get(each))
-        raise ValueError(
-            f"`network` must be the {name} that was saved: {len(differing)} parameters differ, the first is "
-            f"{differing[0]!r} with shape {saved.get(differing[0])} in the checkpoint and {found.get(differing[0])} in "
-            "the network given."
-        )
-
-
-def _identity(config: SeededConfig, weights: Sequence[Weight], matrices: Mapping[str, Sequence[int]]) -> Identity:
+def identity_of(config: SeededConfig, weights: Sequence[Weight], matrices: Mapping[str, Sequence[int]]) -> Identity:
     """The parameters are known by their place in the sequence, name, shape and start, and the sides of matrices."""
     described = [
         [i, each.name, *each.shape, each.mean, each.width, each.spread, *matrices.get(each.name, ())]
@@ -412,25 +304,18 @@ def _verify(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) ->
     coefficients = state_dict.get(prefix + NETWORK_COEFFICIENTS)
     if coefficients is not None:
         check_checksum(content.get("coefficients"), checksum([("coefficients", coefficients)]), "the coefficients")
-    buffers = {name: state_dict[prefix + name] for name, _ in module.named_buffers() if prefix + name in state_dict}
+    buffers = {name: state_dict[prefix + name] for name in persistent_buffers(module) if prefix + name in state_dict}
     check_checksum(content.get("others"), checksum(buffers.items()), "the buffers")
 
 
-@contextmanager
-def _float32() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _make_network(path: Path, name: str) -> nn.Module:
-    network_class = getattr(transformers, name, None)
-    if not (isinstance(network_class, type) and issubclass(network_class, transformers.PreTrainedModel)):
-        raise ValueError(f"`network` must be given: {name!r} is no class of transformers, so only you can make it.")
-    return network_class(transformers.AutoConfig.from_pretrained(path))  # type: ignore[arg-type]
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that state dicts hold, by name: tables that a network makes anew are none."""
+    found = {}
+    for name, buffer in module.named_buffers():
+        place, _, own = name.rpartition(".")
+        if own not in module.get_submodule(place)._non_persistent_buffers_set:
+            found[name] = buffer
+    return found
 
 
 def _plain(value: Any) -> Any:

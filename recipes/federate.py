@@ -63,6 +63,8 @@ class Federate(Recipe[FederatedResult]):
             if way not in (AGREE, ALONE, POOLED):
                 raise UserError(f"compare: {way!r} is none of {AGREE}, {ALONE}, {POOLED}")
         check_split(self.federation)
+        if self.training.max_steps > 0:
+            raise UserError("max_steps: a round is counted in passes over an agent's samples; give --num_train_epochs")
         if self.quickstart.digits:
             refuse_other_inputs("digits", self.model, self.data)
             if self.grid is not None:

@@ -28,7 +28,7 @@ from recipes.tasks import digits
 from recipes.unlearning import same_time
 from recipes.unlearning.cases import Case, CaseArguments, CaseSpec, choose, parse_cases
 from recipes.unlearning.experiment import FILES, Experiment, notes
-from recipes.unlearning.same_time import SameTime, parse_same_time
+from recipes.unlearning.same_time import SameTime, like_before, parse_same_time
 from recipes.unlearning.settings import (
     DataArguments,
     ModelArguments,
@@ -57,6 +57,8 @@ class Unlearn(Recipe[UnlearningResult]):
     quickstart: digits.QuickstartArguments
     training: TrainingArguments
     methods: dict[str, UnlearningMethod] = field(init=False)
+    before: dict[str, UnlearningMethod] = field(init=False)
+    asked: str | None = field(init=False)
     baselines: dict[str, SameTime] = field(init=False)
     specs: list[CaseSpec] = field(init=False)
     adapter: Method | None = field(init=False)
@@ -68,24 +70,29 @@ class Unlearn(Recipe[UnlearningResult]):
     marks = ("*/*/unlearning.json", *FILES)
 
     def check(self) -> None:
-        check_arguments(self.model, self.data, self.comparison, self.seeds)
+        check_arguments(self.model, self.data, self.comparison)
         if self.quickstart.digits:
             check_quickstart(self.model, self.data, self.comparison)
         self.methods = parse_unlearning_methods(self.comparison.methods)
-        self.baselines = parse_same_time(self.comparison.same_time, self.comparison.same_time_as, self.methods)
+        self.before, self.asked = self.methods, self.comparison.same_time_as
+        self.baselines = parse_same_time(self.comparison.same_time, self.asked, self.methods)
+        self.comparison.same_time_as = next((each.like for each in self.baselines.values()), None)
         self.specs = parse_cases(self.case, self.comparison.task)
         self.adapter = parse_adapter(self.comparison, self.training, self.seeds[0])
 
     def continued(self, name: str, before: Any, now: Any) -> Any:
         if name in ("cases", "seeds", "further_golds"):
             return now
+        if name == "same_time_as":  # after the methods
+            like = like_before(before, self.asked, self.before, self.methods)
+            if like in self.methods:
+                self.baselines = parse_same_time(self.comparison.same_time, like, self.methods)
+            return like
         if name != "methods":
             return None
-        known, like = parse_unlearning_methods(before), self.comparison.same_time_as
-        baselines = {} if like and like not in known else parse_same_time(self.comparison.same_time, like, known)
-        for then, later in ((known, self.methods), (baselines, self.baselines)):
-            if any(then[label] != later[label] for label in then.keys() & later.keys()):
-                return None  # what is there under a label is something else
+        self.before = known = parse_unlearning_methods(before)
+        if any(known[label] != self.methods[label] for label in known.keys() & self.methods.keys()):
+            return None  # what is there under a label is something else
         return [*now, *(text for text, label in zip(before, known) if label not in self.methods)]
 
     def make(self, folder: Path) -> None:

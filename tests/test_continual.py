@@ -295,6 +295,12 @@ def test_winners_that_cannot_be(tmp_path: Path) -> None:
         KWinners(adapted(), 4)
     with pytest.raises(ValueError, match="`k` must be a positive integer, got 0"):
         KWinners(adapted(), 0)
+    model = adapted()
+    with KWinners(model, 2), pytest.raises(ValueError, match="has k-winners on 'base_model.model.first'"):
+        KWinners(model, 1)
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.raises(ValueError, match="grouped convolution 'base_model.model.0' does not compute"):
+        KWinners(get_peft_model(grouped, NolaConfig(r=3, num_basis=20, target_modules=["0"])), 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="linear layers; 'base_model.model.0' is none"):
         KWinners(get_peft_model(nn.Sequential(nn.Embedding(9, 4)), LoraConfig(target_modules=["0"])), 2)  # type: ignore[arg-type]
     model = adapted()

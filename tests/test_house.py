@@ -14,6 +14,7 @@ LIBRARY = [
     "generators checkpoint training",
     "tuners",
     "seeded_network unlearning",
+    "from_seed",
     "adapters",
     "__main__ __init__",
 ]

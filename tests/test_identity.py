@@ -645,7 +645,7 @@ def test_a_large_network_is_not_made(tmp_path: Path) -> None:
     with refused("config.json"):
         load_from_seed(tmp_path)
     described = json.loads((tmp_path / "seed_config.json").read_text())
-    digest = seeded_network._digest_of_network_config(tmp_path)  # of a stranger who knows how
+    digest = seeded_network.digest_of_network_config(tmp_path)  # of a stranger who knows how
     (tmp_path / "seed_config.json").write_text(json.dumps({**described, "network_config": digest}))
     with refused("parameters differ"):
         load_from_seed(tmp_path)

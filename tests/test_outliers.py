@@ -308,6 +308,8 @@ def test_trainings_that_are_refused(tmp_path: Path) -> None:
     train(alone, tmp_path, OutlierLoss(0.5, 0.0, 0.0), max_steps=1)
     with pytest.raises(ValueError, match="`head` must be a linear layer"):
         train(head, tmp_path, OutlierLoss())
+    with pytest.raises(ValueError, match="`dataloader_persistent_workers` must be False with `outliers`"):
+        train(model(), tmp_path, OutlierLoss(), dataloader_persistent_workers=True, dataloader_num_workers=1)
     for loss, given, message in (
         (OutlierLoss(), {}, "needs them"),
         (OutlierLoss(0, 0, 1), {"outliers": outliers()}, "has no use for them"),

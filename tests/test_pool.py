@@ -286,3 +286,53 @@ def test_a_copy_of_the_model_has_a_pool_of_its_own(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(each), right(places, name), rtol=1e-5, atol=1e-6)
     other.delete_adapter("ann")
     assert list(pool) == ["ann", "bob"] and list(other.base_model.pool) == ["bob"]
+
+
+def test_each_keeps_what_it_was_saved_in(tmp_path: Path) -> None:
+    places = saved(tmp_path / "int4", "NOLA", ["ann"], coefficient_dtype="int4") | saved(tmp_path, "NOLA", ["bob"])
+    model, _ = pooled("NOLA", places)
+    model.save_pretrained(str(tmp_path / "again"), selected_adapters=["ann", "bob"])
+    for name, dtype in (("ann", "int4"), ("bob", "float32")):
+        first, again = (
+            PeftModel.from_pretrained(tiny_models.llama(), str(folder))
+            for folder in (places[name], tmp_path / "again" / name)
+        )
+        assert again.peft_config["default"].coefficient_dtype == dtype  # type: ignore[attr-defined]
+        assert torch.equal(logits(again), logits(first))
+
+
+def test_what_another_one_does_leaves_the_active_one_active(tmp_path: Path) -> None:
+    places = saved(tmp_path, "NOLA", ["ann", "bob", "cy"])
+    model, _ = pooled("NOLA", places)
+    model.set_adapter("bob")
+    for _ in range(2):
+        model.merge_adapter(["cy"])
+        torch.testing.assert_close(logits(model), right(places, "cy"), rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        assert model.active_adapters == ["bob"]
+        torch.testing.assert_close(logits(model), right(places, "bob"), rtol=1e-4, atol=1e-5)
+    model.merge_adapter(["cy"])
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("ann")
+    model.merge_adapter()
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), right(places, "ann"), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="can be trained while they are active, 'cy' is not"):
+        model.set_requires_grad("cy")
+    model.set_requires_grad("cy", False)
+    assert model.active_adapters == ["ann"]
+
+
+def test_without_the_adapter_that_it_was_made_from(tmp_path: Path) -> None:
+    places = saved(tmp_path, "NOLA", ["ann", "bob"])
+    model, pool = pooled("NOLA", {"ann": places["ann"]})
+    model.set_adapter("ann")
+    model.delete_adapter("default")
+    pool.load({"bob": places["bob"]})
+    model.set_adapter("bob")
+    torch.testing.assert_close(logits(model), right(places, "bob"), rtol=1e-5, atol=1e-6)
+    empty = AdapterPool(get_peft_model(tiny_models.llama(), config_of("NOLA")))
+    empty.model.add_adapter("other", config_of("NOLA", seed=9))
+    empty.model.delete_adapter("default")
+    with pytest.raises(ValueError, match="'default', which the adapters of the pool are equal to, has been deleted"):
+        empty.load({"bob": places["bob"]})

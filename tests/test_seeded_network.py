@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Trainer, default_data_collator
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, load_from_seed
@@ -446,8 +448,12 @@ def damage(folder: Path, what: str) -> None:
 def test_damaged_checkpoints_are_refused(what: str, message: str, tmp_path: Path) -> None:
     SeededNetwork(Small(), CONFIGS["PRANC"]()).save_pretrained(tmp_path)
     damage(tmp_path, what)
+    network = Small()
+    before = copy.deepcopy(network.state_dict())
     with pytest.raises(ValueError, match=message):
-        load_from_seed(tmp_path, Small())
+        load_from_seed(tmp_path, network)
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -460,3 +466,54 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         load_from_seed(tmp_path, other)
     with pytest.raises(ValueError, match="`network` must be given: 'Small' is no class of transformers"):
         load_from_seed(tmp_path)
+
+
+def test_the_network_that_is_given_is_the_one_that_is_made(tmp_path: Path) -> None:
+    seeded, given = SeededNetwork(Small(), CONFIGS["PRANC"]()).eval(), Small()
+    randomize(seeded)
+    seeded.save_pretrained(tmp_path)
+    assert load_from_seed(tmp_path, given) is given
+    assert torch.equal(given(images()), seeded(images()))
+    assert not any(parameter.requires_grad for parameter in given.parameters())
+
+
+def test_tables_that_a_network_makes_anew_are_not_saved(tmp_path: Path) -> None:
+    """Position numbers and rotary frequencies are buffers that no state dict has."""
+    seeded, other = (SeededNetwork(tiny_models.llama(), PrancConfig(num_coefficients=20)) for _ in range(2))
+    assert any(name.endswith("inv_freq") for name, _ in seeded.named_buffers())
+    randomize(seeded)
+    other.load_state_dict(seeded.state_dict())
+    assert torch.equal(other.coefficients["network"], seeded.coefficients["network"])
+    seeded.save_pretrained(tmp_path)
+    tokens = tiny_models.tokens(2)
+    loaded = load_from_seed(tmp_path, tiny_models.llama())
+    torch.testing.assert_close(loaded(tokens).logits, seeded.eval()(tokens).logits)
+
+
+def test_gradient_checkpointing_is_refused(tmp_path: Path) -> None:
+    seeded = SeededNetwork(tiny_models.vit(), PrancConfig(num_coefficients=20))
+    pixels = torch.randn(2, 3, 16, 16)
+    rows = [{"pixel_values": image, "labels": 0} for image in pixels]
+    options = tiny_models.arguments(tmp_path, max_steps=1, gradient_checkpointing=True, label_names=["labels"])
+    with pytest.raises(ValueError, match="must be trained without gradient checkpointing"):
+        Trainer(seeded, options, train_dataset=rows, data_collator=default_data_collator).train()  # type: ignore[arg-type]
+    seeded.network.gradient_checkpointing_enable()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="`gradient_checkpointing_disable"):
+        seeded.train()(pixel_values=pixels)
+    assert seeded.eval()(pixel_values=pixels).logits.shape == (2, 3)
+
+
+def test_a_dtype_that_is_none_is_refused_before_it_is_saved(tmp_path: Path) -> None:
+    seeded = SeededNetwork(Small(), CONFIGS["PRANC"]())
+    seeded.config.coefficient_dtype = "int16"
+    with pytest.raises(ValueError, match="`coefficient_dtype` must be one of .*'int16'"):
+        seeded.save_pretrained(tmp_path / "network")
+    model = get_peft_model(tiny_models.vit(), PrancConfig(num_coefficients=20))
+    for dtype in ("int16", "float64", "fp16"):
+        model.peft_config["default"].coefficient_dtype = dtype  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match=f"`coefficient_dtype` must be one of .*'{dtype}'"):
+            model.save_pretrained(str(tmp_path / dtype))
+    model.peft_config["default"].coefficient_dtype = "int8"  # type: ignore[attr-defined]
+    model.peft_config["default"].apply_to = "factors"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="`apply_to` of the configuration was changed after the adapter was made"):
+        model.save_pretrained(str(tmp_path / "changed"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -56,16 +55,14 @@ class AdapterPool:
         like = model.active_adapter if like is None else like
         if like not in model.peft_config:
             raise ValueError(f"`like` must be an adapter of the model, got {like!r}.")
-        config: Any = copy.copy(model.peft_config[like])
+        config: Any = model.peft_config[like]
         if config.bias != "none" or config.modules_to_save:
             raise ValueError(
                 f"Adapters in a pool must be coefficients alone, got {like!r}, which trains "
                 + ("biases" if config.bias != "none" else f"{config.modules_to_save}")
                 + " too. Load such adapters one by one with `model.load_adapter`."
             )
-        config.identity = config.target_names = config.target_shapes = config.base_fingerprint = None
-        config.inference_mode = True
-        self.model, self._tuner, self._config = model, tuner, config
+        self.model, self._tuner = model, tuner
         found = [layer for layer in tuner.modules() if isinstance(layer, SeededLayer) and like in layer.provenances]
         self._like: Provenance = found[0].provenances[like]
         self._like.settle()
@@ -102,17 +99,24 @@ class AdapterPool:
         taken = [name for name in places if name in self.model.peft_config]
         if taken:
             raise ValueError(f"`places` must have names that the model has no adapter of, got {taken[0]!r}.")
-        sizes = [parameter.numel() for parameter in self._like.parameters()]
+        like = self._like if self._held is None else self._provenance  # the first one may be gone
+        if like.adapter_name not in self.model.peft_config:
+            raise ValueError(
+                f"{like.adapter_name!r}, which the adapters of the pool are equal to, has been deleted, and the pool "
+                "is empty: nothing says any more what fits. Make a new pool."
+            )
+        sizes = [parameter.numel() for parameter in like.parameters()]
         block = torch.empty(len(places), sum(sizes))
-        other_base = []
-        fingerprint = Keys(self._tuner.model, self._like).base_fingerprint
+        other_base, configs = [], {}
+        fingerprint = Keys(self._tuner.model, like).base_fingerprint
         for row, (name, place) in zip(block, places.items()):
             try:
-                trained_on = self._read(place, row)
+                config = self._read(place, like, row)
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"{name!r}: {error}") from error
-            if trained_on and fingerprint and trained_on != fingerprint:
+            if config.base_fingerprint and fingerprint and config.base_fingerprint != fingerprint:
                 other_base.append(name)
+            configs[name] = _unsaved(config)
         if other_base:
             warnings.warn(
                 "The base model has other weights than those that some adapters were trained on: "
@@ -120,16 +124,17 @@ class AdapterPool:
                 stacklevel=2,
             )
         self._rows.update(zip(places, block))
-        self.model.peft_config.update(dict.fromkeys(places, self._config))
+        self.model.peft_config.update(configs)
         if self._held is None and places:
             self._put_into_layers(next(iter(places)))
 
-    def _read(self, place: str | os.PathLike[str], row: torch.Tensor) -> str | None:
+    def _read(self, place: str | os.PathLike[str], like: Provenance, row: torch.Tensor) -> Any:
+        """Reads an adapter's coefficients into a row. Returns its configuration."""
         saved = read(place)
         if saved.is_network:
             raise ValueError("an adapter is needed, got a whole network from a seed.")
-        check_identity(saved.identity, self._like.identity, "in adapter_config.json")
-        saved.targets, saved.shapes_known = list(self._like.targets), True
+        check_identity(saved.identity, like.identity, "in adapter_config.json")
+        saved.targets, saved.shapes_known = list(like.targets), True
         verify(saved)
         if saved.others:
             raise ValueError(
@@ -140,7 +145,7 @@ class AdapterPool:
         if any(vector.dtype != torch.float32 for vector in coefficients):
             raise ValueError("coefficients in a pool must be in single precision or less, got float64.")
         torch.cat([vector.flatten() for vector in coefficients], out=row)
-        return saved.config.base_fingerprint
+        return saved.config
 
     # What tuners ask
 
@@ -169,11 +174,12 @@ class AdapterPool:
         """Puts an adapter into the layers, in place of the one that they hold."""
         if name == self._held:
             return
-        before = self.held
         self.check_unscaled()
-        if any(before in layer.merged_adapters for layer in self._layers):
+        if any(self.held in layer.merged_adapters for layer in self._layers):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
-            self._tuner.unmerge_adapter()
+            self._tuner.unmerge_adapter()  # which may put another adapter into the layers
+            return self.hold(name)
+        before = self.held
         self._write_back()
         for layer, modules, dictionaries in self._places:
             attributes = layer.__dict__  # read anew: a dictionary can have been replaced
@@ -253,6 +259,13 @@ class AdapterPool:
         row, now = self._rows[self.held], torch.cat(self._parameters())
         if not torch.equal(now, row.to(now)):
             row.copy_(now)
+
+
+def _unsaved(config: Any) -> Any:
+    """The configuration of a saved adapter as that of one in a model, which is known by what it adapts there."""
+    config.identity = config.target_names = config.target_shapes = config.base_fingerprint = None
+    config.inference_mode = True
+    return config
 
 
 def _names_in(layer: SeededLayer, adapter: str) -> tuple[list[dict[str, Any]], list[str]]:

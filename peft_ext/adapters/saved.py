@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .. import seeded_network
+from .. import from_seed
 from ..checkpoint import quantization
 from ..checkpoint.card import CARD_NAME
 from ..checkpoint.hub import local_folder
@@ -173,7 +173,7 @@ def _read_adapter(folder: Path) -> Saved:
 
 
 def _read_network(folder: Path) -> Saved:
-    described, config, targets = seeded_network.read_config(folder)
+    described, config, targets = from_seed.read_config(folder)
     tensors = _load(folder / NETWORK_WEIGHTS_NAME)
     record = read_record(tensors.get("identity"), "identity")
     return Saved(

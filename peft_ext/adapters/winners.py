@@ -67,6 +67,7 @@ class KWinners:
             elif isinstance(module, LoraLayer):
                 found += _linear(name, module)
             elif isinstance(module, SeededWeightLayer) and _fewest_units(module):
+                _check_layer(name, module)
                 self._seeded.append(module)
         fewest = [_fewest_units(layer) for layer in self._seeded]
         fewest += [int(module.out_features) for module in found if modules is None]
@@ -105,6 +106,14 @@ def _linear(name: str, layer: LoraLayer) -> list[nn.Linear]:
     if not found or len(found) < len(layer.lora_A):
         raise ValueError(f"k-winners on the units of LoRA are for linear layers; {name!r} is none.")
     return found
+
+
+def _check_layer(name: str, layer: SeededWeightLayer) -> None:
+    """Raises a ValueError for a layer that cannot have k-winners, or has some."""
+    if layer.units is not None:
+        raise ValueError(f"The model has k-winners on {name!r}. Call `remove` of that `KWinners` first.")
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        raise ValueError(f"k-winners need the outputs of A, which the grouped convolution {name!r} does not compute.")
 
 
 def _fewest_units(layer: SeededWeightLayer) -> int:

@@ -226,7 +226,8 @@ class OutlierTrainer(Trainer):
         ratio: outliers for every known sample.
 
     Raises:
-        ValueError: the head is no linear layer; outliers are missing, empty or not needed.
+        ValueError: the head is no linear layer; outliers are missing, empty or not needed, or workers would draw the
+            same ones in every pass.
     """
 
     def __init__(
@@ -242,6 +243,11 @@ class OutlierTrainer(Trainer):
                 f"`outliers` must be given if and only if the loss needs some: {outlier_loss} {needed} them."
             )
         if outliers is not None:
+            if self.args.dataloader_persistent_workers:
+                raise ValueError(
+                    "`dataloader_persistent_workers` must be False with `outliers`: workers that stay would draw those "
+                    "of the first pass in every pass."
+                )
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             self.train_dataset = WithOutliers(self.train_dataset, outliers, ratio, seed)
             self.add_callback(_Passes(self.train_dataset))

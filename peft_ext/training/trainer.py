@@ -93,10 +93,10 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     if ridge is not None and ridge.strength:
         trainer.add_callback(ridge)
-    trainer.train()
-    # Undo the autocast that Accelerate puts around the forward pass with bf16 or fp16: the model outlives this Trainer.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model.eval()
+    try:
+        trainer.train()
+    finally:
+        _unwrap(trainer, model)
     return trainer
 
 
@@ -114,10 +114,18 @@ def mean_loss(
     training = _quiet(training)
     training.label_names = ["labels"]  # PEFT's wrapper hides them from the Trainer
     trainer = Trainer(model=model, args=training, data_collator=collator)  # type: ignore[arg-type]
-    found = trainer.evaluation_loop(trainer.get_eval_dataloader(dataset), "loss", prediction_loss_only=True)
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    try:
+        found = trainer.evaluation_loop(trainer.get_eval_dataloader(dataset), "loss", prediction_loss_only=True)
+    finally:
+        _unwrap(trainer, model)
     assert found.metrics is not None
     return float(found.metrics["eval_loss"])
+
+
+def _unwrap(trainer: Trainer, model: nn.Module) -> None:
+    """Undoes the autocast that Accelerate puts around the forward pass with bf16 or fp16: models outlive Trainers."""
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.eval()
 
 
 def _quiet(training: TrainingArguments) -> TrainingArguments:
@@ -125,6 +133,8 @@ def _quiet(training: TrainingArguments) -> TrainingArguments:
     training.remove_unused_columns = False  # rows are as the collator takes them
     training.eval_strategy = training.logging_strategy = IntervalStrategy.NO
     training.save_strategy = SaveStrategy.NO
-    training.load_best_model_at_end = False
+    training.load_best_model_at_end = training.eval_on_start = False
+    training.bf16_full_eval = training.fp16_full_eval = False  # they cast the model for good
+    training.dataloader_persistent_workers = False  # which would not see what is drawn anew in every pass
     training.disable_tqdm = True
     return training

@@ -109,10 +109,10 @@ def _verified(tuner: Any, adapter: str) -> Provenance:
 def check_alike(first: Provenance, other: Provenance, names: tuple[str, str]) -> None:
     """Raises a ValueError if the coefficients of two adapters, which the message gives names, do not mean the same."""
     mine, theirs = first.fields, other.fields
-    name = next((name for name in mine if mine[name] != theirs.get(name)), None)
+    name = next((name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)), None)
     if name is not None:
         raise ValueError(
-            f"`adapters` must be alike in all that makes weights from coefficients: `{name}` is {mine[name]!r} in "
+            f"`adapters` must be alike in all that makes weights from coefficients: `{name}` is {mine.get(name)!r} in "
             f"{names[0]!r} and {theirs.get(name)!r} in {names[1]!r}. {ELSEWHERE}"
         )
     if first.identity != other.identity:

@@ -127,6 +127,10 @@ class CheckpointedConfig(DescribedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[self.method_name]
+        self.check()
+
+    def check(self) -> None:
+        """Raises a ValueError, which names the field, for what a field cannot be; fields can be changed later."""
         try:
             self.check_fields()
         except (AttributeError, TypeError):
@@ -343,7 +347,7 @@ class SeededConfig(CheckpointedConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` selects among named modules: it must be None when `target_modules` is a "
-                f"string, got {self.layers_to_transform!r}."
+                f"string, here {self.target_modules!r}, got {self.layers_to_transform!r}."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -15,7 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import _get_submodules, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import nn
 
 from ..checkpoint.identity import Identity, check_identity, check_target_shapes, unfold_names
@@ -48,6 +48,7 @@ class SeededModel(CheckpointedModel):
     layer_classes: ClassVar[dict[str, type[SeededLayer]]]
     pool: Pool | None = None  # of further adapters, which `adapter_names` may name too
     _mixed: MixedBatch | None = None
+    _active_before_merge: list[str] | None = None  # if an adapter of the pool was put in their place
     target_module_mapping: dict[str, Any] = {  # lists of names, or a regular expression
         **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
         **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit"), _VISION_TARGETS),
@@ -94,13 +95,35 @@ class SeededModel(CheckpointedModel):
                     stacklevel=2,
                 )
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT would look for biases to train at the adapted layers, which show sums with their updates."""
+        only = f"{self.prefix}only"
+        configs = [cast(Any, self.peft_config[name]) for name in self.active_adapters]
+        apart = [config for config in configs if config.bias == only]
+        for config in apart:
+            config.bias = "none"
+        try:
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            for config in apart:
+                config.bias = only
+        if apart:
+            for layer in model.modules():
+                if isinstance(layer, self.tuner_layer_cls):
+                    bias = getattr(layer.get_base_layer(), "bias", None)
+                    if bias is not None:
+                        bias.requires_grad = True
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         known = model_config.get("model_type") in self.target_module_mapping
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             peft_config.target_modules = set()
-        return super()._prepare_adapter_config(peft_config, model_config)
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        peft_config.check_fields()  # with the model's default target_modules, which can be a pattern
+        return peft_config
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._active_before_merge = None
         names = self._within_reach(adapter_name)
         pooled = self.pool is not None and any(name in self.pool for name in names)
         if not pooled:
@@ -109,12 +132,25 @@ class SeededModel(CheckpointedModel):
             super().set_adapter(adapter_name, inference_mode=True)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self._within_reach(adapter_names)
-        super().set_requires_grad(adapter_names, requires_grad)
+        names = self._known(adapter_names)
+        idle = [name for name in names if self.pool is not None and name in self.pool and name != self.pool.held]
+        if idle and requires_grad:
+            raise ValueError(
+                f"Adapters of the pool can be trained while they are active, {idle[0]!r} is not: `set_adapter` first."
+            )
+        super().set_requires_grad([name for name in names if name not in idle], requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        active = self.active_adapters
         self._within_reach(adapter_names or [])
         super().merge_adapter(adapter_names, safe_merge)
+        if self.active_adapters != active:  # one of the pool had to make room
+            self._active_before_merge = active
+
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+        if self._active_before_merge is not None:
+            self.set_adapter(self._active_before_merge, inference_mode=True)
 
     def _unload_and_optionally_merge(
         self,
@@ -133,16 +169,21 @@ class SeededModel(CheckpointedModel):
         else:
             del self.peft_config[adapter_name]
 
+    def _known(self, adapter_names: str | Sequence[str]) -> list[str]:
+        """The names in a list; a ValueError if there is no such adapter."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {unknown[0]} not found.")
+        return names
+
     def _within_reach(self, adapter_names: str | Sequence[str]) -> list[str]:
         """The names in a list, once the layers hold the adapters.
 
         Raises:
             ValueError: there is no such adapter, or several are in the pool.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"Adapter {unknown[0]} not found.")
+        names = self._known(adapter_names)
         pooled = [name for name in names if self.pool is not None and name in self.pool]
         if len(pooled) > 1:
             raise ValueError(
@@ -367,8 +408,9 @@ class SeededModel(CheckpointedModel):
                         setattr(base_layer, name, nn.Parameter(weight.data, weight.requires_grad))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, SeededExperts) and not isinstance(new_module, SeededLayer):
-            setattr(parent, child_name, new_module)  # PEFT would look for a weight
+        unloaded = not isinstance(new_module, SeededLayer)
+        if unloaded and isinstance(child, (SeededExperts, AuxiliaryTrainingWrapper)):
+            setattr(parent, child_name, new_module)  # PEFT would look for a weight, which a head of layers has not
         elif isinstance(new_module, SeededLayer) and execution_device(new_module.get_base_layer()) is not None:
             setattr(parent, child_name, new_module)  # PEFT would move the coefficients to the meta device
         else:

@@ -144,16 +144,18 @@ class Provenance:
             others: modules that are saved whole beside them.
 
         Raises:
-            ValueError: the configuration has changed since the adapter was made, or there are no coefficients.
+            ValueError: the configuration has changed since the adapter was made, or has become none that can be read.
         """
         self.settle()
-        if config.generating() != self.fields:
-            name = next(name for name, value in config.generating().items() if self.fields.get(name) != value)
+        now = config.generating()
+        if now != self.fields:
+            name = next(name for name in (*now, *self.fields) if self.fields.get(name) != now.get(name))
             raise ValueError(
                 f"`{name}` of the configuration was changed after the adapter was made: the adapter has "
-                f"{self.fields.get(name)!r}, the configuration says {config.generating()[name]!r}. Change it back, or "
-                "make a new adapter."
+                f"{self.fields.get(name)!r}, the configuration says {now.get(name)!r}. Change it back, or make a new "
+                "adapter."
             )
+        config.check()
         warn_of_scales(self.adapter_name, [layer.scale_of(self.adapter_name) for layer in self.layers])
         self.config.coefficient_dtype = config.coefficient_dtype
         tensors = {key: tensor for key, tensor in tensors.items() if key not in (keys.record, keys.packed)}

@@ -258,6 +258,8 @@ def swiss_roll(args: TaskArguments, method: Method) -> Problem:
 def check_tasks(args: TaskArguments, method: Method) -> None:
     """Raises a UserError for what shows without data."""
     if args.swiss_roll is None:
+        if args.samples != TaskArguments.samples:
+            raise UserError("samples is for --swiss_roll; --shots draws a subset of a data set")
         return
     if args.tasks:
         raise UserError("swiss_roll makes its own tasks: leave out --tasks")

@@ -203,7 +203,7 @@ class Agent:
 
     def _training(self, number: int) -> TrainingArguments:
         training = copy.copy(self.federation.training)
-        training.seed = (self.seed * _APART + number) * _APART + self.number
+        training.seed = ((self.seed * _APART + number) * _APART + self.number) % 2**32  # as large as NumPy takes them
         training.learning_rate = self.learning_rate or training.learning_rate
         return training
 

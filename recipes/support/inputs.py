@@ -115,6 +115,14 @@ def check_counts(args: Any, *names: str) -> None:
             raise UserError(f"{name} is {value}; it must be at least 1")
 
 
+def check_distinct(args: Any, *names: str) -> None:
+    """Refuses lists in which a value is there twice: its runs would be one."""
+    for name in names:
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}: {', '.join(map(str, values))}: one is there twice")
+
+
 def load_metric(name: str) -> evaluate.Metric:
     """Loads a metric of ``recipes/metrics``, which needs no hub."""
     return evaluate.load(str(_METRIC_FOLDER / name), keep_in_memory=True)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
 from peft_ext.files import write_whole
+from recipes.support import inputs
 from recipes.support.arguments import UserError, parse_arguments
 
 _RECORD = "arguments.json"
@@ -130,6 +131,7 @@ def open_recipe(recipe_class: type[T], argv: Sequence[str]) -> T:
         argv: the command line without the program.
     """
     recipe = recipe_class(*parse_arguments(recipe_class.name, argument_types(recipe_class), argv))
+    inputs.check_distinct(recipe.run, "seeds")
     recipe.check()
     _set_up(recipe.training)
     return recipe

@@ -176,6 +176,8 @@ def check_arguments(args: DataArguments) -> None:
     """Raises a UserError for what shows without the data."""
     if not args.text_column and "{source}" not in args.prompt_template:
         raise UserError(f"prompt_template: {args.prompt_template!r} does not contain {{source}}")
+    if args.text_column and args.prompt_template != DataArguments.prompt_template:
+        raise UserError("prompt_template: it is for --source_column; the texts of --text_column have no prompts")
     inputs.check_counts(
         args, "max_source_length", "max_target_length", "max_train_samples", "max_eval_samples", "max_eval_prompts"
     )

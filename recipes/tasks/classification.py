@@ -96,6 +96,7 @@ def check_arguments(args: DataArguments, drawn: bool = False) -> None:
         drawn: whether something else than `shots` is drawn with the data seeds.
     """
     inputs.check_counts(args, "shots", "max_eval_samples")
+    inputs.check_distinct(args, "data_seeds")
     if args.shots is None and not drawn and len(args.data_seeds) > 1:
         raise UserError(f"data_seeds: without --shots all of {args.data_seeds} train on the same samples")
 

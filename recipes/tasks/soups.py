@@ -84,6 +84,7 @@ class Soups:
             if not self.args.soup and getattr(self.args, name) != getattr(SoupArguments(), name):
                 raise UserError(f"{name} has no use without --soup")
         inputs.check_counts(self.args, "soup_shots")
+        inputs.check_distinct(self.args, "soup_rates")
         if any(not rate > 0 for rate in rates):
             raise UserError(f"soup_rates: they must be positive numbers, got {rates}")
         if self.args.soup and len(self.seeds) * max(1, len(rates)) < 2:

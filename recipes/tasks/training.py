@@ -121,10 +121,14 @@ def train(task: Task, method: Method, seed: int, verify: bool, flat_sigma: float
             trainer.add_callback(flat)
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    if not any(task.loss in entry and entry["step"] == state.global_step for entry in state.log_history):
-        trainer.evaluate()
-
     evaluations = [entry for entry in state.log_history if task.loss in entry]
+    evaluated = bool(evaluations) and evaluations[-1]["step"] == state.global_step
+    if training.load_best_model_at_end or not evaluated:  # the best model is the one that is saved
+        trainer.evaluate()
+        scores = next(entry for entry in reversed(state.log_history) if task.loss in entry)
+        evaluations += [] if evaluated or training.load_best_model_at_end else [scores]
+    else:
+        scores = evaluations[-1]
     training_curve = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     last_losses = [loss for step, loss in training_curve if step >= 0.9 * state.global_step]
     trainable = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -134,12 +138,12 @@ def train(task: Task, method: Method, seed: int, verify: bool, flat_sigma: float
         trainable_parameters=sum(trainable.values()),
         head_parameters=sum(size for name, size in trainable.items() if ".modules_to_save." in name),
         training_loss=mean(last_losses) if last_losses else trained.training_loss,
-        validation_loss=evaluations[-1][task.loss],
+        validation_loss=scores[task.loss],
         seconds=next(cb.seconds for cb in trainer.callback_handler.callbacks if isinstance(cb, StepClock)),
         training_curve=training_curve,
         validation_curve=[(entry["step"], entry[task.loss]) for entry in evaluations],
     )
-    task.score(model, evaluations[-1], result)
+    task.score(model, scores, result)
     if PartialState().is_main_process:
         adapter = folder / "adapter"
         task.save(model, adapter)

@@ -67,7 +67,7 @@ def parse_same_time(
 
     Args:
         kinds: the baselines.
-        like: label of the method whose time they get; if None, the first Rewind, or else the first Gauss-Newton.
+        like: label of the method whose time they get; if None, that of `default_like`.
         methods: all methods by their labels.
 
     Returns:
@@ -85,12 +85,44 @@ def parse_same_time(
         return {}
     if like is not None and like not in methods:
         raise UserError(f"same_time_as: no method is called {like!r} (there are {', '.join(methods)})")
-    if like is None:
-        found = (
-            label for kind in (Rewind, GaussNewton) for label, method in methods.items() if isinstance(method, kind)
-        )
-        like = next(found, None)
+    like = default_like(methods) if like is None else like
     return {} if like is None else {LABELS[kind]: SameTime(kind, like) for kind in kinds}
+
+
+def default_like(methods: Mapping[str, UnlearningMethod]) -> str | None:
+    """Returns the label of the first Rewind, or else of the first Gauss-Newton; None without both."""
+    kinds = (Rewind, GaussNewton)
+    return next((label for kind in kinds for label, method in methods.items() if isinstance(method, kind)), None)
+
+
+def like_before(
+    recorded: str | None, asked: str | None, before: Mapping[str, UnlearningMethod], now: Mapping[str, UnlearningMethod]
+) -> str | None:
+    """Returns the label of the method whose time the baselines of a run that is continued have.
+
+    Args:
+        recorded: what the run wrote down; the first versions did so only if it was named.
+        asked: `--same_time_as` of the command that continues it.
+        before: the methods of the run.
+        now: those of the command.
+
+    Returns:
+        The label, of the present methods if there were no baselines yet; None if another one is asked for.
+
+    Raises:
+        UserError: the command does not name the method, and would have baselines of another one.
+    """
+    like = recorded or default_like(before)
+    if like is None:
+        return asked or default_like(now)
+    if asked not in (None, like):
+        return None
+    if like not in now and default_like(now) is not None:
+        raise UserError(
+            f"same_time: the baselines of this run have the time of {like!r}, and results that are there are taken: "
+            f"name {like!r} among the --methods too"
+        )
+    return like
 
 
 def notes(baselines: Mapping[str, Any]) -> list[str]:

@@ -168,6 +168,10 @@ _MODELS = {
     "text-classification": _names(inputs.ModelArguments),
     "tofu": _names(causal_lm.ModelArguments),
 }
+_NETWORKS = {
+    "pretrained": _names(ModelArguments) - {"network_weights", "image_mean", "image_std"},
+    "resnet20": _names(ModelArguments) - {"model_name_or_path", "dtype"},
+}
 _DATA = {
     "image": _names(image_classification.DataArguments) | _EVERY_TASK,
     "text": (_names(causal_lm.DataArguments) | _EVERY_TASK) - {"max_eval_prompts"},
@@ -176,7 +180,7 @@ _DATA = {
 }
 
 
-def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArguments, seeds: Sequence[int]) -> None:
+def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArguments) -> None:
     """Raises a UserError for what shows without model and data."""
     if (args.adapter is None) == (args.trainable_parameters is None):
         raise UserError("give either --adapter, such as nola, or --trainable_parameters, such as 'bn|linear'")
@@ -189,8 +193,9 @@ def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArg
             raise UserError(
                 f"trainable_parameters: {args.trainable_parameters!r} is no regular expression: {error}"
             ) from error
-    _refuse_unused(model, _MODELS, args.task)
-    _refuse_unused(data, _DATA, args.task)
+    _refuse_unused(model, _MODELS, "task", args.task)
+    _refuse_unused(data, _DATA, "task", args.task)
+    _refuse_unused(model, _NETWORKS, "network", model.network)
     if len(data.data_seeds) > 1:
         raise UserError(f"data_seeds: one run has one training set, give one seed, not {data.data_seeds}")
     if not args.ridge >= 0:
@@ -201,17 +206,15 @@ def check_arguments(model: ModelArguments, data: DataArguments, args: UnlearnArg
         if getattr(args, name) < 0:
             raise UserError(f"{name} is {getattr(args, name)}; it must be at least 0")
     inputs.check_counts(data, "max_retain_eval_samples", "max_train_samples")
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds: {seeds} has one twice")
 
 
-def _refuse_unused(given: Any, names: Mapping[str, set[str]], task: str) -> None:
-    """Raises a UserError for an option that another task would use, and this one would ignore."""
+def _refuse_unused(given: Any, names: Mapping[str, set[str]], flag: str, chosen: str) -> None:
+    """Raises a UserError for an option that another task or network would use, and this one would ignore."""
     default = type(given)()
     for f in dataclasses.fields(given):
-        if f.name not in names[task] and getattr(given, f.name) != getattr(default, f.name):
+        if f.name not in names[chosen] and getattr(given, f.name) != getattr(default, f.name):
             others = " or ".join(kind for kind in names if f.name in names[kind])
-            raise UserError(f"{f.name} is for --task {others}, this is --task {task}; leave it out")
+            raise UserError(f"{f.name} is for --{flag} {others}, this is --{flag} {chosen}; leave it out")
 
 
 def check_quickstart(model: ModelArguments, data: DataArguments, args: UnlearnArguments) -> None:

@@ -154,6 +154,7 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--agree_epochs", "0"], "agree_epochs is 0.0"),
         (["--compare", "vote"], "compare: 'vote' is none of agree, alone, pooled"),
         (["--shots", "2"], "--shots and --data_seeds are for other recipes"),
+        (["--max_steps", "5"], "max_steps: a round is counted in passes"),
         (["--digits", "true"], "digits makes its own model and data"),
         (["--agents", "19"], r"agents: there are 19, more than the training samples \(18\)"),
         (["--methods", "{name: mcnc, r: 2, k: 3, d: 10}"], "method 'mcnc .*Coefficients of MCNC cannot be combined"),

@@ -88,6 +88,16 @@ def test_methods_and_seeds_in_one_table(
     assert "results.json, results.md, loss.png and accuracy.png are in" in text
 
 
+def test_the_best_model_is_the_one_that_is_scored(vit_flags: list[str], tmp_path: Path) -> None:
+    """Here the best one is that with the highest loss, which is the first one."""
+    best = "--load_best_model_at_end true --save_steps 3 --metric_for_best_model loss --greater_is_better true"
+    main([*vit_flags, *METHODS[:2], *best.split()])
+    (row,) = results(tmp_path / "out")
+    (first, high), (last, low) = row["validation_curve"]
+    assert (first, last) == (3, 6) and low < high
+    assert row["validation_loss"] == pytest.approx(high, rel=1e-6)
+
+
 def test_the_saved_folder_is_all_it_takes_beside_the_base_model(
     vit_flags: list[str], vit_folder: Path, tmp_path: Path
 ) -> None:

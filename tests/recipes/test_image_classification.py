@@ -119,6 +119,7 @@ def test_paths_in_a_file(tmp_path: Path) -> None:
         ({"shots": 7}, ["shots is 7", "'train'", "'red' has 6", "'blue' has 6"]),
         ({"shots": 0}, ["shots is 0", "at least 1"]),
         ({"max_eval_samples": 0}, ["max_eval_samples is 0"]),
+        ({"shots": 2, "data_seeds": [0, 0]}, ["data_seeds: 0, 0: one is there twice"]),
         ({"data_seeds": [0, 1]}, ["data_seeds", "[0, 1]", "--shots"]),
         ({"labels": ["red", "pink"]}, ["'pink'", "'red', 'green', 'blue'"]),
         ({"label_column": "colour"}, ["'colour'", "'train'", "'image', 'label'"]),

@@ -157,6 +157,11 @@ def test_bad_input(flags: list[str], message: str, tmp_path: Path) -> None:
         main([*SHORT, *ROLL, "--output_dir", str(tmp_path / "out"), *flags])
 
 
+def test_points_of_a_roll_that_is_none(shades: list[str]) -> None:
+    with pytest.raises(UserError, match="samples is for --swiss_roll"):
+        main([*shades, "--samples", "7"])
+
+
 def test_tasks_without_images(shades: list[str]) -> None:
     with pytest.raises(UserError, match="'black, white' has 8 training and 0 validation images"):
         main([*shades, "--max_eval_samples", "1", "--tasks", "black,white", "dark, light"])

@@ -62,6 +62,9 @@ def test_soups_that_cannot_be_made(vit_flags: list[str], vit_refused: Callable[[
     assert "there is one run" in vit_refused([*vit_flags, *METHODS, "--soup"])
     assert "no use without --soup" in vit_refused([*vit_flags, *METHODS, "--soup_rates", "1e-2"])
     assert "soup_shots has no use without --soup" in vit_refused([*vit_flags, *METHODS, "--soup_shots", "3"])
+    assert "1e-2, 1e-2: one is there twice" in vit_refused(
+        [*vit_flags, *METHODS, "--soup", "--soup_rates", "1e-2", "1e-2"]
+    ).replace("0.01", "1e-2")
     assert "must be positive" in vit_refused([*vit_flags, *METHODS, "--soup", "--soup_rates", "0", "1e-2"])
     assert "soup_shots is 0" in vit_refused([*vit_flags, *METHODS, *several, "--soup", "--soup_shots", "0"])
     mcnc = ["--methods", "{name: mcnc, k: 2, d: 20}"]

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from peft_ext.training.callbacks import trainable_state
 from peft_ext.unlearning.evaluation.results import UnlearningResult
-from peft_ext.unlearning.methods import METHODS
+from peft_ext.unlearning.methods import METHODS, GaussNewton, Rewind
 from recipes import unlearn
 from recipes.support.arguments import CONFIGS, UserError, parse_arguments
 from recipes.support.methods import parse_methods
@@ -28,6 +28,7 @@ from recipes.tasks.resnet import CifarResNet
 from recipes.unlearn import Unlearn, main
 from recipes.unlearning import experiment, settings
 from recipes.unlearning.cases import parse_cases
+from recipes.unlearning.same_time import default_like, like_before
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = argument_types(Unlearn)
@@ -287,7 +288,7 @@ def test_two_processes(images: list[str], tmp_path: Path, no_report: None) -> No
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("unlearn_*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_parses(path: Path) -> None:
     model, data, cases, args, run, _, training = parse_arguments("unlearn", TYPES, [str(path)])
-    settings.check_arguments(model, data, args, run.seeds or [training.seed])
+    settings.check_arguments(model, data, args)
     parse_cases(cases, args.task)
     assert settings.parse_unlearning_methods(args.methods)
     if args.adapter:
@@ -331,7 +332,9 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: 
         (["--adapter", "nolo"], ["'nolo'", "nola"]),
         (["--adapter", "{name: nola, target_modules: [nowhere]}"], ["nowhere", "q_proj"]),
         (["--seeds", "1", "1"], ["seeds", "twice"]),
-        (["--network", "resnet20"], ["--network_weights"]),
+        (["--network", "resnet20"], ["model_name_or_path is for --network pretrained, this is --network resnet20"]),
+        (["--network_weights", "x"], ["network_weights is for --network resnet20"]),
+        (["--image_mean", "0", "0", "0"], ["image_mean is for --network resnet20"]),
         (["--data_seeds", "1", "2"], ["data_seeds"]),
         (["--relearn_limit", "-1"], ["relearn_limit is -1"]),
         (["--stop_training_after", "0"], ["stop_training_after is 0", "at most 1"]),
@@ -398,3 +401,31 @@ def test_damaged_weights(resnet: tuple[CifarResNet, list[str]], tmp_path: Path) 
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="network_weights: cannot load"):
         main(flags)
+
+
+def test_a_resumed_run_keeps_the_method_whose_time_its_baselines_have() -> None:
+    newton, rewind = {"newton": GaussNewton()}, {"newton": GaussNewton(), "rewind": Rewind()}
+    assert default_like(newton) == "newton" and default_like(rewind) == "rewind" and default_like({}) is None
+    for recorded in (None, "newton"):  # older runs wrote down what was named alone
+        assert like_before(recorded, None, newton, rewind) == "newton"
+        assert like_before(recorded, "newton", newton, rewind) == "newton"
+        assert like_before(recorded, "rewind", newton, rewind) is None
+    assert like_before(None, None, {}, rewind) == "rewind" and like_before(None, "newton", {}, rewind) == "newton"
+    assert like_before("rewind", None, rewind, {}) == "rewind"  # no baselines this time
+    with pytest.raises(UserError, match="have the time of 'rewind', .*: name 'rewind' among the --methods too"):
+        like_before("rewind", None, rewind, newton)
+
+
+def test_methods_can_be_added_to_a_run_with_baselines(images: list[str], no_report: None, tmp_path: Path) -> None:
+    arguments = [*images, "--cases", "class:red"]
+    main([*arguments, "--methods", "gauss_newton"])
+    before = result(tmp_path / "out" / "class-red", "fine-tuning-same-time")
+    resumed = [*arguments, "--resume_from_checkpoint", "true"]
+    main([*resumed, "--methods", "gauss_newton", "rewind"])
+    main([*resumed, "--methods", "gauss_newton", "rewind"])
+    record = json.loads((tmp_path / "out" / "arguments.json").read_text())
+    assert record["same_time_as"] == "gauss_newton" and record["methods"] == ["gauss_newton", "rewind"]
+    assert result(tmp_path / "out" / "class-red", "fine-tuning-same-time").report == before.report
+    with pytest.raises(UserError, match="same_time_as = 'gauss_newton', now it is 'rewind'"):
+        main([*resumed, "--methods", "gauss_newton", "rewind", "--same_time_as", "rewind"])
+    main([*resumed, "--methods", "salun"])

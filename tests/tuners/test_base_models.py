@@ -16,6 +16,8 @@ from methods import METHODS, ONE_OF_EACH, config_of
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from peft_ext import NolaConfig, NolaModel
+
 one_of_each = pytest.mark.parametrize("method", ONE_OF_EACH)
 X = tiny_models.tokens()
 
@@ -129,3 +131,19 @@ def test_a_tied_head_that_is_trained_whole(method: str, tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_models.llama(tie_word_embeddings=True), str(tmp_path))
     torch.testing.assert_close(logits(loaded), expected)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_cannot_be_chosen_where_the_default_modules_are_a_pattern() -> None:
+    class Model(nn.Module):
+        config = {"model_type": "gemma4"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.language_model = nn.Module()
+            self.language_model.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(8, 8)}) for _ in range(3))
+
+    assert isinstance(NolaModel.target_module_mapping["gemma4"], str)
+    with pytest.raises(ValueError, match=r"`layers_to_transform` selects .* here '.*', got \[0\]"):
+        get_peft_model(Model(), NolaConfig(num_basis=10, layers_to_transform=[0]))  # type: ignore[arg-type]
+    model = get_peft_model(Model(), NolaConfig(num_basis=10, target_modules=["q_proj"], layers_to_transform=[0]))  # type: ignore[arg-type]
+    assert model.base_model.targeted_module_names == ["language_model.layers.0.q_proj"]

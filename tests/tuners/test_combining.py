@@ -262,6 +262,23 @@ def test_adapters_that_differ(field: str, options: dict[str, Any]) -> None:
     refused(model, message, ["a", "b"], [1, 1], "sum")
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "options"),
+    [
+        ("PRANC", "apply_to", {"apply_to": "factors"}),
+        ("NOLA", "parametrization", {"parametrization": "plain"}),
+    ],
+)
+def test_fields_that_one_of_them_lacks(method: str, field: str, options: dict[str, Any]) -> None:
+    """Names what differs, whichever of the two has the field."""
+    model, _, _ = model_of(method, "a")
+    kept = config_of(method, target_modules=TARGETS)
+    assert getattr(kept, field) != options[field]
+    model.add_adapter("b", config_of(method, target_modules=TARGETS, **options))
+    for adapters in (["a", "b"], ["b", "a"]):
+        refused(model, f"`adapters` must be alike in all .* `{field}` is ", adapters, [1, 1], "sum")
+
+
 def test_adapters_of_other_modules() -> None:
     model, _, _ = model_of("PRANC", "a")
     model.add_adapter("b", config_of("PRANC", target_modules=TARGETS[:2]))

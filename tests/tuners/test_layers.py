@@ -834,6 +834,33 @@ def test_modules_to_save(method: str, tmp_path: Any) -> None:
     assert torch.equal(loaded(x, path), trained)
 
 
+@several
+def test_a_head_of_several_layers(method: str, tmp_path: Any) -> None:
+    """As RoBERTa's: it has no weight of its own, which PEFT looks for when the adapter is taken off."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)))
+
+    model = get_peft_model(base(), config_of(method, target_modules=["0"], modules_to_save=["1"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path))
+    close(loaded.merge_and_unload()(x), expected)
+    weights = tmp_path / "adapter_model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-3] ^= 64
+    weights.write_bytes(damaged)
+    plain = base()
+    with pytest.raises(ValueError, match="damaged"):
+        PeftModel.from_pretrained(plain, str(tmp_path))
+    assert torch.equal(plain(x), base()(x))
+
+
 # Dtypes, devices, quantized bases
 
 

@@ -458,3 +458,13 @@ def test_what_fills_factors_starts_with_an_update_of_zero() -> None:
         # 128 / 13 numbers of all A read a coefficient, and as many of all B.
         for moved, power in ((A - start, 0.25), (B, 0.5)):
             close(moved.abs(), torch.full_like(moved, (128 / 13) ** power), tolerance=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"adapt_bias": True}, {"target_modules": ["first", "norm"]}])
+def test_biases_trained_beside_it(options: dict[str, Any]) -> None:
+    base = tiny_models.Layers()
+    model, _ = adapt(base, "PRANC", **{"target_modules": ["first"], "bias": "pranc_only", **options})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {f"{PREFIX}{name}.base_layer.bias" for name in options.get("target_modules", ["first"])}
+    assert {name for name in trained if "coefficients" not in name} == expected
+    assert model.peft_config["default"].bias == "pranc_only"

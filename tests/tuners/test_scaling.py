@@ -241,6 +241,37 @@ def test_a_scale_is_not_saved_and_saving_says_so(method: str, tmp_path: Path) ->
 
 
 @several
+def test_what_is_done_while_it_is_rescaled(method: str) -> None:
+    model, base, config = model_of(method, "first")
+    x, (layer,) = input_of("first"), layers_of(model)
+    weight = layer.get_base_layer().weight.detach().clone()
+    before, full = layer.scaling["default"], model(x, ("first",))
+    with (
+        pytest.raises(ValueError, match="'default' was merged inside the block"),
+        rescale_adapter_scale(model, 0.5),
+    ):
+        model.merge_adapter()
+    assert not layer.merged and layer.scaling["default"] == before
+    close(layer.get_base_layer().weight, weight)
+    with (
+        pytest.raises(ValueError, match="the scale of 'default' was changed inside the block"),
+        rescale_adapter_scale(model, 0.5),
+    ):
+        layer.set_scale("default", 3)
+    close(model(x, ("first",)), full)
+    with rescale_adapter_scale(model, 0.5):
+        model.add_adapter("other", config)
+        half = model(x, ("first",))
+    model.set_adapter("other")
+    model(x, ("first",))  # it has a scale
+    model.set_adapter("default")
+    with rescale_adapter_scale(model, 0.5):
+        model.delete_adapter("other")
+        merged = model.merge_and_unload()
+    close(merged(x, ("first",)), half)
+
+
+@several
 def test_rescaling_for_a_while(method: str) -> None:
     model, base, config = model_of(method, "first", "wide")
     x, path = torch.randn(2, 9, 8, dtype=DOUBLE), ("first", "wide")

@@ -13,6 +13,8 @@ import numpy as np
 import problems
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
 from method_cases import (
     CLASSES,
     MethodCases,
@@ -30,7 +32,7 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from peft_ext.training.callbacks import Ridge, trainable_state
-from peft_ext.training.trainer import EvaluationTrainer, fit
+from peft_ext.training.trainer import EvaluationTrainer, fit, mean_loss
 from peft_ext.unlearning import (
     METHODS,
     FastNTK,
@@ -45,6 +47,7 @@ from peft_ext.unlearning import (
     SalUn,
     UnlearningReport,
 )
+from peft_ext.unlearning.derivatives.data import Chain, sample_keys
 from peft_ext.unlearning.derivatives.quadratic import CurvatureEstimate
 from peft_ext.unlearning.methods.base import Solution, Step
 from peft_ext.unlearning.methods.relabelling import OthersTargets, WrongLabels, count_classes, mislabelled
@@ -432,3 +435,41 @@ def test_wrong_labels_for_tokens_are_refused_by_name(tmp_path: Path) -> None:
     request = request_of("BERT, token classes", tmp_path)
     with pytest.raises(ValueError, match="BertForTokenClassification has labels for tokens"):
         mislabelled(request, request.rng())
+
+
+def test_a_training_that_breaks_off_leaves_the_model_as_it_was(request_: Request, tmp_path: Path) -> None:
+    """With bf16 Accelerate puts a cast around the forward pass, which must not stay."""
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    training = arguments(tmp_path, bf16=True)
+    with pytest.raises(KeyboardInterrupt):
+        fit(request_.model, request_.retain, request_.collator, training, callbacks=[Stops()])
+    assert "forward" not in vars(request_.model) and not request_.model.training
+
+
+def test_settings_of_evaluations_change_nothing(request_: Request, tmp_path: Path) -> None:
+    expected = copy.deepcopy(request_.model)
+    fit(expected, request_.retain, request_.collator, arguments(tmp_path))
+    training = arguments(tmp_path, bf16_full_eval=True, eval_on_start=True)
+    before = mean_loss(request_.model, request_.retain, request_.collator, training)
+    assert before == mean_loss(request_.model, request_.retain, request_.collator, arguments(tmp_path))
+    fit(request_.model, request_.retain, request_.collator, training)
+    for found, parameter in zip(request_.model.parameters(), expected.parameters()):
+        assert torch.equal(found, parameter)
+
+
+def test_a_trainer_that_is_still_there_hides_no_samples(request_: Request, tmp_path: Path) -> None:
+    """A Trainer leaves Accelerate's state at its last batch, of 6 samples here, as long as it lives."""
+    rows = [request_.retain[i] for i in range(30)]
+    trainer = Trainer(request_.model, arguments(tmp_path, num_train_epochs=1), train_dataset=rows)
+    trainer.train()
+    assert GradientState().end_of_dataloader and GradientState().remainder == 6
+    loader = DataLoader(rows, batch_size=10, collate_fn=request_.collator)  # type: ignore[arg-type]
+    prepared = Accelerator().prepare_data_loader(loader)
+    for each in (loader, list(loader), prepared, Chain([prepared]), trainer.get_train_dataloader()):
+        assert len(sample_keys(each)) == 30
+    assert len(sample_keys(Chain([loader, prepared]))) == 60
+    del trainer

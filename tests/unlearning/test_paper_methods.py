@@ -205,6 +205,10 @@ class TestMUSO(MethodCases):
         assert float((gradient / targets).norm()) > 0.1
         assert float(MUSO(damping=1e-9).step(request, function).norm()) < 1e-4
 
+    def test_steps_of_all_rounds(self, request_: Request) -> None:
+        report = MUSO(rounds=3, max_steps=2).unlearn(request_)
+        assert report.training is not None and report.training.steps == 6
+
     def test_it_forgets_and_keeps(self, request_: Request) -> None:
         MUSO(epochs=8).unlearn(request_)
         assert loss(request_, request_.forget) > 1 and loss(request_, request_.retain) < 0.3

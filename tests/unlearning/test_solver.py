@@ -7,6 +7,7 @@ import math
 
 import problems
 import pytest
+import tiny_models
 import torch
 import unlearning_worker
 from problems import PROBLEMS, dense_curvature, fit, images, loader, matrix, ridge_solution, trainable, trained
@@ -345,6 +346,19 @@ def test_the_smaller_form_is_chosen():
         assert GaussNewton().fitting_form(size, n) == form
     report = GaussNewton(max_steps=1).fit(model, loader(images(6, 1)), loader(forget))
     assert report.solution.form == "kernel"
+
+
+def test_two_processes_train_as_one_does(two_processes, tmp_path):
+    """A gradient is a mean over the samples of all processes; the ledger of the main process is that of all."""
+    expected = unlearning_worker.trained(tmp_path, 1)
+    classifier = tiny_models.vit().classifier
+    start = torch.cat([value.detach().flatten() for value in classifier.parameters()])
+    for rank in range(unlearning_worker.WORLD):
+        found = torch.load(two_processes / f"trained.{rank}.pt")
+        for name, value in expected.items():
+            moved = (value - start).abs().max()
+            assert moved > 1e-3, name
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-4 * float(moved), msg=name)
 
 
 def test_two_processes_do_what_one_does(two_processes, tmp_path):

@@ -80,6 +80,35 @@ def forgotten(prepare: Callable[..., Any], folder: Path) -> dict[str, torch.Tens
     return found
 
 
+def trained(folder: Path, processes: int) -> dict[str, torch.Tensor]:
+    """What methods that train make of a model in one step of SGD on all rows, and what the ledger's method makes of it.
+
+    Args:
+        folder: for the trainings.
+        processes: that share the rows.
+    """
+    from transformers import TrainingArguments, default_data_collator
+
+    from peft_ext.training.callbacks import trainable_state
+    from peft_ext.unlearning import MUSO, Ledger, Request
+
+    rows, found = problems.images(16, 4, dtype=torch.float32), {}
+    for name, method in {"muso": MUSO(draws=None, max_steps=1), "ledger": Ledger(damping=1.0, draws=None)}.items():
+        model = tiny_models.vit()  # takes what the Trainer tells it of all processes' targets
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad = key.startswith("classifier")
+        training = TrainingArguments(
+            str(folder), per_device_train_batch_size=16 // processes, learning_rate=0.5, lr_scheduler_type="constant",
+            optim="sgd", max_grad_norm=0, weight_decay=0, use_cpu=True, report_to=[], dataloader_pin_memory=False,
+        )  # fmt: skip
+        request = Request(model, rows[4:], rows[:4], default_data_collator, training, trainable_state(model))
+        if name == "ledger":
+            method.prepare(request)
+        method.unlearn(request)
+        found[name] = torch.cat(list(map(torch.flatten, problems.trainable(model).values()))).detach()
+    return found
+
+
 def main(rank: int, folder: Path) -> None:
     from accelerate import Accelerator
 
@@ -98,6 +127,7 @@ def main(rank: int, folder: Path) -> None:
             arrays = {key: value for key, value in vars(observe(model, loader)).items() if value is not None}
             np.savez(folder / f"{name}.{kind}.{rank}.npz", **arrays)
     torch.save(forgotten(accelerator.prepare, folder), folder / f"forgotten.{rank}.pt")
+    torch.save(trained(folder / f"trained.{rank}", WORLD), folder / f"trained.{rank}.pt")
     dist.destroy_process_group()
 
 

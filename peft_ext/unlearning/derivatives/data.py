@@ -37,6 +37,7 @@ def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
             f"{type(loader).__name__}, which is empty after the first time."
         )
     gradient_state = GradientState()
+    others = gradient_state.dataloader_references  # of a Trainer that is still there, for one
     for values in loader:
         if isinstance(values, Batch):
             yield values.to(device)
@@ -54,9 +55,11 @@ def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
             if isinstance(value, torch.Tensor) and value.dim() and len(value) == size
         }
         batch = Batch(tensors, {name: value for name, value in values.items() if name not in tensors})
-        if gradient_state.in_dataloader and gradient_state.end_of_dataloader and gradient_state.remainder > 0:
+        prepared = gradient_state.active_dataloader
+        ours = prepared is loader or all(prepared is not other for other in others)  # or one that the loader reads
+        if prepared is not None and ours and prepared.end_of_dataloader and prepared.remainder > 0:
             first = PartialState().process_index * size
-            batch = batch.select(slice(0, max(0, min(gradient_state.remainder - first, size))))
+            batch = batch.select(slice(0, max(0, min(prepared.remainder - first, size))))
         if len(batch):
             yield batch.to(device)
 

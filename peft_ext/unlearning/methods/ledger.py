@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import ConcatDataset
 
@@ -16,7 +17,33 @@ from ...checks import check_positive_integer
 from ..derivatives.data import Chain, Loader, check_sets
 from ..derivatives.quadratic import DRAWS, MEMORY
 from ..ledger import RETAIN_TOLERANCE, UnlearningLedger, check_options
+from ..ledger_lock import on_main
 from .base import Request, Served, UnlearningMethod, UnlearningReport
+
+
+class _SharedFolder:
+    """A temporary folder of the main process, which the others know by its name.
+
+    Attributes:
+        name: its path.
+    """
+
+    def __init__(self) -> None:
+        self._own: TemporaryDirectory | None = None
+        self.name: str = on_main(self._make)
+
+    def _make(self) -> str:
+        self._own = TemporaryDirectory()
+        return self._own.name
+
+    def __enter__(self) -> _SharedFolder:
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None:
+            PartialState().wait_for_everyone()
+        if self._own is not None:
+            self._own.cleanup()
 
 
 @dataclass
@@ -40,7 +67,7 @@ class Ledger(UnlearningMethod):
     draws: int | None = DRAWS
     memory: float = MEMORY
     batch_size: int | None = None
-    _kept: tuple[Request, TemporaryDirectory, UnlearningLedger] | None = field(
+    _kept: tuple[Request, _SharedFolder, UnlearningLedger] | None = field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -54,7 +81,7 @@ class Ledger(UnlearningMethod):
         request.model.to(request.training.device)  # type: ignore[arg-type]
         request.model.eval()
         everything: ConcatDataset = ConcatDataset([request.retain, request.forget])
-        folder, loader = TemporaryDirectory(), request.shared_loader(everything, self.batch_size)
+        folder, loader = _SharedFolder(), request.shared_loader(everything, self.batch_size)
         self._kept = request, folder, self._written(folder.name, request.model, loader, request.initial, request.ridge)
 
     def unlearn(self, request: Request) -> UnlearningReport:
@@ -77,8 +104,8 @@ class Ledger(UnlearningMethod):
     ) -> UnlearningReport:
         start = time.perf_counter()
         check_sets(retain, forget)
-        with TemporaryDirectory() as folder:
-            ledger = self._written(folder, model, Chain([retain, forget]), reference, ridge)
+        with _SharedFolder() as folder:
+            ledger = self._written(folder.name, model, Chain([retain, forget]), reference, ridge)
             return self._served(ledger, model, forget, start)
 
     def _written(

@@ -131,6 +131,9 @@ class MUSO(Tuning):
         request.model.to(request.training.device)  # type: ignore[arg-type]
         kept, gone = len(request.retain), len(request.forget)  # type: ignore[arg-type]
         soft = replace(request, collator=SoftCollator(request.collator), ridge=request.ridge * kept / (kept + gone))
+        steps = 0
         for _ in range(self.rounds):
             trainer = soft.fit(self.data(request), self.arguments(request), partial(SoftTrainer, self.loss))
+            steps += trainer.state.global_step
+        trainer.state.global_step = steps  # the report tells those of all rounds
         return trainer

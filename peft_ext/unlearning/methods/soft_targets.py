@@ -111,6 +111,8 @@ class SoftTrainer(EvaluationTrainer):
         # As the loss of the model itself is divided: the Trainer divides what does not know the whole step's targets.
         whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         loss = total / (num_items_in_batch if whole else present.sum().clamp(min=1))
+        if whole and self.args.average_tokens_across_devices:  # those of all devices, over which gradients are averaged
+            loss = loss * (self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes)
         return (loss, found) if return_outputs else loss
 
     def values(self, outputs: torch.Tensor, wanted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
