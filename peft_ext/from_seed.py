@@ -123,8 +123,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], SeededConfig, list[Target]]
         described = json.loads((path / NETWORK_CONFIG_NAME).read_text(encoding="utf-8"))
         weights, method, identity = described["weights"], described["method"], described["identity"]
         shapes = [[int(size) for size in shape] for shape in weights.values()]
-        if not isinstance(described["network"], str) or any(size < 0 for shape in shapes for size in shape):
-            raise ValueError("a name or a shape is none")
+        named = isinstance(described["network"], str) and isinstance(identity["sha256"], str)
+        if not named or any(size < 0 for shape in shapes for size in shape):
+            raise ValueError("a name, a hash or a shape is none")
         targets = saved_targets(dict(zip(weights, shapes)), described.get("matrices", {}))
         # Networks from before there was a choice name none.
         chosen = {"parametrization": PLAIN, "factors_version": identity.get("factors_version")}

@@ -373,6 +373,15 @@ def test_quantize_refuses_a_damaged_checkpoint(run: Any, tmp_path: Path) -> None
     assert not (tmp_path / "two").exists()
 
 
+def test_a_network_whose_identity_lacks_its_hash(run: Any, tmp_path: Path) -> None:
+    folder = saved_network(tmp_path / "one")
+    described = json.loads((folder / "seed_config.json").read_text())
+    del described["identity"]["sha256"]
+    (folder / "seed_config.json").write_text(json.dumps(described))
+    code, _, err = run("inspect", folder)
+    assert code == 1 and "seed_config.json' is damaged: KeyError('sha256')" in err
+
+
 # export
 
 
