@@ -123,8 +123,13 @@ def mean_loss(
 
 
 def _unwrap(trainer: Trainer, model: nn.Module) -> None:
-    """Undoes the autocast that Accelerate puts around the forward pass with bf16 or fp16: models outlive Trainers."""
+    """Undoes what Accelerate does to a model, which outlives its Trainer.
+
+    With bf16 or fp16 that is an autocast around the forward pass. A model that was evaluated is marked as prepared, too:
+    the next Trainer would not wrap it, and each of several processes would train a model of its own.
+    """
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
     model.eval()
 
 
