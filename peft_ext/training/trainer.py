@@ -87,6 +87,7 @@ def fit(
     Returns:
         The Trainer; its state says how many steps it took.
     """
+    _unmark(model)
     trainer = trainer_class(
         model=model, args=_quiet(training), train_dataset=dataset, data_collator=collator, **options
     )
@@ -123,14 +124,19 @@ def mean_loss(
 
 
 def _unwrap(trainer: Trainer, model: nn.Module) -> None:
-    """Undoes what Accelerate does to a model, which outlives its Trainer.
-
-    With bf16 or fp16 that is an autocast around the forward pass. A model that was evaluated is marked as prepared, too:
-    the next Trainer would not wrap it, and each of several processes would train a model of its own.
-    """
+    """Undoes the autocast that Accelerate puts around the forward pass with bf16 or fp16: models outlive Trainers."""
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    vars(model).pop("_is_accelerate_prepared", None)
+    _unmark(model)
     model.eval()
+
+
+def _unmark(model: nn.Module) -> None:
+    """Takes off the mark that Accelerate puts on a model which is evaluated.
+
+    The next Trainer would take it for prepared and not wrap it: each of several processes would train a model of its own.
+    """
+    for module in model.modules():
+        vars(module).pop("_is_accelerate_prepared", None)
 
 
 def _quiet(training: TrainingArguments) -> TrainingArguments:

@@ -81,7 +81,7 @@ def forgotten(prepare: Callable[..., Any], folder: Path) -> dict[str, torch.Tens
 
 
 def trained(folder: Path, processes: int) -> dict[str, torch.Tensor]:
-    """What methods that train make of a model in one step of SGD on all rows, and what the ledger's method makes of it.
+    """What methods make of a model: those that train in steps of SGD, of which each reads half of the rows.
 
     Args:
         folder: for the trainings.
@@ -90,18 +90,20 @@ def trained(folder: Path, processes: int) -> dict[str, torch.Tensor]:
     from transformers import TrainingArguments, default_data_collator
 
     from peft_ext.training.callbacks import trainable_state
-    from peft_ext.unlearning import MUSO, Ledger, Request
+    from peft_ext.unlearning import MUSO, Ledger, Request, Rewind
 
-    rows, found = problems.images(16, 4, dtype=torch.float32), {}
-    for name, method in {"muso": MUSO(draws=None, max_steps=1), "ledger": Ledger(damping=1.0, draws=None)}.items():
+    rows, found = problems.images(32, 4, dtype=torch.float32), {}
+    ledger = Ledger(damping=1.0, draws=None)
+    for name, method in {"muso": MUSO(draws=None, max_steps=1), "rewind": Rewind(), "ledger": ledger}.items():
         model = tiny_models.vit()  # takes what the Trainer tells it of all processes' targets
         for key, parameter in model.named_parameters():
             parameter.requires_grad = key.startswith("classifier")
         training = TrainingArguments(
             str(folder), per_device_train_batch_size=16 // processes, learning_rate=0.5, lr_scheduler_type="constant",
             optim="sgd", max_grad_norm=0, weight_decay=0, use_cpu=True, report_to=[], dataloader_pin_memory=False,
+            max_steps=4,
         )  # fmt: skip
-        request = Request(model, rows[4:], rows[:4], default_data_collator, training, trainable_state(model))
+        request = Request(model, rows[16:], rows[:16], default_data_collator, training, trainable_state(model))
         if name == "ledger":
             method.prepare(request)
         method.unlearn(request)
