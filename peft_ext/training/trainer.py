@@ -133,7 +133,7 @@ def _unwrap(trainer: Trainer, model: nn.Module) -> None:
 def _unmark(model: nn.Module) -> None:
     """Takes off the mark that Accelerate puts on a model which is evaluated.
 
-    The next Trainer would take it for prepared and not wrap it: each of several processes would train a model of its own.
+    The next Trainer would not wrap it, and each of several processes would train a model of its own.
     """
     for module in model.modules():
         vars(module).pop("_is_accelerate_prepared", None)
