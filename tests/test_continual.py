@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import TrainingArguments, default_data_collator
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, to_lora
@@ -200,8 +202,40 @@ def test_dropping_changes() -> None:
         torch.testing.assert_close(parameter.grad, on / (1 - rate))
         kept.append(on)
     torch.testing.assert_close(torch.stack(kept).float().mean(0), 1 - rate, atol=0.06, rtol=0)
-    with pytest.raises(ValueError, match="`rates` must be from 0 to below 1, got others for 'p'"):
+    with pytest.raises(ValueError, match="`rates` must be from 0 to 1, got others for 'p'"):
         DropChanges({"p": parameter}, {"p": rate + 0.2}, seed=0)
+    always = DropChanges({"p": parameter}, {"p": torch.ones(4)}, seed=0)
+    with torch.no_grad():
+        parameter.add_(1.0)
+    always.on_step_begin(None, SimpleNamespace(global_step=0), None)
+    torch.testing.assert_close(parameter.detach(), start + 1)
+
+
+def test_a_step_that_breaks_off_leaves_nothing_dropped(tmp_path: Path) -> None:
+    class Stops(TrainerCallback):
+        """Remembers the last whole step, and ends the training within one."""
+
+        def __init__(self, breaks: bool) -> None:
+            self.breaks, self.last = breaks, torch.empty(0)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.last = vector(model)
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                control.should_training_stop = True
+                if self.breaks:
+                    raise KeyboardInterrupt
+
+    for breaks in (True, False):
+        model, memory = adapted(), TaskMemory(dropout=2.0)
+        fit(model, rows(8), default_data_collator, training(tmp_path), callbacks=memory.callbacks(model))
+        memory.remember(model, loader(rows(4)))
+        stops, half = Stops(breaks), training(tmp_path)
+        half.gradient_accumulation_steps, half.num_train_epochs = 2, 9
+        with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
+            fit(model, rows(8, seed=1), default_data_collator, half, callbacks=[*memory.callbacks(model), stops])
+        assert len(stops.last) and torch.equal(vector(model), stops.last)
 
 
 def test_all_ways_at_once(tmp_path: Path) -> None:
@@ -301,6 +335,12 @@ def test_winners_that_cannot_be(tmp_path: Path) -> None:
     grouped = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2))
     with pytest.raises(ValueError, match="grouped convolution 'base_model.model.0' does not compute"):
         KWinners(get_peft_model(grouped, NolaConfig(r=3, num_basis=20, target_modules=["0"])), 2)  # type: ignore[arg-type]
+    lora = adapted(LoraConfig(r=3, target_modules=["first"]))
+    with KWinners(lora, 2), pytest.raises(ValueError, match="The model has k-winners. Call `remove`"):
+        KWinners(lora, 1)
+    gives_two = nn.Sequential(nn.LSTM(4, 4))
+    with KWinners(gives_two, 2, "0"), pytest.raises(ValueError, match="must be tensors .*; a LSTM gives a tuple"):
+        gives_two(torch.randn(2, 4))
     with pytest.raises(ValueError, match="linear layers; 'base_model.model.0' is none"):
         KWinners(get_peft_model(nn.Sequential(nn.Embedding(9, 4)), LoraConfig(target_modules=["0"])), 2)  # type: ignore[arg-type]
     model = adapted()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from methods import config_of
@@ -130,6 +131,9 @@ def test_agents_of_another_kind_are_refused(first: Callable[[], Any], other: Cal
         check_agents([same, strange], ["a", "b"])
     with pytest.raises(ValueError, match="for a and .* for c"):
         check_agents([same, again, strange], ["a", "b", "c"])
+    for descriptions in ([], [same, again, strange]):
+        with pytest.raises(ValueError, match=f"must have a description and a name, got {len(descriptions)} and 2"):
+            check_agents(descriptions, ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -154,3 +158,15 @@ def test_one_adapter_is_active() -> None:
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="must have one active adapter"):
         Exchange(model)
+
+
+def test_a_merged_adapter_takes_no_vector() -> None:
+    model = adapted(PrancConfig(num_coefficients=20, target_modules=["first"]))
+    exchange = Exchange(model)
+    exchange.vector = np.ones(exchange.size)  # type: ignore[assignment]
+    assert torch.equal(exchange.vector, torch.ones(exchange.size))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the weights"):
+        exchange.vector = torch.zeros(exchange.size)
+    model.unmerge_adapter()
+    exchange.vector = torch.zeros(exchange.size)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from peft_ext import McncConfig, NolaConfig, PrancConfig, SeededNetwork, VisualPromptConfig, load_from_seed, to_lora
 from peft_ext.__main__ import main
 from peft_ext.adapters.saved import read
+from peft_ext.checkpoint.identity import read_record, write_record
 from peft_ext.checkpoint.quantization import DTYPES
 from peft_ext.tuners.target import Target, together
 
@@ -364,6 +365,29 @@ def test_quantize_does_not_write_over_anything(run: Any, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     assert run("quantize", folder, tmp_path / "empty", "--dtype", "int4")[0] == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_adapter_and_a_network_in_one_folder(run: Any, tmp_path: Path) -> None:
+    adapter, network = saved(tmp_path / "one"), saved_network(tmp_path / "two")
+    for source, out in ((adapter, network), (network, adapter)):
+        code, _, err = run("quantize", source, out, "--dtype", "int8", "--overwrite")
+        assert code == 2 and "nothing would say which of the two is meant" in err
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (network / name).write_bytes((adapter / name).read_bytes())
+    code, _, err = run("verify", network)
+    assert code == 1 and "nothing says which of them is meant" in err
+
+
+def test_a_count_that_is_wrong(run: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "one")
+    weights = folder / "adapter_model.safetensors"
+    state = load_file(weights)
+    name = next(key for key in state if key.endswith("identity"))
+    for count in (7, None):
+        state[name] = write_record({**read_record(state[name], name), "count": count})
+        save_file(state, weights)
+        code, _, err = run("verify", folder)
+        assert code == 1 and "`count` in" in err
 
 
 def test_quantize_refuses_a_damaged_checkpoint(run: Any, tmp_path: Path) -> None:

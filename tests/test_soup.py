@@ -315,3 +315,22 @@ def test_running_statistics_are_not_mixed(tmp_path: Path) -> None:
     get_peft_model(Normed(), config("NOLA")).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="must have no buffers, such as running statistics, .* got 'head'"):
         uniform_soup(Normed(), [tmp_path])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_head_of_another_size(place: int, tmp_path: Path) -> None:
+    """Wherever loading breaks off, the base model is as it was."""
+
+    def base(classes: int = 3) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, classes))
+
+    for name, classes in (("three", 3), ("five", 5)):
+        options = config("NOLA", target_modules=["0"], modules_to_save=["1"])
+        get_peft_model(base(classes), options).save_pretrained(str(tmp_path / name))  # type: ignore[arg-type]
+    order = ["five", "three"] if place == 0 else ["three", "five"]
+    model = base()
+    with pytest.raises(ValueError, match="five' does not fit the model: .*size mismatch"):
+        uniform_soup(model, [str(tmp_path / name) for name in order])
+    assert [type(module) for module in model.modules()] == [type(module) for module in base().modules()]
+    uniform_soup(model, [str(tmp_path / "three")] * 2)

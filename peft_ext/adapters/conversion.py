@@ -9,6 +9,7 @@ import shutil
 from typing import Any
 
 import transformers
+from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 
 from ..checkpoint import quantization
@@ -37,10 +38,14 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
 
     Raises:
         ValueError: another dtype, or coefficients that cannot be unpacked without the base model.
-        FileExistsError: `out` is the folder of the checkpoint, or is not empty.
+        FileExistsError: `out` is the folder of the checkpoint, is not empty, or holds one of the other kind.
     """
     check_choice("dtype", dtype, quantization.DTYPES)
     path = check_writable(out, overwrite, saved.folder)
+    other = CONFIG_NAME if saved.is_network else NETWORK_CONFIG_NAME
+    if (path / other).exists():
+        kind = "an adapter" if saved.is_network else "a network"
+        raise FileExistsError(f"`out` must not hold {kind} ({other}): nothing would say which of the two is meant.")
     packs, was_packed = quantization.is_integer(dtype), quantization.is_integer(saved.dtype)
     if was_packed and not packs and not saved.shapes_known and len(set(saved.sizes)) > 1:
         raise ValueError(

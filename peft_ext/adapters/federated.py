@@ -13,6 +13,7 @@ from torch import nn
 from ..checkpoint.identity import canonical
 from ..seeded_network import SeededNetwork
 from ..training.callbacks import trainable_parameters
+from ..training.modes import check_adapters
 from ..tuners.checkpointed import provenance_of
 from ..tuners.surroundings import base_fingerprint
 from .soup import check_method, defining_fields
@@ -42,7 +43,7 @@ class Exchange:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._trained = trainable_parameters(model)
+        self._model, self._trained = model, trainable_parameters(model)
         if not self._trained:
             raise ValueError("`model` must have parameters that require gradients, got none.")
         self.size = sum(parameter.numel() for parameter in self._trained.values())
@@ -63,6 +64,8 @@ class Exchange:
     @vector.setter
     @torch.no_grad()
     def vector(self, value: torch.Tensor) -> None:
+        check_adapters(self._model)  # a merged one would not become the other, and unmerging would take off too much
+        value = torch.as_tensor(value)
         if value.shape != (self.size,):
             raise ValueError(f"`vector` must have the shape {(self.size,)}, got {tuple(value.shape)}.")
         if not value.isfinite().all():
@@ -79,6 +82,8 @@ def check_agents(descriptions: Sequence[Mapping[str, Any]], names: Sequence[str]
         descriptions: those of their `Exchange`s.
         names: what the message calls the agents.
     """
+    if not descriptions or len(descriptions) != len(names):
+        raise ValueError(f"Every agent must have a description and a name, got {len(descriptions)} and {len(names)}.")
     first = descriptions[0]
     for other, name in zip(descriptions[1:], names[1:]):
         keys = sorted(

@@ -26,7 +26,7 @@ from ..files import check_writable, write_whole
 from ..tuners.config import SeededConfig
 from ..tuners.description import AUTO_CLASSES
 from ..tuners.layers import SeededLayer, layer_kind
-from ..tuners.surroundings import PREFIX, clean, saved_modules, whole
+from ..tuners.surroundings import PREFIX, check_biases, clean, saved_modules, whole
 from .low_rank import LowRank
 from .saved import read, unexplained, verify
 from .stand_in import ADAPTER, on_stand_in, vector_refused
@@ -243,6 +243,7 @@ def _others(model: nn.Module, adapter_name: str, config: SeededConfig) -> dict[s
     """The biases and modules that are trained and saved whole, by the names that PEFT gives them in a file."""
     if config.bias == "none" and not config.modules_to_save:
         return {}
+    check_biases(model, config)
     state = {clean(name): tensor for name, tensor in model.state_dict().items()}
     found = BaseTuner._get_learnable_bias_state_dict(model, state, config)
     found |= saved_modules(model, adapter_name, state)

@@ -138,9 +138,14 @@ def read(place: str | os.PathLike[str], revision: str | None = None) -> Saved:
 
     Raises:
         FileNotFoundError: no folder or repository, or one that holds neither.
-        ValueError: a file is damaged, or the configuration does not fit its identity.
+        ValueError: a file is damaged, the configuration does not fit its identity, or there are both.
     """
     folder = local_folder(place, _FILES, revision, None)
+    if (folder / CONFIG_NAME).is_file() and (folder / NETWORK_CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{str(place)!r} holds an adapter ({CONFIG_NAME}) and a network from a seed ({NETWORK_CONFIG_NAME}), and "
+            "nothing says which of them is meant: put them into two folders."
+        )
     if (folder / CONFIG_NAME).is_file():
         return _read_adapter(folder)
     if (folder / NETWORK_CONFIG_NAME).is_file():
@@ -281,6 +286,8 @@ def _check_coefficients(saved: Saved) -> None:
             f"The weights file must hold {(missing or names)[0]!r}{surplus} for coefficients in {saved.dtype}."
         )
     sizes = saved.sizes
+    if saved.record.get("count") != sum(sizes):
+        raise ValueError(f"`count` in {saved.record_name!r} must be {sum(sizes)}, got {saved.record.get('count')!r}.")
     for name in names:
         tensor = saved.tensors[name]
         if name == saved.packed:

@@ -193,6 +193,27 @@ class Hyperplane:
         return self.start + moved - moved.mean(0)
 
 
+@contextlib.contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """Names the adapter where PyTorch says that its tensors do not fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"`adapters`: {name!r} does not fit the model: {' '.join(str(error).split())}") from error
+
+
+def _take_off(model: nn.Module) -> None:
+    """Makes a model what it was without adapters, wherever putting one on has broken off."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 class _Ingredients:
     """Saved adapters in a temporary file, and the base model with one adapter that is mixed from them.
 
@@ -213,9 +234,11 @@ class _Ingredients:
             raise ValueError("`model` must be a base model without adapters, got one that has some; `unload()` it.")
         self.names = [str(place) for place in adapters]
         check_method(PeftConfig.from_pretrained(self.names[0]), self.names[0])
-        self.model = PeftModel.from_pretrained(model, self.names[0], _SOUP, is_trainable=True)  # type: ignore[arg-type]
+        self._base = model
         self._file = tempfile.TemporaryFile()
         try:
+            with _fitting(self.names[0]):
+                self.model = PeftModel.from_pretrained(model, self.names[0], _SOUP, is_trainable=True)  # type: ignore[arg-type]
             self._check_buffers()
             self.model.eval()
             self.function = AdapterFunction(self.model, CrossEntropy())
@@ -240,8 +263,7 @@ class _Ingredients:
     def __exit__(self, kind: Any, *error: Any) -> None:
         self._file.close()
         if kind is not None:
-            with contextlib.suppress(AttributeError):  # PEFT cannot take off a container that is trained whole
-                self.model.base_model.unload()  # type: ignore[operator]
+            _take_off(self._base)
 
     def _check_buffers(self) -> None:
         for name, module in self.model.named_modules():
@@ -256,8 +278,9 @@ class _Ingredients:
         config, first = PeftConfig.from_pretrained(name), self.model.peft_config[_SOUP]
         check_method(config, name)
         self._check_fields(first, config, name)
-        self.model.load_adapter(name, _INGREDIENT, is_trainable=True)
         try:
+            with _fitting(name):
+                self.model.load_adapter(name, _INGREDIENT, is_trainable=True)
             mine, theirs = (provenance_of(self.model, adapter) for adapter in (_SOUP, _INGREDIENT))
             if mine is not None and theirs is not None:
                 check_alike(mine, theirs, (self.names[0], name))
@@ -274,7 +297,8 @@ class _Ingredients:
             return self.function.flatten({full: trained[each] for each, full in self._names.items()})
         finally:
             self.model.set_adapter(_SOUP)
-            self.model.delete_adapter(_INGREDIENT)
+            if _INGREDIENT in self.model.peft_config:
+                self.model.delete_adapter(_INGREDIENT)
 
     def _check_fields(self, first: Any, config: Any, name: str) -> None:
         """Raises a ValueError for a LoRA with other fields than the first adapter's, or another method."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -69,6 +71,8 @@ class KWinners:
             elif isinstance(module, SeededWeightLayer) and _fewest_units(module):
                 _check_layer(name, module)
                 self._seeded.append(module)
+        if any(isinstance(hook, _Hook) for module in found for hook in module._forward_hooks.values()):
+            raise ValueError("The model has k-winners. Call `remove` of that `KWinners` first.")
         fewest = [_fewest_units(layer) for layer in self._seeded]
         fewest += [int(module.out_features) for module in found if modules is None]
         if not found and not self._seeded:
@@ -82,7 +86,7 @@ class KWinners:
             raise ValueError(f"`k` must be at most the number of units, {min(fewest)}, got {k}.")
         for layer in self._seeded:
             layer.units = keep
-        self._hooks = [module.register_forward_hook(lambda module, args, output: keep(output)) for module in found]
+        self._hooks = [module.register_forward_hook(_Hook(keep)) for module in found]
 
     def remove(self) -> None:
         """Turns all units on again."""
@@ -98,6 +102,21 @@ class KWinners:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+@dataclass
+class _Hook:
+    """Keeps winners of a module's output."""
+
+    keep: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> torch.Tensor:
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(
+                f"The outputs of `modules` must be tensors `(..., units)`; a {type(module).__name__} gives a "
+                f"{type(output).__name__}."
+            )
+        return self.keep(output)
 
 
 def _linear(name: str, layer: LoraLayer) -> list[nn.Linear]:

@@ -38,7 +38,8 @@ class Ridge(TrainerCallback):
     """Adds the gradient of `strength / 2 * |parameters - reference|^2` to that of the loss, before every step.
 
     Unlike AdamW's weight decay it is part of what is minimised, and pulls to where the training began. With a strength
-    for every number it is the penalty of elastic weight consolidation (Kirkpatrick et al. 2017, equation 3).
+    for every number it is the penalty of elastic weight consolidation (Kirkpatrick et al. 2017, equation 3). It is
+    added after the Trainer has clipped gradients: `max_grad_norm` bounds that of the loss, and not the pull.
 
     Args:
         model: its trainable parameters are pulled.
@@ -75,9 +76,12 @@ class DropChanges(TrainerCallback):
     gradient; the change of one that is kept is divided by the probability of that, as by dropout. Numbers that are
     rarely kept have little part in what is learned.
 
+    A step that an exception breaks off leaves its dropped values. As a context, which `peft_ext.training.trainer.fit`
+    enters, it puts the right ones back at the end.
+
     Args:
         parameters: the trainable parameters, by name.
-        rates: probabilities to be dropped, from 0 to below 1, in tensors of the parameters' shapes, by name.
+        rates: probabilities to be dropped, from 0 to 1, in tensors of the parameters' shapes, by name.
         seed: draws, with a step's number, what is dropped in it, alike in all processes.
 
     Raises:
@@ -88,28 +92,49 @@ class DropChanges(TrainerCallback):
         self.parameters = dict(parameters)
         self.rates = {name: rates[name].to(parameter) for name, parameter in parameters.items()}
         for name, rate in self.rates.items():
-            if not ((rate >= 0) & (rate < 1)).all():
-                raise ValueError(f"`rates` must be from 0 to below 1, got others for {name!r}.")
+            if not ((rate >= 0) & (rate <= 1)).all():
+                raise ValueError(f"`rates` must be from 0 to 1, got others for {name!r}.")
         self.seed = seed
         self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self.kept: dict[str, torch.Tensor] = {}  # 0 for what is dropped in this step, and what the others are scaled by
         self.values: dict[str, torch.Tensor] = {}
 
+    def __enter__(self) -> DropChanges:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._restore()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Puts the values of before the step back, if it is one."""
+        for name, value in self.values.items():
+            self.parameters[name].copy_(value)
+        self.values = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()  # after a step that ran out of memory, the Trainer may begin again with smaller batches
+
     @torch.no_grad()
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()
         for name, parameter in self.parameters.items():
-            rate, start = self.rates[name], self.start[name]
+            rate, start = self.rates[name].to(parameter), self.start[name].to(parameter)
             drawn = (uniform(self.seed, ("drop changes", name, state.global_step), rate.numel()) + 1) / 2
-            self.kept[name] = (drawn.view(rate.shape).to(rate) >= rate) / (1 - rate)
+            stays = drawn.view(rate.shape).to(rate) >= rate
+            self.kept[name] = torch.where(stays & (rate < 1), 1 / (1 - rate), 0)
             self.values[name] = parameter.clone()
             parameter.copy_(start + (parameter - start) * self.kept[name])
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.values[name])
             if parameter.grad is not None:
                 parameter.grad.mul_(self.kept[name])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()  # a training that is stopped while it accumulates gradients makes no optimizer step
 
 
 class StopAfter(TrainerCallback):

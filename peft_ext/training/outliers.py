@@ -242,6 +242,7 @@ class OutlierTrainer(Trainer):
             raise ValueError(
                 f"`outliers` must be given if and only if the loss needs some: {outlier_loss} {needed} them."
             )
+        check_positive_integer("ratio", ratio)
         if outliers is not None:
             if self.args.dataloader_persistent_workers:
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
-from .callbacks import Ridge, trainable_parameters
+from .callbacks import DropChanges, Ridge, trainable_parameters
 from .modes import check_dependence
 from .prefix_in_training import PrefixInTraining
 
@@ -95,7 +96,11 @@ def fit(
     if ridge is not None and ridge.strength:
         trainer.add_callback(ridge)
     try:
-        trainer.train()
+        with ExitStack() as stack:
+            for callback in options.get("callbacks") or []:
+                if isinstance(callback, DropChanges):
+                    stack.enter_context(callback)
+            trainer.train()
     finally:
         _unwrap(trainer, model)
     return trainer

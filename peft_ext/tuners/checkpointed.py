@@ -14,7 +14,7 @@ from torch import nn
 from .config import CheckpointedConfig
 from .mixed import MixedBatch, Pool, copies_of, mixed_batch
 from .provenance import CheckpointedLayer, Provenance
-from .surroundings import Keys, saved_modules
+from .surroundings import Keys, check_biases, saved_modules
 from .target import Target
 
 
@@ -70,6 +70,7 @@ class CheckpointedModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if provenance is None:
             return found
+        check_biases(model, config)
         others = saved_modules(model, adapter_name, state_dict)
         return provenance.seal(config, Keys(model, provenance), found, others)
 

@@ -122,6 +122,20 @@ class Base:
         return biases | saved_modules(self.model, self.adapter_name, state)
 
 
+def check_biases(model: nn.Module, config: PeftConfig) -> None:
+    """Raises a ValueError if trained biases would be read with updates in them that coefficients make again."""
+    if getattr(config, "bias", "none") == "none":
+        return
+    for name, layer in model.named_modules():
+        adapts: Any = getattr(layer, "adapts", None)
+        for adapter in getattr(layer, "merged_adapters", ()) if adapts else ():
+            if adapts(adapter, "bias"):
+                raise ValueError(
+                    f"Adapter {adapter!r} is merged in {name!r}, whose bias has its update in it, and biases are saved "
+                    "beside coefficients (`bias`): unmerge it first (`unmerge_adapter()`)."
+                )
+
+
 @torch.no_grad()
 def base_fingerprint(layers: Iterable[Any]) -> str | None:
     """A hash of a few numbers of every adapted base weight, rounded to bfloat16, or None if it cannot be told.

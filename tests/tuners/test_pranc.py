@@ -27,7 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from peft_ext import PrancConfig, SeededNetwork
+from peft_ext import PrancConfig, SeededNetwork, to_lora
 from peft_ext.tuners.pranc import PrancLayer, PrancVector
 
 DOUBLE = torch.float64
@@ -468,3 +468,17 @@ def test_biases_trained_beside_it(options: dict[str, Any]) -> None:
     expected = {f"{PREFIX}{name}.base_layer.bias" for name in options.get("target_modules", ["first"])}
     assert {name for name in trained if "coefficients" not in name} == expected
     assert model.peft_config["default"].bias == "pranc_only"
+
+
+@pytest.mark.parametrize("options", [{"adapt_bias": True}, {"target_modules": ["norm"]}])
+def test_merged_biases_are_not_saved_beside_coefficients(options: dict[str, Any], tmp_path: Path) -> None:
+    """They would have the update in them, which the coefficients make again when the file is loaded."""
+    model, _ = adapt(tiny_models.Layers(), "PRANC", **{"target_modules": ["first"], "bias": "all", **options})
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged in '.*', whose bias has its update in it.*unmerge it"):
+        model.save_pretrained(str(tmp_path))
+    if "adapt_bias" in options:
+        with pytest.raises(ValueError, match="whose bias has its update in it"):
+            to_lora(model, str(tmp_path / "lora"), error=0)
+    model.unmerge_adapter()
+    model.save_pretrained(str(tmp_path))
