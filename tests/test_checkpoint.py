@@ -20,7 +20,9 @@ from methods import METHODS, ONE_OF_EACH, config_of, lower
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from peft_ext.adapters.saved import read, verify
 from peft_ext.checkpoint.identity import checksum, read_record, write_record
 
 Snapshot = Callable[[nn.Module], dict[str, Any]]
@@ -608,3 +610,45 @@ def test_a_local_base_model_stays_out_of_the_metadata(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.base_model is None
     assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text().split("---")[1]
+
+
+# A resized vocabulary, whose embeddings PEFT saves too
+
+
+def resized(folder: Path, method: str, **options: Any) -> PeftModel:
+    """A model with two rows more than the base in the folder."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(base.config.vocab_size + 2, mean_resizing=False)
+    return get_peft_model(base, config_of(method, task_type="CAUSAL_LM", **options)).eval()
+
+
+@one_of_each
+@pytest.mark.parametrize("modules", [["embed_tokens", "lm_head"], ["lm_head"]], ids=len)
+def test_trained_embeddings_of_a_resized_vocabulary(method: str, modules: list[str], tmp_path: Path) -> None:
+    tiny_models.llama().save_pretrained(tmp_path / "base")
+    model = resized(tmp_path / "base", method, modules_to_save=modules)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    expected = model(tiny_models.tokens()).logits
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        model.save_pretrained(str(tmp_path / "adapter"))
+    verify(read(tmp_path / "adapter"))
+    model.load_adapter(str(tmp_path / "adapter"), "again")
+    model.set_adapter("again")
+    assert torch.equal(model(tiny_models.tokens()).logits, expected)
+    if len(modules) == 2:  # no row of the base matters
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        other.resize_token_embeddings(other.config.vocab_size + 2, mean_resizing=False)
+        loaded = PeftModel.from_pretrained(other, str(tmp_path / "adapter"))
+        assert torch.equal(loaded(tiny_models.tokens()).logits, expected)
+
+
+def test_random_rows_of_a_resized_vocabulary(tmp_path: Path) -> None:
+    tiny_models.llama().save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        resized(tmp_path / "base", "NOLA").save_pretrained(str(tmp_path / "adapter"))
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    other.resize_token_embeddings(other.config.vocab_size + 2, mean_resizing=False)
+    with pytest.raises(ValueError, match="holds embeddings of another base model .*`modules_to_save`"):
+        PeftModel.from_pretrained(other, str(tmp_path / "adapter"))

@@ -37,7 +37,7 @@ from ..checkpoint.identity import (
 from ..seeded_network import NETWORK_COEFFICIENTS
 from ..tuners.config import CheckpointedConfig
 from ..tuners.description import NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME
-from ..tuners.surroundings import PREFIX
+from ..tuners.surroundings import PREFIX, is_copy
 from ..tuners.target import Target, together
 from ..tuners.target_parameters import owners_of
 
@@ -324,8 +324,8 @@ def _check_others(saved: Saved) -> list[str]:
 def unexplained(saved: Saved) -> list[str]:
     """Names of tensors that are neither coefficients nor biases nor of modules in `modules_to_save`.
 
-    PEFT saves such tensors with adapted embeddings. They must be equal to those of the base model, which loading
-    verifies.
+    PEFT saves such tensors with adapted embeddings and resized ones. They must be equal to those of the base model,
+    which loading verifies, or are copies of what is in the file anyway.
     """
     if saved.is_network:
         return []
@@ -334,5 +334,6 @@ def unexplained(saved: Saved) -> list[str]:
     return [
         name
         for name in saved.others
-        if not (biases and name.endswith(".bias")) and not modules & set(name.removeprefix(PREFIX).split("."))
+        if not (biases and name.endswith(".bias"))
+        and (is_copy(name) or not modules & set(name.removeprefix(PREFIX).split(".")))
     ]

@@ -13,6 +13,8 @@ from ..generators import Generator, SparseBasis
 from . import idle
 from .coefficients import Container
 
+_CHEAP = "cpu"  # where comparing coefficients at every read takes no time
+
 
 class SharedExpansion:
     """The weights that one generator makes for one adapter in all the layers that read it.
@@ -127,15 +129,19 @@ class SharedExpansion:
     def _fits(self, ready: _Expanded, container: Container, parameter: torch.Tensor) -> bool:
         if ready.parameters.get(container) is not parameter or ready.versions[container] != _version(parameter):
             return False
-        return parameter.device.type != "cpu" or torch.equal(parameter[self.span], ready.coefficients[container])
+        return parameter.device.type != _CHEAP or torch.equal(parameter[self.span], ready.coefficients[container])
 
     def _serves(self, ready: _Expanded, key: object, needs_graph: bool) -> bool:
         if needs_graph:
             return bool(ready.graph) and key not in ready.served
-        if key in ready.served and ready.stacked.device.type != "cpu":  # another forward pass begins
-            if not torch.equal(self._stack(ready.parameters), ready.stacked):
-                return False
-            ready.served.clear()
+        if ready.stacked.device.type != _CHEAP:
+            # Another forward pass begins; one of a part of the model alone may have been between.
+            place = ready.places.get(key, 0)
+            if key in ready.served or place <= ready.last:
+                if not torch.equal(self._stack(ready.parameters), ready.stacked):
+                    return False
+                ready.served.clear()
+            ready.last = place
         return True
 
     def _expand_alone(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -171,6 +177,7 @@ class SharedExpansion:
                 expanded.coefficients = dict(zip(parameters, expanded.stacked.unbind()))
                 parts = dict(zip(self._keys(parameters), self._split(weights)))
                 expanded.values = {key: part.detach() for key, part in parts.items()}
+                expanded.places = {key: place for place, key in enumerate(parts)}
                 if weights.requires_grad:
                     expanded.graph = parts
         self.kept.ready[device] = expanded
@@ -267,6 +274,8 @@ class _Expanded:
         self.graph: dict[object, torch.Tensor] = {}
         self.served: set[object] = set()
         self.joined: set[object] = set()  # those that got theirs with a graph
+        self.places: dict[object, int] = {}  # of the layers in the model
+        self.last = -1  # that of the layer that was served last
 
 
 class _Recomputed(torch.autograd.Function):

@@ -36,7 +36,7 @@ from ..checkpoint.identity import (
 from .coefficients import Coefficients
 from .config import CheckpointedConfig
 from .scaling import warn_of_scales
-from .surroundings import PREFIX, Base, Keys, clean, renamed_alike, whole
+from .surroundings import PREFIX, Base, Keys, clean, embeddings_of, is_copy, renamed_alike, whole
 from .target import Target
 
 
@@ -231,6 +231,7 @@ class Provenance:
         own = {key: tensors[key] for key in keys.coefficients}
         others = {key: tensor for key, tensor in tensors.items() if key not in own}
         beside = {key: others.pop(key) for key in list(others) if keys.belongs(key)}
+        others = {key: tensor for key, tensor in others.items() if not is_copy(key)}
         self._check_strangers(others, model)
         if not any(tensor.is_meta for tensor in beside.values()):
             self._check_others(content, {keys.saved(key): tensor for key, tensor in beside.items()}, keys.renamed)
@@ -310,6 +311,15 @@ class Provenance:
             if key in state and state[key].shape == strangers[key].shape:
                 if torch.equal(state[key].cpu(), strangers[key].to(state[key].dtype).cpu()):
                     del strangers[key]
+        embeddings = sorted(strangers.keys() & embeddings_of(model))
+        if embeddings:
+            raise ValueError(
+                f"The saved adapter holds embeddings of another base model (first: {embeddings[0]!r}), which would "
+                "overwrite the base model. PEFT saves them with an adapter of embeddings, and once the vocabulary was "
+                "resized: rows that were added then are random, others in every process. Train them (`modules_to_save` "
+                "with the names of the embeddings), or save the base model after the resizing, load that, and save the "
+                "adapter with `save_embedding_layers=False`."
+            )
         if strangers:
             raise ValueError(
                 f"The saved adapter holds {len(strangers)} tensors that are no part of it (first: "

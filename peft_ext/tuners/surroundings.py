@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -69,6 +70,24 @@ def saved_modules(model: nn.Module, adapter_name: str, state: Mapping[str, torch
             own = module.adapter_state_dict(adapter_name, own)  # type: ignore[call-arg]
             found |= {f"{start}{key}": value for key, value in own.items()}
     return found
+
+
+def is_copy(key: str) -> bool:
+    """Whether a saved name is that of a copy which PEFT saves of an embedding that is trained whole.
+
+    Once a vocabulary was resized, PEFT saves the embeddings as they are in the model, beside what is saved of trained
+    ones anyway.
+    """
+    return not {"modules_to_save", "original_module"}.isdisjoint(key.split("."))
+
+
+def embeddings_of(model: nn.Module) -> set[str]:
+    """The names of the weights of a model's input and output embeddings, if it is one of transformers."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            found.append(getattr(model, getter)())
+    return {f"{name}.weight" for name, module in model.named_modules() if any(module is each for each in found)}
 
 
 class Base:

@@ -351,3 +351,18 @@ def test_parts_in_recomputed_blocks(reentrant, several, monkeypatch, shared):
         return
     losses(True).backward()
     torch.testing.assert_close(container["default"].grad, expected)
+
+
+def test_a_pass_of_a_part_where_passes_are_compared_once(make, monkeypatch):
+    """As on a GPU: what decodes has many passes, in which what encodes has no part."""
+    monkeypatch.setattr(expansion_module, "_CHEAP", "none")
+    expansion, containers, products = make()
+    with torch.no_grad():
+        for part in (containers, containers[1:], containers[1:]):
+            for container in part:
+                expansion(container)
+        assert products == [3]
+        for container in containers:
+            container["default"].data.mul_(3)
+        assert_right(expansion, containers)
+    assert products == [3, 3]
