@@ -650,5 +650,5 @@ def test_random_rows_of_a_resized_vocabulary(tmp_path: Path) -> None:
         resized(tmp_path / "base", "NOLA").save_pretrained(str(tmp_path / "adapter"))
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     other.resize_token_embeddings(other.config.vocab_size + 2, mean_resizing=False)
-    with pytest.raises(ValueError, match="holds embeddings of another base model .*`modules_to_save`"):
+    with pytest.raises(ValueError, match="holds embeddings that are no part of it .*`modules_to_save`"):
         PeftModel.from_pretrained(other, str(tmp_path / "adapter"))

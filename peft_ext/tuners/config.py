@@ -128,6 +128,18 @@ class CheckpointedConfig(DescribedConfig):
         super().__post_init__()
         self.peft_type = PeftType[self.method_name]
         self.check()
+        saved = [
+            name for name in ("target_shapes", "target_names", "base_fingerprint") if getattr(self, name) is not None
+        ]
+        if self.identity is not None:
+            check_identity(self.identity, self.generating(), "in adapter_config.json")
+        elif saved:
+            raise ValueError(
+                f"`identity` must be there beside `{saved[0]}`, which only saved adapters have: it was taken out of "
+                "adapter_config.json. Load the adapter with the configuration that was saved with it, unedited."
+            )
+        if self.target_names is not None:
+            unfold_names(self.target_names)
 
     def check(self) -> None:
         """Raises a ValueError, which names the field, for what a field cannot be; fields can be changed later."""
@@ -142,18 +154,6 @@ class CheckpointedConfig(DescribedConfig):
             value = getattr(self, each.name)
             if isinstance(value, (list, tuple, set, dict)) and len(value) > _MOST_ENTRIES:
                 raise ValueError(f"`{each.name}` must have at most {_MOST_ENTRIES:,} entries, got {len(value):,}.")
-        saved = [
-            name for name in ("target_shapes", "target_names", "base_fingerprint") if getattr(self, name) is not None
-        ]
-        if self.identity is not None:
-            check_identity(self.identity, self.generating(), "in adapter_config.json")
-        elif saved:
-            raise ValueError(
-                f"`identity` must be there beside `{saved[0]}`, which only saved adapters have: it was taken out of "
-                "adapter_config.json. Load the adapter with the configuration that was saved with it, unedited."
-            )
-        if self.target_names is not None:
-            unfold_names(self.target_names)
 
     def check_fields(self) -> None:
         """Brings fields into their final form and raises a ValueError, which names the field, for what it cannot be."""

@@ -314,11 +314,11 @@ class Provenance:
         embeddings = sorted(strangers.keys() & embeddings_of(model))
         if embeddings:
             raise ValueError(
-                f"The saved adapter holds embeddings of another base model (first: {embeddings[0]!r}), which would "
-                "overwrite the base model. PEFT saves them with an adapter of embeddings, and once the vocabulary was "
-                "resized: rows that were added then are random, others in every process. Train them (`modules_to_save` "
-                "with the names of the embeddings), or save the base model after the resizing, load that, and save the "
-                "adapter with `save_embedding_layers=False`."
+                f"The saved adapter holds embeddings that are no part of it (first: {embeddings[0]!r}) and would "
+                "overwrite the base model, which has others. PEFT saves them with an adapter of embeddings, and once "
+                "the vocabulary was resized: rows that were added then are random, others in every process. Train them "
+                "(`modules_to_save` with the names of the embeddings), or save the base model after the resizing, load "
+                "that, and save the adapter with `save_embedding_layers=False`."
             )
         if strangers:
             raise ValueError(
