@@ -59,12 +59,16 @@ class Federate(Recipe[FederatedResult]):
     def check(self) -> None:
         check_flower()
         self.methods = parse_methods(self.comparison.methods, extra=[HEAD, FULL])
+        for method in self.methods:
+            method.refuse_dropout()
         for way in self.comparison.compare:
             if way not in (AGREE, ALONE, POOLED):
                 raise UserError(f"compare: {way!r} is none of {AGREE}, {ALONE}, {POOLED}")
         check_split(self.federation)
         if self.training.max_steps > 0:
             raise UserError("max_steps: a round is counted in passes over an agent's samples; give --num_train_epochs")
+        if self.training.dataloader_drop_last:
+            raise UserError("dataloader_drop_last: an agent's samples may be less than a batch; leave it out")
         if self.quickstart.digits:
             refuse_other_inputs("digits", self.model, self.data)
             if self.grid is not None:

@@ -41,6 +41,8 @@ class FinetuneViT(Recipe[RunResult]):
     quickstart: digits.QuickstartArguments
     training: TrainingArguments
     methods: list[Method] = field(init=False)
+    images: ImageData = field(init=False)
+    classifier: image_classification.Classifier = field(init=False)
     tasks: list[ImageTask] = field(init=False)
     trained_on: str = field(init=False)
     soups: Soups = field(init=False)
@@ -67,23 +69,24 @@ class FinetuneViT(Recipe[RunResult]):
             digits.prepare(folder, self.model, self.data, self.training.use_cpu)
 
     def load(self) -> None:
-        data = image_classification.load_image_data(self.data, drawn=self.labelling.budget is not None)
-        classifier = image_classification.load_classifier(self.model, data.labels)
-        self.outliers.load(data)
-        chosen = selection.select(self.labelling, data, classifier, self.training)
+        self.images = image_classification.load_image_data(self.data, drawn=self.labelling.budget is not None)
+        self.classifier = image_classification.load_classifier(self.model, self.images.labels)
+        self.outliers.load(self.images)
+
+    def try_out(self) -> None:
+        processor = self.classifier.processor
+        pixels = self.images.encoded(self.images.validation, processor)[:1]["pixel_values"]
+        image_classification.check_model(self.classifier, pixels)
+        chosen = selection.select(self.labelling, self.images, self.classifier, self.training)
         self.tasks = [
-            ImageTask(self.model, classifier.processor, self.training, classifier, images, data_seed)
+            ImageTask(self.model, processor, self.training, self.classifier, images, data_seed)
             for data_seed, images in chosen.items()
         ]
         if self.labelling.budget is None:
-            self.trained_on = trained_on(data)
+            self.trained_on = trained_on(self.images)
         else:
-            self.trained_on = selection.described(self.labelling, data, chosen)
-
-    def try_out(self) -> None:
+            self.trained_on = selection.described(self.labelling, self.images, chosen)
         task = self.tasks[0]
-        pixels = task.data.encoded(task.data.validation, task.processor)[:1]["pixel_values"]
-        image_classification.check_model(task.classifier, pixels)
         for method in self.methods:
             try_out(task, method, self.seeds[0], self.comparison.flat_sigma)
         self.soups.check(task)

@@ -24,7 +24,7 @@ from recipes.support.methods import HEAD, Method, parse_methods
 from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits
 from recipes.tasks.image_classification import DataArguments, ModelArguments
-from recipes.tasks.toys import refuse_other_inputs
+from recipes.tasks.toys import refuse_all, refuse_other_inputs
 
 
 @dataclass
@@ -49,14 +49,20 @@ class LearnInTurn(Recipe[TurnResult]):
     def check(self) -> None:
         (self.adapter,) = parse_methods([self.comparison.adapter], extra=[HEAD], flag="adapter")
         self.adapter.config(None, self.seeds[0])
+        self.adapter.refuse_dropout()
         self.training.learning_rate = self.adapter.learning_rate or self.training.learning_rate
         self.learners = parse_learners(self.comparison.learners)
         inputs.check_counts(self.comparison, "memory_samples")
+        for name in ("label_smoothing_factor", "gradient_checkpointing", "dataloader_drop_last"):
+            if getattr(self.training, name):
+                raise UserError(
+                    f"{name} is for other recipes: here a task is trained on whole, without it; leave it out"
+                )
         check_tasks(self.tasks, self.adapter)
         if self.tasks.swiss_roll is not None:
             if self.quickstart.digits:
                 raise UserError("swiss_roll and digits are two problems: give one of them")
-            refuse_other_inputs("swiss_roll", self.model, self.data)
+            refuse_all("swiss_roll has no images", self.model, self.data)
         if self.quickstart.digits:
             refuse_other_inputs("digits", self.model, self.data)
         if len(self.data.data_seeds) > 1:
@@ -86,8 +92,9 @@ class LearnInTurn(Recipe[TurnResult]):
 
     def report(self, results: list[TurnResult], folder: Path) -> list[str]:
         sizes = [sum(map(len, rows)) for rows in (self.problem.train, self.problem.test)]  # type: ignore[arg-type]
+        left_out = "".join(f" (no task has the class {name})" for name in self.problem.left_out)
         notes = (
-            f"{len(self.problem.names)} tasks, {sizes[0]:,} samples to train and {sizes[1]:,} to test; seeds "
+            f"{len(self.problem.names)} tasks{left_out}, {sizes[0]:,} samples to train and {sizes[1]:,} to test; seeds "
             f"{', '.join(map(str, self.seeds))}. Accuracy: mean over the tasks learned so far, in percent. Backward "
             "transfer: what earlier tasks have gained or lost since each was learned, in points. Protected: directions "
             "that no step takes any more. One adapter a task has as many numbers again for every task.\n"

@@ -21,7 +21,7 @@ from recipes.support.reporting import RunResult, plot_losses, plot_metric, write
 from recipes.support.runs import Recipe, RunArguments, run_recipe
 from recipes.tasks import digits
 from recipes.tasks.image_classification import DataArguments, load_image_data
-from recipes.tasks.seeded import FULL, NetworkArguments, SeedTask
+from recipes.tasks.seeded import FULL, NetworkArguments, SeedTask, check_network
 from recipes.tasks.training import trainings
 
 
@@ -43,6 +43,7 @@ class TrainFromSeed(Recipe[RunResult]):
     def check(self) -> None:
         self.methods = parse_methods(self.comparison.methods, extra=[FULL])
         self.training.remove_unused_columns = False  # images become pixel values when they are read
+        check_network(self.network)
         if self.network.digits and self.data.dataset_name:
             raise UserError("digits makes its own data: leave out --dataset_name")
         if self.data.shots is not None or self.comparison.verify_adapters or self.comparison.flat_sigma is not None:

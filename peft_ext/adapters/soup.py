@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import tempfile
@@ -25,7 +26,7 @@ from ..tuners.config import SeededConfig
 from ..tuners.mcnc.config import McncConfig
 from ..tuners.mcnc.model import NOT_COMBINED
 from ..tuners.surroundings import PREFIX
-from ..unlearning.derivatives.data import Loader, batches
+from ..unlearning.derivatives.data import Loader, batches, gathered
 from ..unlearning.derivatives.function import AdapterFunction
 from ..unlearning.derivatives.losses import CrossEntropy
 
@@ -139,7 +140,7 @@ def learn_soup(
     Raises:
         ValueError: `model` has adapters; `adapters` is empty, or they have other seeds, shapes or fields; the method
             has numbers that cannot be mixed, such as MCNC; the loader is empty or cannot be read again; the loss of an
-            adapter is no finite number. The base model is then without adapters.
+            adapter is no finite number. The base model is then as it was.
     """
     check_positive("lr", lr)
     check_positive_integer("epochs", epochs)
@@ -155,10 +156,13 @@ def learn_soup(
         optimizer = torch.optim.AdamW([line.position], lr=lr, weight_decay=0.0)
         schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(_WARM_UP * steps), steps)
         for _ in range(epochs):
-            for batch in batches(loader, found.function.device):
+            # A process whose last batch is all padding takes part in the sums of the others' step.
+            read = itertools.chain(batches(loader, found.function.device), itertools.repeat(None))
+            for batch in itertools.islice(read, steps // epochs):
                 coefficients = line.coefficients()
                 optimizer.zero_grad()
-                coefficients.backward(found.gradient(coefficients.detach(), [batch]))
+                own = [] if batch is None else [batch]
+                coefficients.backward(found.gradient(coefficients.detach(), own))
                 optimizer.step()
                 schedule.step()
             coefficients = line.coefficients().detach()
@@ -235,6 +239,8 @@ class _Ingredients:
         self.names = [str(place) for place in adapters]
         check_method(PeftConfig.from_pretrained(self.names[0]), self.names[0])
         self._base = model
+        self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        self._training = [module for module in model.modules() if module.training]
         self._file = tempfile.TemporaryFile()
         try:
             with _fitting(self.names[0]):
@@ -262,8 +268,13 @@ class _Ingredients:
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         self._file.close()
-        if kind is not None:
-            _take_off(self._base)
+        if kind is None:
+            return
+        _take_off(self._base)
+        for parameter, value in self._required.items():
+            parameter.requires_grad_(value)
+        for module in self._training:
+            module.training = True
 
     def _check_buffers(self) -> None:
         for name, module in self.model.named_modules():
@@ -380,12 +391,12 @@ class _Ingredients:
 
 
 def _count(loader: Loader) -> int:
-    """The number of batches.
+    """The number of batches, in the process that has most.
 
     Raises:
         ValueError: there is none, or the loader cannot be read.
     """
-    count = sum(1 for _ in batches(loader, torch.device("cpu")))
+    count = max(gathered([sum(1 for _ in batches(loader, torch.device("cpu")))]))
     if not count:
         raise ValueError("`loader` must give at least one batch, got an empty one.")
     return count

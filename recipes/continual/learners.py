@@ -167,6 +167,8 @@ class Turns:
             model = self.model(learner, seed, stack)
             result.parameters = sum(parameter.numel() for parameter in trainable_parameters(model).values())
             if learner.kind == "together":
+                if training.max_steps > 0:  # which are those of a task
+                    training.max_steps *= len(every)
                 fit(model, ConcatDataset(self.problem.train), self.problem.collator, training)
                 result.accuracy = [self.accuracies(model, []) for _ in every[:-1]] + [self.accuracies(model, every)]
             elif learner.kind == "separate":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ class TaskArguments:
     tasks: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "The classes of every task, with commas between them, such as 'cat,dog' 'ship,truck'. Default: two "
-            "classes a task, in the order of the data set's."
+            "help": "The classes of every task, with commas between them, such as 'cat,dog' 'ship,truck'; a name with "
+            "a comma in it goes in double quotes. Default: two classes a task, in the order of the data set's."
         },
     )
     swiss_roll: int | None = field(
@@ -58,6 +59,7 @@ class Problem:
         train, test: rows of every task, which say to which it belongs (`task`).
         fresh: returns the model with a fresh adapter, by a seed; it takes `task` beside its own arguments.
         collator: makes a batch of rows.
+        left_out: classes of the data that no task has.
         hidden: regular expression of the modules whose outputs are hidden units of a network that is trained whole;
             None for an adapter.
     """
@@ -67,6 +69,7 @@ class Problem:
     test: list[Dataset]
     fresh: Callable[[int], nn.Module]
     collator: Callable[[list[Any]], Mapping[str, Any]] = default_data_collator
+    left_out: Sequence[str] = ()
     hidden: str | None = None
 
 
@@ -123,14 +126,19 @@ def split_classes(texts: Sequence[str], labels: Sequence[str]) -> list[list[int]
     """Returns the numbers of the classes of every task.
 
     Args:
-        texts: names with commas between them, a text for every task; by default two classes a task.
+        texts: names with commas between them, a text for every task, in quotes where a name has a comma; by default
+            two classes a task, without the last where their number is odd.
         labels: the names of all classes.
 
     Raises:
         UserError: an unknown class, one that two tasks share, a task of less than two classes, or a single task.
     """
-    texts = texts or [",".join(labels[i : i + 2]) for i in range(0, len(labels) - len(labels) % 2, 2)]
-    tasks = [[name.strip() for name in text.split(",") if name.strip()] for text in texts]
+    if texts:
+        rows = [next(csv.reader([text], skipinitialspace=True)) for text in texts]
+        tasks = [[name.strip() for name in row if name.strip()] for row in rows]
+    else:
+        tasks = [list(labels[i : i + 2]) for i in range(0, len(labels) - len(labels) % 2, 2)]
+        texts = [", ".join(names) for names in tasks]
     seen: dict[str, str] = {}
     for text, names in zip(texts, tasks):
         for name in names:
@@ -187,7 +195,10 @@ def split_images(
                 "other classes"
             )
     options = image_classification.forward_options(classifier.model)
-    return Problem(names, list(found[0]), list(found[1]), fresh, partial(image_classification.collate, options=options))
+    collator = partial(image_classification.collate, options=options)
+    seen = {number for own in classes for number in own}
+    left_out = [label for number, label in enumerate(data.labels) if number not in seen]
+    return Problem(names, list(found[0]), list(found[1]), fresh, collator, left_out)
 
 
 class RollNetwork(nn.Module):

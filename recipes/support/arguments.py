@@ -154,7 +154,10 @@ def parse_arguments(recipe: str, types: Sequence[Any], argv: Sequence[str]) -> t
     elif path is None and all(getattr(given, name) is None for name in own):
         path = presets.get(_QUICKSTART)
     if path is not None:
+        own_flags = {flag.partition("=")[0] for flag in flags}
         flags = _flags_of_file(path, known) + flags
+        if "--num_train_epochs" in own_flags and "--max_steps" not in own_flags:
+            flags.append("--max_steps=-1")  # a file's would win over the user's epochs
     if not getattr(torch, "accelerator", torch.cuda).is_available():
         # Without being told so, Accelerate takes the processes of a launch on CPUs for single ones.
         flags.insert(0, "--use_cpu=true")

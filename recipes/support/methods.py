@@ -135,6 +135,15 @@ class Method(Spec):
 
     learning_rate: float | None = None
 
+    def refuse_dropout(self) -> None:
+        """Raises a UserError for dropout of the method, for recipes that train in evaluation mode."""
+        for name, value in self.options.items():
+            if name.endswith("dropout") and value:
+                raise UserError(
+                    f"method {self.label!r}: {name} is {value}, but this recipe trains in evaluation mode, without any "
+                    "dropout; leave it out"
+                )
+
     def config(self, task_type: str | None, seed: int, head: Sequence[str] = ()) -> PeftConfig:
         """Returns the PEFT config.
 

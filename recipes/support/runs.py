@@ -26,6 +26,10 @@ from recipes.support.arguments import UserError, parse_arguments
 _RECORD = "arguments.json"
 _STATE = "trainer_state.json"
 _MARKS = ("*/result.json", f"*/checkpoint-*/{_STATE}")
+_REPORTS = tuple(
+    "results.json results.md report.json report.md accuracy.png bytes.png loss.png losses.png matrix.png "
+    "tradeoff.png".split()
+)
 # Where a run is written and how it reports may change between an interruption and its continuation.
 _FREE_ON_RESUME = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "disable_tqdm", "use_cpu"}
 
@@ -132,6 +136,7 @@ def open_recipe(recipe_class: type[T], argv: Sequence[str]) -> T:
     """
     recipe = recipe_class(*parse_arguments(recipe_class.name, argument_types(recipe_class), argv))
     inputs.check_distinct(recipe.run, "seeds")
+    _check_training(recipe.run, recipe.training)
     recipe.check()
     _set_up(recipe.training)
     return recipe
@@ -164,6 +169,21 @@ def run_recipe(recipe_class: type[Recipe[Any]], argv: Sequence[str]) -> None:
     if state.is_main_process:
         *names, last = recipe.report(results, folder)
         print(f"{', '.join(names)} and {last} are in {folder}", flush=True)
+
+
+def _check_training(run: RunArguments, training: TrainingArguments) -> None:
+    """Raises a UserError for arguments of the Trainer that would have no effect, or another one than is meant."""
+    if run.seeds and training.seed != TrainingArguments.seed:
+        raise UserError(
+            f"seed is {training.seed}, but --seeds ({', '.join(map(str, run.seeds))}) says with which seeds everything "
+            f"is done; give --seeds {training.seed}"
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(training, name):
+            raise UserError(
+                f"{name}: the Trainer would cast the model for good before it is saved; --{name[:4]} evaluates under "
+                "autocast"
+            )
 
 
 def _set_up(training: TrainingArguments) -> None:
@@ -216,6 +236,7 @@ def check_output_dir(
         values = each.to_dict() if isinstance(each, TrainingArguments) else dataclasses.asdict(each)
         record.update({key: value for key, value in values.items() if key not in _FREE_ON_RESUME})
     record = json.loads(json.dumps(record, default=str))
+    record["num_processes"] = PartialState().num_processes  # on which depends what a batch is
     path = folder / _RECORD
     if resume is not None and path.is_file():
         with reading(path):
@@ -240,11 +261,12 @@ def claim_output_dir(training: TrainingArguments, record: dict[str, Any], marks:
         training: the Trainer's arguments.
         record: what `check_output_dir` returned.
         marks: patterns of the files without which nothing of an overwritten run is taken for finished or continued.
+            Its report goes too.
     """
     folder = Path(str(training.output_dir))
     try:
         if training.resume_from_checkpoint is None:
-            for stale in [path for pattern in marks for path in folder.glob(pattern)]:
+            for stale in [path for pattern in (*marks, *_REPORTS) for path in folder.glob(pattern)]:
                 stale.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _RECORD, json.dumps(record, indent=2) + "\n")

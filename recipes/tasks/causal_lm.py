@@ -412,7 +412,7 @@ class TextTask(Task):
             result.metrics = score(result.outputs, self.data.references)
 
     def probes(self) -> list[dict[str, torch.Tensor]]:
-        rows = self.data.validation.select(range(2))
+        rows = self.data.validation.select(range(min(2, len(self.data.validation))))
         lengths = [max(1, labels.count(IGNORED)) for labels in rows["labels"]]
         return [
             {"ids": torch.tensor(ids), "prompt_length": torch.tensor(length)}

@@ -46,6 +46,15 @@ class NetworkArguments:
     )
 
 
+def check_network(args: NetworkArguments) -> None:
+    """Raises a UserError for images that cannot be cut up."""
+    inputs.check_counts(args, "image_size")
+    if args.network == "vit" and args.image_size % 4:
+        raise UserError(
+            f"image_size is {args.image_size}; the ViT cuts images into 4 by 4 patches: give a multiple of 4"
+        )
+
+
 @dataclass
 class SeedTask(Task):
     """Training whole networks on images.

@@ -68,6 +68,8 @@ def select(
 ) -> dict[int, ImageData]:
     """Returns data whose training images are those that `--budget` allows, all of them without it, by data seed.
 
+    All processes do this together.
+
     Args:
         args: how many, and how they are chosen.
         data: holds the pool.
@@ -114,7 +116,7 @@ def nearest_members(points: np.ndarray, clusters: int, seed: int) -> list[int]:
 @torch.no_grad()
 def features(data: ImageData, classifier: Classifier, training: TrainingArguments) -> np.ndarray:
     """Returns what a classifier's head reads of the training images, each of length 1, `(images, dimensions)`."""
-    model = classifier.model.to(training.device).eval()  # type: ignore[arg-type]
+    model, place = classifier.model.eval(), classifier.model.device
     read: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -125,12 +127,14 @@ def features(data: ImageData, classifier: Classifier, training: TrainingArgument
     collator = partial(collate, options=forward_options(model))
     loader = DataLoader(rows, training.per_device_eval_batch_size, collate_fn=collator)  # type: ignore[arg-type]
     found = []
+    model.to(training.device)  # type: ignore[arg-type]
     try:
         for batch in track(loader, "Features of the pool", console=Console(stderr=True)):
             model(**send_to_device(batch, training.device))
             found.append(read[-1])  # of several new modules the last one is the head proper
             read.clear()
     finally:
+        model.to(place)  # type: ignore[arg-type]
         for hook in hooks:
             hook.remove()
     return torch.nn.functional.normalize(torch.cat(found)).numpy()

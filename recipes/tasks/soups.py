@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 from peft_ext.adapters.soup import Soup, best_adapter, check_method, greedy_soup, learn_soup, uniform_soup
+from peft_ext.files import write_whole
 from recipes.support import inputs
 from recipes.support.arguments import UserError
 from recipes.support.methods import Method, folder_name
@@ -123,7 +125,7 @@ class Soups:
                 names = [f"{method.folder}{mark}-seed{seed}" for method in methods for seed in self.seeds]
                 for kind in KINDS:
                     runs[folder_name(f"{label} {kind}") + mark] = partial(
-                        mix, task, label, kind, names, self.args.soup_shots
+                        mix, task, label, kind, names, self.args.soup_shots, self.seeds[0]
                     )
         return runs
 
@@ -154,8 +156,10 @@ def held_out(task: ImageTask, shots: int) -> list[dict[str, Any]]:
     return list(DataLoader(rows, task.training.per_device_train_batch_size, collate_fn=collator))  # type: ignore[arg-type]
 
 
-def mix(task: ImageTask, label: str, kind: str, adapters: Sequence[str], shots: int, folder: Path) -> RunResult:
-    """Makes one adapter of several, saves it and scores it.
+def mix(
+    task: ImageTask, label: str, kind: str, adapters: Sequence[str], shots: int, seed: int, folder: Path
+) -> RunResult:
+    """Makes one adapter of several, saves it with what it was made of, and scores it.
 
     Args:
         task: what the adapters were trained on.
@@ -163,6 +167,7 @@ def mix(task: ImageTask, label: str, kind: str, adapters: Sequence[str], shots: 
         kind: one of `KINDS`.
         adapters: names of the folders beside `folder` that they were trained in.
         shots: samples of every class to learn and choose on.
+        seed: that of the frozen numbers.
         folder: where the adapter goes.
     """
     training = copy.copy(task.training)
@@ -176,7 +181,7 @@ def mix(task: ImageTask, label: str, kind: str, adapters: Sequence[str], shots: 
     trainable = {name: each.numel() for name, each in soup.model.named_parameters() if each.requires_grad}
     result = RunResult(
         f"{label}, {kind}",
-        task.training.seed,
+        seed,
         trainable_parameters=sum(trainable.values()),
         head_parameters=sum(size for name, size in trainable.items() if ".modules_to_save." in name),
         seconds=seconds,
@@ -186,6 +191,9 @@ def mix(task: ImageTask, label: str, kind: str, adapters: Sequence[str], shots: 
     task.score(soup.model, evaluation, result)
     if PartialState().is_main_process:
         task.save(soup.model, folder / "adapter")
+        made = {"adapters": list(adapters), "losses": soup.losses, "loss": soup.loss}
+        coefficients = {name: each.tolist() for name, each in soup.coefficients.items()}
+        write_whole(folder / "soup.json", json.dumps({**made, "coefficients": coefficients}, indent=1))
         task.describe(folder / "adapter", result)
         result.adapter_bytes = (folder / "adapter" / task.weights_file).stat().st_size
     return result

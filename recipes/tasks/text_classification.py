@@ -118,5 +118,5 @@ class TextClassificationTask(classification.ClassificationTask):
         }
 
     def probes(self) -> list[dict[str, torch.Tensor]]:
-        rows = self.data.encoded(self.data.validation.select(range(2)), self.processor)
+        rows = self.data.encoded(self.data.validation.select(range(min(2, len(self.data.validation)))), self.processor)
         return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]

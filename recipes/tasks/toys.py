@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,15 @@ def refuse_other_inputs(flag: str, model: inputs.ModelArguments, data: inputs.Da
     """Refuses a model or a data set beside those that a quickstart makes."""
     if model.model_name_or_path or data.dataset_name:
         raise UserError(f"{flag} makes its own model and data: leave out --model_name_or_path and --dataset_name")
+
+
+def refuse_all(reason: str, *arguments: Any) -> None:
+    """Refuses whatever was given of some arguments, which have no use for a reason."""
+    for each in arguments:
+        for field in dataclasses.fields(each):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if getattr(each, field.name) != default:
+                raise UserError(f"{field.name}: {reason}; leave it out")
 
 
 def make_once(folder: Path, what: str, make: Callable[[Path], None]) -> str:

@@ -232,6 +232,7 @@ def parse_adapter(args: UnlearnArguments, training: TrainingArguments, seed: int
         return None
     of_texts = args.task in TEXT_TASKS
     (adapter,) = parse_methods([args.adapter], extra=[] if of_texts else [HEAD], flag="adapter")
+    adapter.refuse_dropout()
     if of_texts:
         causal_lm.check_method(adapter, seed, training.label_smoothing_factor)
     else:

@@ -45,6 +45,7 @@ def test_a_file_gives_values_and_flags_override_them(tmp_path: Path) -> None:
 def test_without_arguments_the_quickstart_runs() -> None:
     assert parse()["restaurants"] is True
     assert parse("--preset", "quickstart", "--max_steps", "3")["max_steps"] == 3
+    assert parse("--num_train_epochs", "2")["max_steps"] == -1 != parse()["max_steps"]  # which would win over epochs
 
 
 def test_the_e2e_preset_holds_the_settings_of_the_paper() -> None:

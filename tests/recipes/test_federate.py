@@ -155,6 +155,9 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--compare", "vote"], "compare: 'vote' is none of agree, alone, pooled"),
         (["--shots", "2"], "--shots and --data_seeds are for other recipes"),
         (["--max_steps", "5"], "max_steps: a round is counted in passes"),
+        (["--dataloader_drop_last", "true"], "dataloader_drop_last: an agent's samples may be less than a batch"),
+        (["--methods", "{name: lora, lora_dropout: 0.1}"], "lora_dropout is 0.1, but this recipe trains in evaluation"),
+        (["--data_seeds", "5"], r"data_seeds: without --shots nothing is drawn with \[5\]"),
         (["--digits", "true"], "digits makes its own model and data"),
         (["--agents", "19"], r"agents: there are 19, more than the training samples \(18\)"),
         (["--methods", "{name: mcnc, r: 2, k: 3, d: 10}"], "method 'mcnc .*Coefficients of MCNC cannot be combined"),
@@ -220,7 +223,7 @@ def test_a_round_is_the_mean_by_samples(recipe: Federate, monkeypatch: pytest.Mo
 def test_agents_keep_what_they_have_learned_in_a_round(recipe: Federate) -> None:
     problem, (method,) = recipe.problem, recipe.methods
     grid = flower().InProcess(flower().make_client(lambda context: (problem, [method])), 3)
-    flower().exchange(grid, problem, method, AGREE, 3)
+    result = flower().exchange(grid, problem, method, AGREE, 3)
     agents = [problem.agent(method, AGREE, 3, number) for number in range(3)]
     for number in (1, 2):
         for agent in agents:
@@ -231,6 +234,11 @@ def test_agents_keep_what_they_have_learned_in_a_round(recipe: Federate) -> None
     for agent, context in zip(agents, grid.contexts.values()):
         kept = flower().unpacked(context.state.array_records["numbers"])
         torch.testing.assert_close(kept, agent.exchange.vector, atol=1e-5, rtol=1e-4)
+    assert result.accuracy[-1] == pytest.approx(sum(agent.accuracy() for agent in agents) / 3)
+    # What the agents have kept is of that run, and a run with another seed does not begin with it.
+    again = flower().exchange(grid, problem, method, AGREE, 4)
+    fresh = flower().InProcess(flower().make_client(lambda context: (problem, [method])), 3)
+    assert again.accuracy == flower().exchange(fresh, problem, method, AGREE, 4).accuracy
 
 
 @needs_flower

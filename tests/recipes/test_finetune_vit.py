@@ -214,6 +214,8 @@ def test_the_first_run_of_every_method_is_verified(
 
 
 def test_two_processes(vit_flags: list[str], tmp_path: Path) -> None:
+    place = vit_flags.index("--shots")  # the images are chosen, which both processes have to do together
+    vit_flags = [*vit_flags[:place], "--budget", "12", *vit_flags[place + 2 :]]
     methods = ["--methods", "{name: nola, r: 4, num_basis: 16}"]
     main([*vit_flags, *methods, "--output_dir", str(tmp_path / "one")])
     launch = [sys.executable, "-m", "accelerate.commands.launch"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import recipes
+from peft_ext.training.trainer import fit
+from recipes.continual import learners
 from recipes.continual.learners import parse_learners
 from recipes.continual.problems import ByTask, RollRows, split_classes
 from recipes.continual.results import TurnResult
@@ -117,6 +120,36 @@ def test_accuracy_and_backward_transfer() -> None:
 def test_default_tasks_are_pairs() -> None:
     assert split_classes([], list("abcde")) == [[0, 1], [2, 3]]
     assert split_classes(["e,a", "b, c ,d"], list("abcde")) == [[4, 0], [1, 2, 3]]
+    labels = ["tench, Tinca tinca", "goldfish", "shark", "hen"]
+    assert split_classes([], labels) == [[0, 1], [2, 3]]
+    assert split_classes(['hen, "tench, Tinca tinca"', "goldfish,shark"], labels) == [[3, 0], [1, 2]]
+
+
+def test_as_many_steps_for_all_tasks_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        trainer = fit(*arguments, **options)
+        steps.append(trainer.state.global_step)
+        return trainer
+
+    monkeypatch.setattr(learners, "fit", note)
+    main(
+        [
+            *SHORT,
+            *ROLL,
+            "--max_steps",
+            "2",
+            "--seeds",
+            "0",
+            "--learners",
+            "finetune",
+            "together",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+    )
+    assert steps == [2, 2, 2, 6]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +176,12 @@ def test_tasks_that_cannot_be(texts: list[str], message: str) -> None:
         (["--learners", "{name: finetune, energy: 0.9}"], "unknown option 'energy'"),
         (["--tasks", "a,b"], "swiss_roll makes its own tasks"),
         (["--digits", "true"], "swiss_roll and digits are two problems"),
-        (["--dataset_name", "x"], "swiss_roll makes its own model and data"),
+        (["--dataset_name", "x"], "dataset_name: swiss_roll has no images; leave it out"),
+        (["--shots", "5"], "shots: swiss_roll has no images"),
+        (["--image_size", "8"], "image_size: swiss_roll has no images"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is for other recipes"),
+        (["--gradient_checkpointing", "true"], "gradient_checkpointing is for other recipes"),
+        (["--adapter", "{name: pranc, pranc_dropout: 0.1}"], "pranc_dropout is 0.1, but this recipe trains in evalua"),
         (["--swiss_roll", "1"], "swiss_roll is 1; at least two"),
         (["--samples", "1"], "samples is 1"),
         (["--adapter", "head"], "'head' is for classifiers of images"),

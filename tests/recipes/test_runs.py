@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,9 @@ def test_output_folder(tmp_path: Path) -> None:
     prepare(folder, "--max_steps", "3")
     finished = folder / "nola-seed0" / "result.json"
     state = folder / "lora-seed0" / "checkpoint-2" / "trainer_state.json"
-    for file in (finished, state):
-        file.parent.mkdir(parents=True)
+    report = folder / "results.md"
+    for file in (finished, state, report):
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
     with pytest.raises(UserError, match="not empty.*--overwrite_output_dir.*--resume_from_checkpoint"):
         prepare(folder, "--max_steps", "3")
@@ -37,13 +39,27 @@ def test_output_folder(tmp_path: Path) -> None:
         prepare(folder, "--max_steps", "4", "--resume_from_checkpoint", "true")
     with pytest.raises(UserError, match="the only value is true"):
         prepare(folder, "--max_steps", "3", "--resume_from_checkpoint", "checkpoint-2")
-    assert finished.exists() and state.exists()
+    assert finished.exists() and state.exists() and report.exists()
     prepare(folder, "--max_steps", "4", "--overwrite_output_dir")
     # Nothing of the overwritten run may be taken for finished or continued later.
-    assert not finished.exists() and not state.exists()
+    assert not finished.exists() and not state.exists() and not report.exists()
     assert json.loads((folder / "arguments.json").read_text())["max_steps"] == 4
     with pytest.raises(UserError, match="is a file"):
         prepare(folder / "arguments.json")
+
+
+def test_a_run_goes_on_in_as_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path / "out")
+    two = SimpleNamespace(num_processes=2, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(runs, "PartialState", lambda: two)
+    with pytest.raises(UserError, match="started with num_processes = 1, now it is 2"):
+        prepare(tmp_path / "out", "--resume_from_checkpoint", "true")
+
+
+def test_arguments_of_the_trainer_that_would_not_do_what_they_say(flags: list[str], ends: Callable[..., str]) -> None:
+    assert "seed is 7, but --seeds (0, 1) says" in ends([*flags, "--seeds", "0", "1", "--seed", "7"])
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        assert f"{name}: the Trainer would cast the model for good" in ends([*flags, f"--{name}", "true"])
 
 
 def test_an_output_folder_that_cannot_be_written_ends_in_a_line(

@@ -52,6 +52,12 @@ def test_soups_of_all_seeds_and_rates(vit_flags: list[str], vit_folder: Path, tm
     assert len(uniform) == 4 + 2
     for name, tensor in uniform.items():
         torch.testing.assert_close(tensor, torch.stack([single[name] for single in singles]).mean(0))
+    assert all(rows[f"{label}, {kind}"]["seed"] == 5 for kind in KINDS)  # of the frozen numbers
+    made = json.loads((out / "nola-r=4-num_basis=16-learned-soup-data0" / "soup.json").read_text())
+    assert made["adapters"] == [f"nola-r=4-num_basis=16-rate=0.03-data0-seed{seed}" for seed in (5, 6)]
+    assert made["loss"] <= min(made["losses"]) and all(
+        sum(each) == pytest.approx(1) for each in made["coefficients"].values()
+    )
     text = (out / "results.md").read_text()
     assert "Soups are of 2 adapters." in text and "on 2 images a class" in text
     assert "No soup of mcnc r=2 k=2 d=20: Coefficients of MCNC cannot be combined" in text

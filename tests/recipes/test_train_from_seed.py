@@ -121,6 +121,8 @@ def test_the_long_preset_has_the_numbers_of_coefficients_that_its_labels_say() -
         (["--methods", "{name: nola, alpha: 3.0}"], "`alpha` must be 8.0, its default"),
         (["--methods", "lora"], "`config` must be a NolaConfig, a PrancConfig or a McncConfig, got LoraConfig"),
         (["--methods", "pranc", "--shots", "3"], "--shots, --verify_adapters and --flat_sigma are for adapters"),
+        (["--methods", "pranc", "--image_size", "0"], "image_size is 0; it must be at least 1"),
+        (["--methods", "pranc", "--image_size", "6"], "image_size is 6; the ViT cuts images into 4 by 4 patches"),
         (["--methods", "pranc", "--flat_sigma", "0.1"], "--flat_sigma are for adapters"),
         (["--methods", "pranc", "--dataset_name", "here"], "digits makes its own data"),
     ],
