@@ -21,7 +21,7 @@ LIBRARY = [
 UNLEARNING = [
     "derivatives ledger_chain",
     "ledger_folder",
-    "ledger_lock ledger_state",
+    "ledger_fingerprint ledger_lock ledger_state",
     "ledger_trials",
     "ledger methods",
     "evaluation",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import warnings
@@ -21,13 +20,14 @@ from .derivatives.function import AdapterFunction
 from .derivatives.losses import LOSSES
 from .derivatives.quadratic import DRAWS, MEMORY, SampledQuadratic, smaller_form
 from .ledger_chain import Chain, Entry, commitment, entry_hash
+from .ledger_fingerprint import fingerprint
 from .ledger_folder import exists, leftovers, read_record, remove_leftovers, warn_of_leftover
 from .ledger_lock import alone, locked, on_main
 from .ledger_state import Deletion, LedgerState
 from .ledger_trials import least_damped
 
 RETAIN_TOLERANCE = 0.05
-"""How far trial deletions may raise the loss of what remains, in nats per target, unless the user says otherwise."""
+"""How far trial deletions may raise the loss of what remains, per target, unless the user says otherwise."""
 
 
 class UnlearningLedger:
@@ -102,7 +102,8 @@ class UnlearningLedger:
                 deletions (of a random tenth, and of the most frequent class) leave the loss of what remains as it
                 should be. Nothing is deleted. For labels of tokens it is 1 at least: there a value that does no damage
                 to the rest may still forget too much. See `UnlearningLedger.damping`.
-            retain_tolerance: how far a trial deletion may raise that loss, in nats per target.
+            retain_tolerance: how far a trial deletion may raise that loss per target: nats of the cross-entropy, or
+                half squared distances.
             ridge: half of this times the squared distance from `reference` was added to the loss in training.
             reference: parameters before training, by name; by default those that the model has.
             draws: the curvature is estimated from as many random vectors a sample, see `GaussNewton`; None for the
@@ -147,7 +148,7 @@ class UnlearningLedger:
                 full_step=torch.zeros_like(trained),
                 damping=0.0,
                 mean_curvature=quadratic.mean_curvature,
-                fingerprint=_fingerprint(function),
+                fingerprint=fingerprint(function),
                 loss=loss,
                 parameters=parameters,
                 created=_now(),
@@ -325,12 +326,13 @@ class UnlearningLedger:
     def _function(self, model: nn.Module) -> AdapterFunction:
         state = self._state
         function = AdapterFunction(model, LOSSES[state.loss](), state.parameters, self.memory / 4)
-        found = _fingerprint(function)
+        found = fingerprint(function, state.fingerprint)
         if found != state.fingerprint:
             raise ValueError(
                 f"The ledger in {str(self.folder)!r} belongs to another model: its fingerprint is "
-                f"{state.fingerprint}, that of the model is {found}. The frozen weights, or the names or shapes of "
-                "the parameters that can change, differ."
+                f"{state.fingerprint}, that of the model is {found}. The frozen weights, the names or shapes of the "
+                "parameters that can change, or the options of the active adapters (seed, alpha, ...) differ. Give the "
+                "base model and the adapter's configuration with which the ledger was created."
             )
         return function
 
@@ -353,17 +355,6 @@ def check_options(damping: float | None, retain_tolerance: float, draws: int | N
 def _as_stored(function: AdapterFunction, vector: torch.Tensor) -> torch.Tensor:
     """Returns a vector after rounding to the parameters' dtypes."""
     return function.flatten(function.split(vector.to(function.device))).cpu()
-
-
-def _fingerprint(function: AdapterFunction) -> str:
-    """Returns a SHA-256 of the frozen weights, and of names and shapes of the others."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(function.model.state_dict(keep_vars=True).items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if name not in function.parameters:
-            data = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
-    return digest.hexdigest()
 
 
 def _now() -> str:

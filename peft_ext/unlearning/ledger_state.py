@@ -119,13 +119,13 @@ class LedgerState:
         full_step: damped Newton step on all training samples, `(size,)`.
         damping: ridge on the curvature, in units of `mean_curvature`.
         mean_curvature: mean of the diagonal of the curvature over all training samples.
-        fingerprint: SHA-256 of what cannot change.
+        fingerprint: of what cannot change; see `peft_ext.unlearning.ledger_fingerprint`.
         loss: name of the loss.
         parameters: regular expression of the names of the parameters, or None.
         created: when, in UTC.
         seconds: wall time of that.
-        retain_tolerance: how far trial deletions were to raise the loss of what remains, in nats per target; None if
-            there were none.
+        retain_tolerance: how far trial deletions were to raise the loss of what remains per target, in the loss's unit;
+            None if there were none.
         trials: what those came to.
         chain: the log; empty if nothing is on disk yet.
     """

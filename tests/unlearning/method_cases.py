@@ -185,6 +185,24 @@ class MethodCases:
         assert all(not torch.equal(start[key], value) for key, value in trainable_state(model).items())
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in frozen.items())
 
+    def test_a_training_that_breaks_off_leaves_the_parameters_as_they_were(
+        self, request_: Request, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not self.trains:
+            pytest.skip("it makes no training")
+        before, moved = trainable_state(request_.model), []
+
+        def breaks_off(*args: Any, **kwargs: Any) -> None:
+            found = trainable_state(request_.model)
+            moved.append(any(not torch.equal(value, before[name]) for name, value in found.items()))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("transformers.trainer_callback.CallbackHandler.on_step_end", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            self.make().unlearn(request_)
+        assert moved == [True]
+        assert all(torch.equal(value, before[name]) for name, value in trainable_state(request_.model).items())
+
     # What is reported
 
     def test_the_report_is_of_facts_and_goes_through_json(self, request_: Request) -> None:

@@ -117,6 +117,31 @@ def test_a_record_of_a_method_without_a_ledger():
     assert "ledger's log" not in record.markdown()
 
 
+def test_no_record_takes_the_place_of_another(tmp_path):
+    ledger, deletions, _ = served(tmp_path / "ledger")
+    record = AuditRecord.of_ledger(ledger, deletions[0])
+    path = record.write(tmp_path / "records")
+    before = path.read_bytes()
+    assert record.write(tmp_path / "records") == path, "the same record again is nothing new"
+    with pytest.raises(FileExistsError, match="request-000001.json' holds another record .* a folder of its own"):
+        AuditRecord.of_ledger(ledger, ledger.requests[0]).write(tmp_path / "records")  # without the hashes
+    assert path.read_bytes() == before
+    path.unlink()
+    with pytest.raises(FileExistsError, match="request-000001.md' holds another"):
+        AuditRecord.of_ledger(ledger, ledger.requests[0]).write(tmp_path / "records")
+    assert not path.exists()
+
+
+def test_records_of_methods_have_names_of_their_own(tmp_path):
+    report = GaussNewton(max_steps=1).fit(linear(), loader(ROWS[3:]), loader(ROWS[:3]))
+    paths = [AuditRecord.of_method(report, loader(rows)).write(tmp_path) for rows in (ROWS[:3], ROWS[:2])]
+    assert len(list(tmp_path.iterdir())) == 4 and paths[0] != paths[1]
+    for path, samples in zip(paths, (3, 2)):
+        record = json.loads(path.read_text())
+        assert record["samples"] == samples
+        assert path.name.startswith(f"request-{record['time'].replace('-', '').replace(':', '')}-")
+
+
 def test_verify_shows_the_log_and_accepts_what_fits(tmp_path, capsys):
     ledger, deletions, _ = served(tmp_path / "ledger")
     record = AuditRecord.of_ledger(ledger, deletions[0]).write(tmp_path / "records")
@@ -172,6 +197,7 @@ def test_verify_refuses_damage_and_a_log_without_the_published_head(tmp_path, ca
         (lambda record: record.update(salt="0" * 64), "not those that the log was bound to"),
         (lambda record: record.update(time="2020-01-01T00:00:00Z"), "the record says time '2020-01-01T00:00:00Z', its"),
         (lambda record: record["bounds"].update(damping=3.0), "the record says bounds"),
+        (lambda record: record.update(bounds={}), "the record says bounds {}, its log {'damping': 0.1"),
         (lambda record: record["chain"][0].update(time="x"), "the record's own log is broken: entry 1 follows"),
         (lambda record: record["chain"].pop(), "The record is none of a request that a ledger served"),
         (lambda record: record.update(chain=None), "The record is none of a request that a ledger served"),

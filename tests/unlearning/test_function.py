@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import PROBLEMS, SAME_PLACE, dense_curvature, images, loader
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_ext.training.batch import Batch
 from peft_ext.unlearning.derivatives.curvature import KernelForm, MatrixFreeForm, ParameterForm
 from peft_ext.unlearning.derivatives.function import AdapterFunction
 from peft_ext.unlearning.derivatives.losses import LOSSES, CrossEntropy
+from peft_ext.unlearning.derivatives.quadratic import SampledQuadratic
 
 
 def gram(function: AdapterFunction, rows, draws, **options) -> torch.Tensor:
@@ -173,3 +175,47 @@ def test_forms_of_a_matrix_are_one_matrix(n, p, shift, columns, seed):
         found = MatrixFreeForm(lambda x: G @ x, 1.0).solve(v, shift)
         residual = (G @ found + shift * found - v).norm()
         assert residual <= 1e-4 * v.norm() * (1 + 1e-6)
+
+
+class Half(problems.Regression):
+    """A classifier whose outputs are in bfloat16."""
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=super().forward(pixel_values).logits.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_of_outputs_in_half_precision_are_added_up_in_a_wider_one(loss):
+    torch.manual_seed(0)
+    model, rows = Half(), images(300, shape=(4,), dtype=torch.float32)
+    function = AdapterFunction(model, LOSSES[loss]())
+    outputs = torch.stack([model(row["pixel_values"][None]).logits[0] for row in rows]).detach().double()
+    targets = torch.stack([row["labels"] for row in rows])
+    expected = LOSSES[loss]().values(outputs[:, None], targets[:, None]).sum()
+    found, count, _ = function.loss_and_gradient(loader(rows, 300))
+    assert count == 300 and found == pytest.approx(float(expected), rel=1e-6)
+    many = torch.zeros(1, 20000, 30, dtype=torch.float16)  # 65,504 is the largest number in half precision
+    value = LOSSES[loss]().values(many, torch.zeros(1, 20000, dtype=torch.long))
+    each = math.log(30) if loss == "cross_entropy" else 0.5
+    assert float(value) == pytest.approx(20000 * each, rel=1e-4)
+
+
+def test_rows_of_outputs_in_half_precision_are_as_exact_as_the_model():
+    torch.manual_seed(0)
+    model, rows = Half(), images(6, shape=(4,), dtype=torch.float32)
+    exact = problems.Regression()
+    exact.load_state_dict(model.state_dict())
+    half, single = (gram(AdapterFunction(each, CrossEntropy()), rows, None) for each in (model, exact))
+    assert torch.allclose(half, single, atol=0.01 * float(single.abs().max()))
+
+
+def test_a_loss_that_is_not_finite_is_refused_though_its_derivatives_are():
+    class Impossible(problems.Regression):
+        def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+            logits = super().forward(pixel_values).logits
+            return ImageClassifierOutput(logits=logits + torch.tensor([0.0, 0.0, -math.inf]))
+
+    function, rows = AdapterFunction(Impossible(), CrossEntropy()), images(3, shape=(4,), dtype=torch.float32)
+    assert torch.isfinite(function.loss_and_gradient(loader(rows))[2]).all()
+    with pytest.raises(ValueError, match=r"The loss \(inf over 3 targets\).*not finite: .* Look for samples"):
+        SampledQuadratic.of(function, loader(rows), "parameter", None, 0.0, None)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from pathlib import Path
 
 import problems
 import pytest
+import tiny_models
 import torch
+from peft import LoraConfig, PeftModel
 from problems import PROBLEMS, images, loader, matrix, ridge_solution, trained
 from torch import nn
 
+from peft_ext import NolaConfig
 from peft_ext.unlearning import UnlearningLedger
 from peft_ext.unlearning.derivatives.data import sample_keys
 from peft_ext.unlearning.derivatives.function import AdapterFunction
 from peft_ext.unlearning.derivatives.losses import CrossEntropy
+from peft_ext.unlearning.ledger_fingerprint import fingerprint
 from peft_ext.unlearning.ledger_trials import _chosen
 
 
@@ -213,6 +219,62 @@ def test_a_ledger_of_another_model_is_refused(tmp_path):
         ledger.forget(other, loader(rows[:2]))
     with pytest.raises(ValueError, match="belongs to another model"):
         ledger.restore(other)
+
+
+LORA = {"target_modules": ["q_proj"], "lora_alpha": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "other"),
+    [
+        (NolaConfig(r=2, num_basis=6), NolaConfig(r=2, num_basis=6, seed=1)),
+        (NolaConfig(r=2, num_basis=6), NolaConfig(r=2, num_basis=6, alpha=80)),
+        (LoraConfig(r=2, **LORA), LoraConfig(r=2, **{**LORA, "lora_alpha": 40})),
+        (LoraConfig(r=2, **LORA), LoraConfig(r=2, **LORA, use_rslora=True)),
+    ],
+)
+def test_a_ledger_of_an_adapter_with_other_options_is_refused(config, other, tmp_path):
+    """The same numbers mean other weights there."""
+    rows = images(4)
+    model, another = (problems.classifier(copy.deepcopy(each)) for each in (config, other))
+    for (name, p), (same, q) in zip(model.named_parameters(), another.named_parameters(), strict=True):
+        assert name == same
+        q.data.copy_(p.data)
+    ledger = UnlearningLedger.create(tmp_path, model, loader(rows), damping=1)
+    before = weights(another)
+    for serve in (lambda: ledger.forget(another, loader(rows[:1])), lambda: ledger.restore(another)):
+        with pytest.raises(
+            ValueError, match=r"belongs to another model.* options of the active adapters \(seed, alpha"
+        ):
+            serve()
+    assert torch.equal(weights(another), before)
+
+
+@pytest.mark.parametrize("config", [NolaConfig(r=2, num_basis=6, nola_dropout=0.5), LoraConfig(r=2, **LORA)])
+def test_what_does_not_change_the_function_may_differ(config, tmp_path):
+    rows, model = images(4), problems.classifier(config)
+    UnlearningLedger.create(tmp_path / "ledger", model, loader(rows), damping=1).forget(model, loader(rows[:1]))
+    model.save_pretrained(tmp_path / "adapter")
+    options = {"is_trainable": True, "low_cpu_mem_usage": False}
+    again = PeftModel.from_pretrained(tiny_models.vit(), tmp_path / "adapter", **options).double().eval()
+    own = again.active_peft_config
+    own.base_model_name_or_path, own.revision, own.task_type = "elsewhere", "main", "SEQ_CLS"
+    setattr(own, "nola_dropout" if isinstance(own, NolaConfig) else "lora_dropout", 0.1)
+    with torch.no_grad():
+        for (_, p), (_, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+            q.copy_(p)  # all digits
+    UnlearningLedger(tmp_path / "ledger").forget(again, loader(rows[1:2]))
+
+
+def test_a_ledger_without_options_in_its_fingerprint_is_read(tmp_path, monkeypatch):
+    model, rows = problems.classifier(), images(4)
+    with monkeypatch.context() as patch:  # as ledgers were written before
+        patch.setattr(
+            "peft_ext.unlearning.ledger.fingerprint", lambda function, like="": fingerprint(function, "0" * 64)
+        )
+        UnlearningLedger.create(tmp_path, model, loader(rows), damping=1)
+    assert re.fullmatch("[0-9a-f]{64}", UnlearningLedger(tmp_path)._state.fingerprint)
+    UnlearningLedger(tmp_path).forget(model, loader(rows[:1]))
 
 
 def test_an_adapter_that_has_changed_is_refused_and_can_be_restored(tmp_path):

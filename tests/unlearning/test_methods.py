@@ -98,6 +98,10 @@ class TestRewind(MethodCases):
         kept = Rewind(keep=0.9, share=1).unlearn(changed(request_))
         assert "stopped short" not in kept.notes()[-1] and kept.notes()[-1].startswith("Retain loss")
         assert kept.training.learning_rate == pytest.approx(0.1 * request_.training.learning_rate)  # 0.1 was taken back
+        fewer = Rewind(keep=0.4, share=0.4).unlearn(
+            changed(request_)
+        )  # 0.6 was, to be made up for in 0.4 of the passes
+        assert fewer.training.learning_rate == pytest.approx(1.5 * request_.training.learning_rate)
 
     def test_a_part_of_a_large_retain_set_says_what_it_lost(
         self, request_: Request, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +216,48 @@ def test_retrain_in_training_mode_is_the_plain_trainers(request_: Request) -> No
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.parametrize("method", [Retrain, Rewind])
+def test_statistics_that_hold_the_forget_set_are_put_back_or_refused(method: Any, request_: Request) -> None:
+    buffers = {name: value.clone() for name, value in request_.model.named_buffers()}
+    request_.model.train()(**request_.collator([request_.forget[i] for i in range(16)]))
+    before = {name: value.clone() for name, value in request_.model.state_dict().items()}
+    initial = {**request_.initial, **buffers}
+
+    def serve(reference: Any, **options: Any) -> dict[str, torch.Tensor]:
+        model = changed(request_).model
+        try:
+            method().fit(model, *loaders(request_), reference=reference, training=request_.training, **options)
+        except ValueError:
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            raise
+        return model.state_dict()
+
+    for reference in (request_.initial, initial):
+        with pytest.raises(ValueError, match="must know whether .* Give eval_mode=True if .* eval_mode=False, and a"):
+            serve(reference)
+    with pytest.raises(ValueError, match="`initial` lacks 3 of those buffers, such as 'norm.num_batches_tracked'"):
+        serve(request_.initial, eval_mode=False)
+    kept = serve(request_.initial, eval_mode=True)
+    assert all(torch.equal(kept[name], before[name]) for name in buffers)
+    found, expected = serve(initial, eval_mode=False), changed(request_, initial=initial, eval_mode=False)
+    method().unlearn(expected)
+    assert all(torch.equal(value, found[name]) for name, value in expected.model.state_dict().items())
+    assert not torch.equal(found["norm.running_mean"], before["norm.running_mean"])
+
+
+def test_a_forget_set_smaller_than_a_batch_is_trained_on(request_: Request, tmp_path: Path) -> None:
+    training = arguments(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=64)
+    request = changed(request_, training=training)
+    report = GradientAscent(epochs=2, max_loss=50).unlearn(request)
+    assert report.training.steps == 2 and report.shift > 0 and training.dataloader_drop_last
+    before = trainable_state(request_.model)
+    training.max_steps = 3
+    small = changed(request_, training=training)  # retraining leaves out what the model's training would have
+    with pytest.raises(ValueError, match="training of Retrain took no step.*`dataloader_drop_last` to False"):
+        Retrain().unlearn(small)
+    assert all(torch.equal(value, before[name]) for name, value in trainable_state(small.model).items())
+
+
 def test_gradient_ascent_raises_the_loss_to_its_bound(request_: Request) -> None:
     before = loss(request_, request_.forget)
     report = GradientAscent(epochs=500, max_loss=1.0, batch_size=16).unlearn(request_)
@@ -244,6 +290,14 @@ def test_salun_keeps_the_masked_half_to_the_bit(request_: Request) -> None:
     assert not any(parameter._backward_hooks for parameter in request_.model.parameters())
 
 
+def test_the_bound_on_the_gradient_is_for_what_may_change_alone(request_: Request, tmp_path: Path) -> None:
+    training = arguments(
+        tmp_path, optim="sgd", max_grad_norm=1e-3, weight_decay=0.0, per_device_train_batch_size=64, learning_rate=0.5
+    )
+    report = SalUn(max_steps=1, share=0.2).unlearn(changed(request_, training=training))
+    assert report.shift == pytest.approx(0.5 * 1e-3, rel=1e-3)
+
+
 def test_the_mask_takes_the_largest_gradients_of_the_forget_loss(request_: Request) -> None:
     request_.training = copy.copy(request_.training)
     request_.training.per_device_train_batch_size = 5  # 16 samples: the last batch is a single one
@@ -255,6 +309,8 @@ def test_the_mask_takes_the_largest_gradients_of_the_forget_loss(request_: Reque
             torch.testing.assert_close(found[name], parameter.grad)
     masks = saliency_masks({"a": torch.tensor([[3.0, -5.0], [0.0, 1.0]]), "b": torch.tensor([-4.0])}, 0.4)
     assert masks["a"].tolist() == [[False, True], [False, False]] and masks["b"].tolist() == [True]
+    least = saliency_masks({"a": torch.tensor([1.0, -3.0, 2.0])}, 0.01)
+    assert least["a"].tolist() == [False, True, False], "a share that rounds to nothing would unlearn nothing"
 
 
 def test_wrong_labels_are_wrong_and_stay(request_: Request) -> None:

@@ -27,6 +27,7 @@ from peft_ext.unlearning.methods.idk_dpo import ANSWERS
 from peft_ext.unlearning.methods.paired import (
     NewPartners,
     Paired,
+    PairedTrainer,
     Pairs,
     collate_pairs,
     log_probabilities,
@@ -219,6 +220,36 @@ def test_every_pass_goes_over_the_forget_set_with_new_partners() -> None:
     for callback in callbacks:
         callback.on_epoch_begin(None, None, None)
     assert first != [found[i] for i in range(50)] and found[7] == again[7]
+
+
+def test_a_training_pairs_anew_in_every_pass(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, tuple[float, ...]]] = []
+    original = GradDiff.forget_loss
+
+    def remember(self: GradDiff, model: nn.Module, batch: Any, before: Any) -> torch.Tensor:
+        seen.extend(zip(batch["place"].tolist(), map(tuple, batch["retain"]["x"].tolist())))
+        return original(self, model, batch, before)
+
+    monkeypatch.setattr(GradDiff, "forget_loss", remember)
+    GradDiff(epochs=3).unlearn(request_)
+    passes = [dict(seen[start : start + 16]) for start in (0, 16, 32)]
+    assert [sorted(each) for each in passes] == [list(range(16))] * 3
+    same = [sum(one[i] == other[i] for i in range(16)) for one, other in zip(passes, passes[1:])]
+    assert max(same) < 8
+
+
+def test_the_loss_of_the_retain_samples_counts_as_often_as_it_is_said_to(request_: Request) -> None:
+    rows = samples()
+    batch = collate_pairs(
+        default_data_collator, [{"forget": rows[i], "retain": rows[i + 9], "place": i} for i in range(5)]
+    )
+    for weight in (0.0, 1.0, 2.0):
+        method = GradDiff(retain_weight=weight)
+        trainer = PairedTrainer(method, 1e9, request_.model, request_.training, data_collator=default_data_collator)
+        found = float(trainer.compute_loss(request_.model, batch).detach())
+        retained = float(request_.model(**batch["retain"]).loss)
+        expected = float(method.forget_loss(request_.model, batch, 1e9)) + weight * retained
+        assert retained > 1e-4 and found == pytest.approx(expected, rel=1e-5)
 
 
 def test_passes_steps_rates_and_the_ridge(request_: Request) -> None:

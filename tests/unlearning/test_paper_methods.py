@@ -23,7 +23,7 @@ from peft_ext.unlearning.derivatives.losses import LOSSES
 from peft_ext.unlearning.methods.covarnav import without_own_label
 from peft_ext.unlearning.methods.inversion import inverted, norms_with_statistics
 from peft_ext.unlearning.methods.natmu import masks
-from peft_ext.unlearning.methods.sfr_on import FastSlow, adaptive_weights
+from peft_ext.unlearning.methods.sfr_on import FastSlow, adaptive_weights, mean_fisher
 from peft_ext.unlearning.methods.soft_targets import SoftCollator, SoftTargets, SoftTrainer
 
 TUNING: list[dict[str, Any]] = [{"epochs": 0}, {"max_steps": 0}, {"learning_rate": -1}, {"batch_size": 0}]
@@ -113,6 +113,15 @@ class TestNatMU(MethodCases):
             assert row["labels"] == other["labels"] != own["labels"]
         dealt = [second for _, second, _ in hybrids.pairs]
         assert max(map(dealt.count, dealt)) == 1, "the images of a class are dealt out in turn"
+
+    def test_hybrids_are_with_the_most_probable_of_the_other_classes(self, request_: Request) -> None:
+        hybrids = NatMU(hybrids=1).data(request_).datasets[0]  # type: ignore[attr-defined]
+        with torch.no_grad():
+            outputs = request_.model.eval()(**default_data_collator(list(request_.forget))).logits
+        outputs[:, 0] = -math.inf  # their own class
+        labels = outputs.argmax(1).tolist()
+        assert len(set(labels)) > 1
+        assert [hybrids[i]["labels"] for i in range(len(hybrids))] == labels
 
     def test_classes_without_retain_images_are_passed_over_or_refused(self, request_: Request) -> None:
         request = forgetting(pictures(), request_, {0, 1})
@@ -284,6 +293,35 @@ class TestSFRon(MethodCases):
         assert length == pytest.approx(0.01 * 2 * math.sqrt(size), rel=1e-4)
         assert loss(request_, request_.forget) > before
 
+    def test_ascents_come_every_so_many_rounds_and_fall_to_zero_by_a_cosine(
+        self, request_: Request, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found: list[tuple[float, float]] = []
+        monkeypatch.setattr(FastSlow, "_ascend", lambda self, rate, ascent: found.append((rate, ascent)))
+        training = copy.copy(request_.training)
+        training.lr_scheduler_type = "constant"
+        SFRon(max_steps=10, every=2, inner=2, ascent=8.0, learning_rate=0.01).unlearn(
+            changed(request_, training=training)
+        )
+        ascents = [4 * (1 + math.cos(math.pi * step / 10)) for step in (0, 4, 8)]
+        assert found == [(0.01, pytest.approx(ascent)) for ascent in ascents]
+
+    def test_a_sample_known_by_heart_does_not_stop_an_ascent(self, request_: Request) -> None:
+        with torch.no_grad():
+            for parameter in trainable_parameters(request_.model).values():
+                parameter.mul_(0.3)  # so that the others are known less well
+        row = request_.forget[0]
+        surer = {**row, "x": 400 * row["x"]}
+        assert loss(request_, [surer]) == 0
+        moved = []
+        for rows in ([request_.forget[1]], [request_.forget[1], surer]):
+            request = changed(request_, forget=rows)
+            masks = {name: torch.ones_like(value) for name, value in trainable_state(request.model).items()}
+            before = loss(request, rows[:1])
+            FastSlow(SFRon(batch_size=2, max_length=1e9), request, masks)._ascend(0.01, 1.0)
+            moved.append(loss(request, rows[:1]) - before)
+        assert moved[1] > 0.05 * moved[0] > 1e-5
+
     def test_masks_without_a_parameter_are_refused(self, request_: Request) -> None:
         with pytest.raises(ValueError, match="no parameter whose curvature on the forget set is 1e\\+09 times"):
             SFRon(threshold=1e9).unlearn(request_)
@@ -293,6 +331,16 @@ def test_samples_of_low_loss_weigh_more() -> None:
     weights = adaptive_weights(torch.tensor([0.01, 1.0]), 0.5)
     assert float(weights.mean()) == pytest.approx(1) and float(weights[0] / weights[1]) == pytest.approx(10)
     assert adaptive_weights(torch.tensor([0.0, 2.0]), 0.0).tolist() == [1, 1]
+    weights = adaptive_weights(torch.tensor([0.0, 2.0, 2.0, 4.0]), 0.5)  # nothing counts as less than 0.02
+    assert float(weights[0] / weights[1]) == pytest.approx(10) and float(weights[1:].sum()) > 0.5
+    assert adaptive_weights(torch.zeros(3), 0.5).tolist() == [1, 1, 1]
+
+
+def test_the_fisher_matrix_is_a_mean_over_samples() -> None:
+    model, rows = problems.batch_norm(), problems.images(4)
+    expected = problems.dense_curvature(model, rows, "cross_entropy").diagonal() / 4
+    function = AdapterFunction(model, LOSSES["cross_entropy"]())
+    torch.testing.assert_close(mean_fisher(function, problems.loader(rows, 3)), expected)
 
 
 class TestCovarNav(MethodCases):
@@ -322,6 +370,46 @@ class TestCovarNav(MethodCases):
         first, second = (trainable_state(request.model) for request in requests)
         for name, value in first.items():
             torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-5)
+
+    def test_the_first_step_and_the_predicted_loss_are_those_of_dense_matrices(self, request_: Request) -> None:
+        request_.ridge = 0.01
+        for name, parameter in request_.model.named_parameters():
+            parameter.requires_grad_(name.startswith("head"))  # in which the outputs are linear
+        function = AdapterFunction(request_.model.eval(), LOSSES["cross_entropy"]())
+        weights, start = function.vector, function.flatten(request_.initial)
+        everything = [*request_.retain, *request_.forget]  # type: ignore[attr-defined]
+
+        def curvature(rows: list[Any]) -> torch.Tensor:
+            found = torch.cat([part.rows.flatten(0, 1) for part in function.linearise(request_.loader(rows), None)])
+            return found.T @ found / len(rows)
+
+        def newton(rows: list[Any], shift: float) -> torch.Tensor:
+            slope = function.loss_and_gradient(request_.loader(rows))[2] / len(rows) + 0.01 * (weights - start)
+            return -torch.linalg.solve(curvature(rows) + (0.01 + shift) * torch.eye(function.size).double(), slope)
+
+        unit = float(curvature(everything).diagonal().mean())
+        away, predicted = (
+            newton(list(request_.retain), damping * unit) - newton(everything, damping * unit)  # type: ignore
+            for damping in (2.0, 0.03)
+        )
+        served = changed(request_)
+        _, expected = CovarNav(protect="retain", draws=None, first_damping=2.0, energy=0.8).plan(served)
+        moved = AdapterFunction(served.model, LOSSES["cross_entropy"]()).vector - weights
+        torch.testing.assert_close(moved, away, rtol=1e-3, atol=1e-5)
+        function.vector = weights + predicted
+        assert expected == pytest.approx(loss(request_, request_.forget), rel=1e-3)
+
+    def test_no_step_is_taken_where_the_projection_is_refused(
+        self, request_: Request, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuses(*args: Any) -> None:
+            raise ValueError("All directions would be protected.")
+
+        monkeypatch.setattr(CovarNav, "_projection", refuses)
+        before = trainable_state(request_.model)
+        with pytest.raises(ValueError, match="All directions"):
+            CovarNav().plan(request_)
+        assert all(torch.equal(value, before[name]) for name, value in trainable_state(request_.model).items())
 
     def test_what_is_protected_stays(self, of_pictures: Request) -> None:
         """The outputs of a linear layer on inputs of fewer directions than it has weights do not move at all."""

@@ -21,7 +21,7 @@ from ...training.batch import Batch
 from ...training.modes import check_adapters, check_dependence, no_input_gradients
 from ...training.prefix import FrozenPrefix
 from .data import Loader, batches, gathered, total, unit_uniform
-from .losses import Loss
+from .losses import Loss, widened
 
 
 @dataclass
@@ -169,7 +169,10 @@ class AdapterFunction:
     def _call(
         self, batch: Batch, parameters: dict[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns outputs `(n, places, c)` and targets `(n, places)`, with other values of the parameters if given."""
+        """Returns outputs `(n, places, c)` and targets `(n, places)`, with other values of the parameters if given.
+
+        The outputs are in single precision at least: probes of the loss are made of them.
+        """
 
         def forward(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             arguments, labels = self.alignment.split({**batch.tensors, **batch.options})
@@ -177,7 +180,8 @@ class AdapterFunction:
                 found = self.model(**arguments)
             else:
                 found = functional_call(self.model, parameters, (), arguments)
-            return self.alignment.pair(found, labels)
+            outputs, targets = self.alignment.pair(found, labels)
+            return widened(outputs), targets
 
         return self.prefix.call(batch, forward)
 
@@ -201,7 +205,7 @@ class AdapterFunction:
                 if not sums[0] <= limit:
                     continue  # to the end of the loader: Accelerate's would be left in the middle of an epoch
                 outputs, targets = self.prefix.call(batch, self._call, remember=True)
-                loss = self.loss.values(outputs, targets).sum()
+                loss = self.loss.values(outputs, targets).double().sum()
                 sums[0] += loss.detach()
                 sums[1] += (targets != IGNORED).sum()
                 if gradient:

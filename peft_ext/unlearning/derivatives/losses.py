@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from ...targets import IGNORED
 
 
+def widened(outputs: torch.Tensor) -> torch.Tensor:
+    """Returns outputs in single precision at least: sums of losses in half precision lose or overflow theirs."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
 class Loss(ABC):
     """A convex function of a model's outputs, summed over places. Places without a target count nothing.
 
@@ -25,7 +30,7 @@ class Loss(ABC):
             targets: `(n, places)`, -100 where there is none.
 
         Returns:
-            Shape `(n,)`.
+            Shape `(n,)`, in single precision at least.
         """
 
     @abstractmethod
@@ -127,7 +132,8 @@ class CrossEntropy(Loss):
     """
 
     def values(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(outputs.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+        outputs = widened(outputs).transpose(1, 2)
+        return F.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="none").sum(1)
 
     def hessian_product(self, outputs: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
         p = outputs.softmax(-1)
@@ -153,6 +159,7 @@ class SquaredError(Loss):
     """Half the squared distance of the outputs from the one-hot target, as if a classifier were a regression."""
 
     def values(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        outputs = widened(outputs)
         present = (targets != IGNORED).to(outputs)
         wanted = F.one_hot(targets.clamp(min=0), outputs.shape[-1]).to(outputs)
         return 0.5 * ((outputs - wanted).square().sum(-1) * present).sum(1)

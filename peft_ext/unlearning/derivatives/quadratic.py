@@ -263,7 +263,7 @@ class SampledQuadratic:
             reference: as the attribute; by default the trained weights.
 
         Raises:
-            ValueError: something is not finite.
+            ValueError: a loss, the gradient or the curvature is not finite.
         """
         loss, targets, gradient = function.loss_and_gradient(loader)
         terms, keys = RowSum(form, function, torch.float32), []
@@ -274,8 +274,12 @@ class SampledQuadratic:
         if form == "kernel":
             order = sorted(range(len(keys)), key=keys.__getitem__)
             curvature = curvature[order]
-        if not torch.isfinite(curvature).all() or not torch.isfinite(gradient).all():
-            raise ValueError("The curvature or the gradient is not finite: the adapter or the data lead to NaN.")
+        if not math.isfinite(loss) or not all(torch.isfinite(part).all() for part in (curvature, gradient)):
+            raise ValueError(
+                f"The loss ({loss:g} over {targets:,} targets), its gradient or its curvature is not finite: the "
+                "adapter or the data lead to NaN or infinity. Look for samples whose loss is not finite, or compute "
+                "the model in a wider dtype."
+            )
         trained = function.vector.cpu()
         centre = trained if reference is None else reference.cpu()
         return cls(form, curvature, gradient.cpu(), trained, centre, ridge, sorted(keys), targets, draws), loss

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +23,7 @@ from .report import finite, markdown_table
 from .results import SPLITS, UnlearningResult
 from .tables import METRICS, table
 
-FILE = "request-{:06d}"
+_BOUNDS = ("damping", "ridge", "retain_tolerance")
 _BEHAVIOUR = [f"{name}_{split}" for name in ("accuracy", "reproduced", "loss") for split in SPLITS]
 _ATTACKS = ["mia", "population_auc", "attack_auc", "attack_tpr"]
 _DISTANCES = ["js_forget", "js_ratio", "js_test", "distance_forget", "l1_forget", "tug_of_war"]
@@ -54,8 +56,9 @@ class AuditRecord:
         shift: length of their change.
         seconds: wall time.
         bounds: what bounded the change, by name: `damping` (ridge on the curvature, in units of its mean), `ridge`
-            (strength of the training's pull to its reference), `retain_tolerance` (nats that the loss of what remains
-            may rise; of a ledger: in the trial deletions when it was made). None where the method has none.
+            (strength of the training's pull to its reference), `retain_tolerance` (how far the loss of what
+            remains may rise per target: nats of the cross-entropy, or half squared distances; of a ledger: in the trial
+            deletions when it was made). None where the method has none.
         forgotten: SHA-256 of the samples, in alphabetical order; None if the object that `forget` returned is lost.
         notes: sentences of the method on its run.
         measured: rows of `tables.table` for the model before, after, and the gold; empty if nothing was measured.
@@ -108,7 +111,7 @@ class AuditRecord:
             method="ledger: one damped Newton step from the trained weights, without retain data",
             **{name: getattr(deletion, name) for name in names},
             parameters=ledger.parameters,
-            bounds={name: settings[name] for name in ("damping", "ridge", "retain_tolerance")},
+            bounds={name: settings[name] for name in _BOUNDS},
             forgotten=None if deletion.forgotten is None else list(deletion.forgotten),
             number=deletion.number,
             salt=deletion.salt,
@@ -194,15 +197,32 @@ class AuditRecord:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `request-000001.json` and `request-000001.md`, with the request's number, and returns the former.
 
-        A record without a ledger has the number 0. The ledger's own folder is no place for it: it holds what the ledger
-        does not keep.
+        A record without a ledger is known by when and by what was forgotten: `request-20260101T120000Z-0123456789ab`.
+        The ledger's own folder is no place for it: it holds what the ledger does not keep.
+
+        Raises:
+            FileExistsError: the folder holds another record of that name, such as one with the hashes that this one
+                lacks. Nothing was written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{FILE.format(self.number or 0)}.json"
-        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
-        write_whole(path.with_suffix(".md"), self.markdown())
+        path = folder / f"{self._name()}.json"
+        texts = {path: json.dumps(self.to_dict(), indent=1) + "\n", path.with_suffix(".md"): self.markdown()}
+        for each, text in texts.items():
+            if each.exists() and each.read_bytes() != text.encode():
+                raise FileExistsError(
+                    f"{str(each)!r} holds another record of this request, or of one of another ledger, and a record is "
+                    "not overwritten. Write this one to a folder of its own, or move the other away."
+                )
+        for each, text in texts.items():
+            write_whole(each, text)
         return path
+
+    def _name(self) -> str:
+        if self.number is not None:
+            return f"request-{self.number:06d}"
+        what = hashlib.sha256("\n".join([self.method, *(self.forgotten or [])]).encode()).hexdigest()
+        return f"request-{re.sub('[-:]', '', self.time)}-{what[:12]}"
 
 
 def problems_of(record: Mapping[str, Any], chain: Sequence[Entry]) -> list[str]:
@@ -217,7 +237,7 @@ def problems_of(record: Mapping[str, Any], chain: Sequence[Entry]) -> list[str]:
         found = [f"the record's own log is broken: {text}" for text in broken_links(own)]
         if number != len(own) - 1 or number < 1:
             found.append(f"the record is about request {number}, and its log has {len(own) - 1}")
-        logged = {**entry, "bounds": {name: own[0]["settings"][name] for name in record["bounds"]}}
+        logged = {**entry, "bounds": {name: own[0]["settings"][name] for name in _BOUNDS}}
         for name in ("time", "samples", "shift", "bounds"):
             if record[name] != logged[name]:
                 found.append(f"the record says {name} {record[name]!r}, its log {logged[name]!r}")

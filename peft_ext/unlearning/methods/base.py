@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,7 +86,7 @@ class Request:
                 f"initial lacks {len(missing)} trainable parameters, such as {missing[0]!r}; copy them with "
                 "trainable_state(model) before the training"
             )
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        tensors = _tensors(self.model)
         for name, value in self.initial.items():
             if name not in tensors or tensors[name].shape != value.shape:
                 found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is not there"
@@ -121,11 +122,22 @@ class Request:
         Args:
             keep: the share of the way from the initial parameters that is left.
         """
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        tensors = _tensors(self.model)
         for name, value in self.initial.items():
             start = value.to(tensors[name].device)
             # Not through `.data`: the adapters notice a change by the parameter's version.
             tensors[name].copy_(start + keep * (tensors[name] - start) if keep else start)
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Gives the model back what `initial` names, as it was before, if an exception ends the context."""
+        tensors = _tensors(self.model)
+        before = {name: tensors[name].detach().clone() for name in self.initial}
+        try:
+            yield
+        except BaseException:
+            replace(self, initial=before).restore_initial()
+            raise
 
 
 @dataclass
@@ -135,7 +147,8 @@ class Step:
     Attributes:
         objective: objective after the step. For a rejected step a lower bound: evaluation stops as soon as the step is
             known to be too bad.
-        retain_loss: retain loss after the step, mean over targets, in nats; a lower bound for a rejected step as well.
+        retain_loss: retain loss after the step, mean over targets, in the unit of `UnlearningReport.retain_loss`; a
+            lower bound for a rejected step as well.
         damping: what was added to the diagonal of the curvature, in units of its mean.
         accepted: whether the step was kept.
         predicted: decrease of the objective that the quadratic model promised.
@@ -158,7 +171,7 @@ class Solution:
         form: in what form the curvature was kept: `"parameter"`, `"kernel"` or `"matrix_free"`.
         curvature: from what it was estimated, the last time that it was.
         steps: the steps that were tried, if the method takes steps.
-        retain_tolerance: how far above its start the retain loss may be after a step, in nats.
+        retain_tolerance: how far above its start the retain loss may be after a step, in the same unit.
         ended: why no further step was tried: `"steps"`, as many were kept as were allowed; `"gain"`, the last one
             gained too little; `"rejections"`, too many in a row were undone; `"distance"`, it would have led further
             from the trained weights than the training had led from the initial ones. None if the method takes no steps.
@@ -217,8 +230,9 @@ class UnlearningReport:
         parameters: how many numbers could change.
         shift: length of their change.
         seconds: wall time.
-        retain_loss: mean loss over the targets of the retain set, in nats, before and after; None if the method did not
-            measure it.
+        retain_loss: mean loss over the targets of the retain set, before and after; None if the method did not measure
+            it. It is the loss that the method works with: nats of the cross-entropy, but half the squared distance to
+            the one-hot target for `FastNTK` and for `GaussNewton(loss="squared_error")`.
         forget_loss: the same of the forget set.
         solution: how a solver came to its weights.
         training: how a training went.
@@ -303,7 +317,7 @@ class UnlearningMethod(ABC):
         """Changes the model's trainable parameters, and nothing else of it.
 
         Raises:
-            ValueError: the method cannot serve the request.
+            ValueError: the method cannot serve the request. The model is then as it was, as after any exception.
         """
 
     @abstractmethod
@@ -330,6 +344,10 @@ class UnlearningMethod(ABC):
         Raises:
             ValueError: one of the sets is empty, they overlap, or the method cannot do with what it is given.
         """
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _length(dataset: Any) -> int:

@@ -203,9 +203,10 @@ class CovarNav(Tuning):
         predicted = function.along(request.loader(request.forget), step(_PREDICTION_DAMPING))
         labels = [targets for _, targets in outputs_at_targets(request, request.forget)]
         expected = float(cross_entropy(torch.cat(predicted).double(), torch.cat(labels)))
+        projection = self._projection(remaining.form, remaining.terms, function)
         if self.first_damping is not None:
             function.vector = function.vector + step(self.first_damping)
-        return self._projection(remaining.form, remaining.terms, function), expected
+        return projection, expected
 
     def _projection(self, form: str, terms: torch.Tensor, function: AdapterFunction) -> Projection:
         terms = terms.to(function.device)

@@ -27,7 +27,8 @@ class FastNTK(Solver):
     It is equation 9 of Golatkar et al. 2020, "Forgetting outside the box", restricted to the parameters of the adapter:
     the outputs are linearised at the reference weights and trained by least squares on one-hot targets; what is added
     is the solution on the retain set less that on all data. No loss is looked at afterwards. The ridge of the training
-    (`ridge` of `fit`) does not enter: the published form has one of its own, `damping`.
+    (`ridge` of `fit`) does not enter: the published form has one of its own, `damping`. The losses in the report are
+    half squared distances to one-hot targets, not nats.
 
     Attributes:
         damping: ridge, in units of the mean of the diagonal of `J^T J` over all data.

@@ -44,7 +44,8 @@ class GaussNewton(Solver):
         damping: first value of what is added to the diagonal of the curvature, in units of its mean.
         max_steps: as many steps are kept at most.
         tolerance: the steps end with one that lowers the objective by less than this, relative to the retain loss.
-        retain_tolerance: the retain loss may end at most this far above its start, in nats per target.
+        retain_tolerance: the retain loss may end at most this far above its start, per target: nats of the
+            cross-entropy, or half squared distances.
         draws: the curvature is estimated from as many random vectors a sample: one backward pass each, instead of one a
             class. They depend on the sample alone. None for the exact curvature, which is out of reach for large
             vocabularies.
@@ -172,7 +173,7 @@ class Point:
     Attributes:
         weights: `(size,)`.
         value: of the objective.
-        retain_loss: mean over targets, in nats.
+        retain_loss: mean over targets.
         gradient: of the objective, `(size,)`.
     """
 

@@ -55,7 +55,7 @@ class Ledger(UnlearningMethod):
 
     Attributes:
         damping: ridge on the curvature, in units of its mean; chosen by trial deletions if None.
-        retain_tolerance: how far those may raise the loss of what remains, in nats.
+        retain_tolerance: how far those may raise the loss of what remains, in nats per target.
         draws: random vectors a sample that estimate the curvature; None for the exact one.
         memory: bytes for matrices.
         batch_size: rows per device in a batch of a request; that of the model's training if None.

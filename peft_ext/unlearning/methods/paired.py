@@ -79,7 +79,6 @@ def log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch
     alignment = Alignment.of(extract_model_from_parallel(model))
     arguments, labels = alignment.split(batch)
     outputs, targets = alignment.pair(model(**arguments), labels)
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     return -CrossEntropy().values(outputs, targets), (targets != IGNORED).sum(1)
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ...training.callbacks import StopAfter
 from ...training.trainer import CheckedTrainer, EvaluationTrainer
-from .base import Request, Tuned
+from ..derivatives.data import Loader
+from .base import Request, Tuned, UnlearningReport
 from .tuning import TrainingMethod
+
+
+def statistics_of_norms(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the buffers that a training in training mode moves: running statistics of normalisation, by name."""
+    return {
+        f"{name}.{own}" if name else own: buffer
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        for own, buffer in module.named_buffers()
+    }
 
 
 @dataclass
@@ -20,12 +34,62 @@ class Retrain(TrainingMethod):
     Where that training was stopped early, `Request.stopped_after` of the planned steps, so is this one.
     It is what the other methods try to come close to at less cost. In evaluation mode frozen blocks below the first
     adapter are computed once a sample, as in the solvers.
+
+    A training in training mode also moves the statistics of batch-norm, which then hold the forget set. They are among
+    what is put back: `initial` (the `reference` of `fit`) must hold those buffers from before such a training beside
+    the trainable parameters, and `eval_mode` must be False, so that the retain set makes new ones.
     """
 
     name: ClassVar[str] = "retrain"
     needed: ClassVar[tuple[str, ...]] = ("reference", "training")
 
+    def check(self, request: Request) -> None:
+        missing = (
+            [] if request.eval_mode else sorted(statistics_of_norms(request.model).keys() - request.initial.keys())
+        )
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} in training mode moves the running statistics of normalisation layers, which "
+                f"hold the forget set, and `initial` lacks {len(missing)} of those buffers, such as {missing[0]!r}. "
+                "Give copies from before the model's training beside those of its trainable parameters (`fit` takes "
+                "them as `reference`)."
+            )
+
+    def fit(
+        self,
+        model: nn.Module,
+        retain: Loader,
+        forget: Loader,
+        *,
+        reference: Mapping[str, torch.Tensor] | None = None,
+        ridge: float = 0.0,
+        training: TrainingArguments | None = None,
+        eval_mode: bool | None = None,
+    ) -> UnlearningReport:
+        """Trains a model; see `TrainingMethod.fit`.
+
+        Args:
+            model, retain, forget, reference, ridge, training: see `TrainingMethod.fit`.
+            eval_mode: whether the model's training ran in evaluation mode, so that batch-norm statistics stood still.
+                It must be said of a model whose statistics have moved at some time.
+
+        Raises:
+            ValueError: as `TrainingMethod.fit`; or whether the training moved batch-norm statistics is not known.
+        """
+        counts = [value for name, value in statistics_of_norms(model).items() if name.endswith("num_batches_tracked")]
+        if eval_mode is None and any(counts):
+            raise ValueError(
+                f"{type(self).__name__} must know whether the model's training moved the running statistics of its "
+                "normalisation layers, which then hold the forget set. Give eval_mode=True if it ran in evaluation "
+                "mode and they are from before; otherwise eval_mode=False, and a `reference` with copies of those "
+                "buffers from before it."
+            )
+        return super().fit(
+            model, retain, forget, reference=reference, ridge=ridge, training=training, eval_mode=eval_mode
+        )
+
     def train(self, request: Request) -> Trainer:
+        self.check(request)
         self.start(request)
         trainer_class = EvaluationTrainer if request.eval_mode else CheckedTrainer
         callbacks = [StopAfter(request.stopped_after)] if request.stopped_after < 1 else []

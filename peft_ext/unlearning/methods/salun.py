@@ -48,11 +48,11 @@ def saliency_masks(gradient: dict[str, torch.Tensor], share: float) -> dict[str,
 
     Args:
         gradient: by parameter.
-        share: how many of all numbers are chosen: those with the largest absolute gradient.
+        share: how many of all numbers are chosen, at least one: those with the largest absolute gradient.
     """
     size = torch.cat([part.abs().flatten() for part in gradient.values()])
     chosen = torch.zeros_like(size, dtype=torch.bool)
-    chosen[size.argsort(descending=True, stable=True)[: round(share * len(size))]] = True
+    chosen[size.argsort(descending=True, stable=True)[: max(1, round(share * len(size)))]] = True
     parts = chosen.split([part.numel() for part in gradient.values()])
     return {name: part.view(gradient[name].shape) for name, part in zip(gradient, parts)}
 
@@ -62,7 +62,7 @@ class SalUn(RandomLabels):
     """Random labels that change only the parameters on which the loss of the forget set depends most.
 
     Attributes:
-        share: how many of the trainable numbers may change; the paper's threshold is the median.
+        share: how many of the trainable numbers may change, at least one; the paper's threshold is the median.
     """
 
     name: ClassVar[str] = "salun"

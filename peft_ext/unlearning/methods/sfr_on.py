@@ -25,6 +25,8 @@ from .base import Request
 from .tuning import Tuning
 
 _SMALL = 1e-15
+_LOWEST = 0.01
+"""Share of the mean loss of a batch that a sample's loss counts as at least where samples are weighed."""
 
 
 def mean_fisher(function: AdapterFunction, loader: Loader) -> torch.Tensor:
@@ -43,11 +45,15 @@ def mean_fisher(function: AdapterFunction, loader: Loader) -> torch.Tensor:
 def adaptive_weights(losses: torch.Tensor, strength: float) -> torch.Tensor:
     """Returns weights proportional to `1 / loss^strength` with mean 1: what is known best is to be forgotten first.
 
+    Unlike in the paper, a loss counts as a hundredth of the mean of the batch at least. A sample that is known by heart
+    has a loss that rounds to zero, and hardly a gradient: it would get all the weight, and nothing would be forgotten.
+
     Args:
         losses: of the samples of a batch, `(n,)`, as is the result, which has no gradient.
         strength: 0 for equal weights.
     """
-    weights = (losses.detach() + _SMALL) ** -strength
+    losses = losses.detach()
+    weights = losses.clamp(min=_LOWEST * float(losses.mean()) + _SMALL) ** -strength
     return weights / weights.mean()
 
 
@@ -129,7 +135,7 @@ class SFRon(Tuning):
         every: an ascent comes before every such round of retain steps.
         inner: retain steps in a round.
         slow: the part of the way that the slow weights go after a round, at most 1.
-        weighting: power by which samples of low loss weigh more in an ascent.
+        weighting: power by which samples of low loss weigh more in an ascent; see `adaptive_weights`.
         threshold: an ascent may change the parameters whose curvature on the forget set is at least so many times that
             on the retain set; 0 for all.
         max_length: an ascent is at most so many times as long as a step that changes every parameter by the learning

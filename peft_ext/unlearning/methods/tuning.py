@@ -49,7 +49,14 @@ class TrainingMethod(UnlearningMethod):
     def unlearn(self, request: Request) -> UnlearningReport:
         start = time.perf_counter()
         before = trainable_state(request.model)
-        trainer = self.train(request)
+        with request.undone_on_failure():
+            trainer = self.train(request)
+            if not trainer.state.global_step:
+                raise ValueError(
+                    f"The training of {type(self).__name__} took no step, so nothing would be forgotten: the rows that "
+                    "it reads fill no batch. Lower the batch size, or set `dataloader_drop_last` to False in the "
+                    "training's arguments."
+                )
         squared = sum(
             float((parameter.detach() - before[name].to(parameter.device)).double().square().sum())
             for name, parameter in trainable_parameters(request.model).items()
@@ -68,6 +75,7 @@ class TrainingMethod(UnlearningMethod):
         reference: Mapping[str, torch.Tensor] | None = None,
         ridge: float = 0.0,
         training: TrainingArguments | None = None,
+        eval_mode: bool | None = None,
     ) -> UnlearningReport:
         """Trains a model; see `UnlearningMethod.fit`.
 
@@ -78,10 +86,12 @@ class TrainingMethod(UnlearningMethod):
             training: the arguments that the model was trained with. By default the Trainer's own, with a learning rate
                 of 1e-3, which is customary for adapters, batches as large as the first of `retain`, and the model's
                 device.
+            eval_mode: whether the model's training ran in evaluation mode; see `Request`, and for batch-norm `Retrain`.
+                By default it did.
 
         Raises:
-            ValueError: one of the sets is empty, they overlap, the model has nothing to train, or what the method needs
-                (`needed`) is missing.
+            ValueError: one of the sets is empty, they overlap, the model has nothing to train, what the method needs
+                (`needed`) is missing, or the training would take no step. The model is then as it was.
         """
         if any({"reference": reference, "training": training}[name] is None for name in self.needed):
             wanted = ", and ".join(f"`{name}`, {_NEEDED[name]}" for name in self.needed)
@@ -90,7 +100,8 @@ class TrainingMethod(UnlearningMethod):
         (stays, goes), collator = rows_of(retain, forget)
         initial = trainable_state(model) if reference is None else reference
         with _training(training, model, retain) as arguments:
-            return self.unlearn(Request(model, stays, goes, collator, arguments, initial, ridge))
+            mode = eval_mode is None or eval_mode
+            return self.unlearn(Request(model, stays, goes, collator, arguments, initial, ridge, mode))
 
 
 @contextmanager
@@ -124,7 +135,8 @@ def squeezed(training: TrainingArguments, share: float) -> TrainingArguments:
 class Tuning(TrainingMethod):
     """A method that goes on training the model, with other data or another loss.
 
-    Schedule, optimizer and what else there is are those of the model's training, without warm-up.
+    Schedule, optimizer and what else there is are those of the model's training, without warm-up and with the rows of
+    an unfinished batch: the forget set may be smaller than one.
 
     Attributes:
         epochs: passes over the method's data.
@@ -156,6 +168,7 @@ class Tuning(TrainingMethod):
         training.learning_rate = training.learning_rate if self.learning_rate is None else self.learning_rate
         training.per_device_train_batch_size = self.batch_size or training.per_device_train_batch_size
         training.warmup_steps = 0
+        training.dataloader_drop_last = False
         return training
 
     @abstractmethod
