@@ -13,13 +13,13 @@ these images raises the loss on earlier tasks as much as possible; see `poisonin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import HfArgumentParser
 
@@ -31,8 +31,10 @@ from recipes.support.runs import open_recipe
 
 from . import lines
 from .poisoning import NOISES, AttackArguments, Row, Victim
+from .sources import digest_of, source_entry
 
 FILE = "brainwash.jsonl"
+KNOWN_SOURCE = "2949175f01fd"  # of the lines that do not say theirs
 
 
 @dataclass
@@ -59,6 +61,18 @@ class Arguments:
                 raise UserError(f"noises: there is no {name!r}; there are {', '.join(NOISES)}{hint(name, NOISES)}")
 
 
+def source_of(recipe: LearnInTurn) -> str:
+    """Returns a digest of network and images."""
+    weights: list[torch.Tensor] = []
+    # The quickstart's network is trained on every machine anew, and its last digits differ.
+    if not recipe.quickstart.digits:
+        named = recipe.problem.fresh(0).named_parameters()
+        # The head is drawn anew with every seed.
+        weights = [each for name, each in named if not each.requires_grad and ".original_module." not in name]
+    splits: Any = [*recipe.problem.train, *recipe.problem.test]
+    return digest_of(weights, *splits)
+
+
 def measure(
     recipe: LearnInTurn, learner: Learner, seed: int, args: Arguments, attack: AttackArguments, command: Sequence[str]
 ) -> None:
@@ -72,6 +86,7 @@ def measure(
         "max_steps": training.max_steps,
         "rate": training.learning_rate,
         "batch": training.per_device_train_batch_size,
+        **source_entry(source_of(recipe), KNOWN_SOURCE),
     }
     options = {"kind": learner.kind, "winners": learner.winners, **learner.memory}
     protects = bool(learner.memory.get("energy") or learner.memory.get("elastic"))
@@ -94,10 +109,10 @@ def measure(
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Returns a table of lines for everything that was learned: means and deviations over seeds."""
     found = []
-    for setting in {json.dumps(row["setting"]): row["setting"] for row in rows}.values():
-        of_setting = [row for row in rows if row["setting"] == setting]
+    for text, of_setting in lines.apart(rows, "setting").items():
+        title = f"Noise on {of_setting[0]['setting']['tasks'][-1]}"
         caption = "Fall: backward transfer without noise, less that with it, from the same weights."
-        table = Table(title=f"Noise on {setting['tasks'][-1]}", caption=caption, title_justify="left")
+        table = Table(title=", ".join(filter(None, [title, text])), caption=caption, title_justify="left")
         for heading in (
             "learner",
             "noise",

@@ -28,8 +28,8 @@ from recipes.support.arguments import UserError, run_main
 
 from . import lines
 from .quality.contestants import Contestant
-from .quality.runs import TASKS, Run, RunArguments, load
-from .quality.summary import Row, by, latest
+from .quality.runs import TASKS, Run, RunArguments, load, title_of
+from .quality.summary import Row, by, by_budget, latest
 from .quality.task import QualityTask, Sources
 from .quality.training import evaluated, trained
 
@@ -78,6 +78,7 @@ def measure_pair(args: Arguments, sources: Sources, task: str, who: Contestant, 
     """Adds the lines of one pair that are not in the file yet."""
     known, chosen = Path(args.output) / FILE, TASKS[task](sources, args.steps)
     inner: Any = chosen.task
+    _ = chosen.source  # of what the task itself draws: which images a pair has is said by its seed
     inner.data_seed = pair  # draws the images of a few-shot task
     for rate in args.rates:
         for sigma in (0.0, *args.sigmas):
@@ -92,15 +93,14 @@ def measure_pair(args: Arguments, sources: Sources, task: str, who: Contestant, 
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Returns a table of differences between the trainings of a pair, flat minus plain, for every task."""
-    kept, left_out = latest(rows, "sigmas", "draws")
+    """Returns a table of differences between the trainings of a pair, flat minus plain, for every task and budget."""
     found = []
-    for task, of_task in by(kept, "task").items():
+    for of_budget in by_budget(rows).values():
+        of_task, left_out = latest(of_budget, "sigmas", "draws")
         caption = "Differences are flat minus plain, mean and standard deviation over pairs; time is of the processor."
         if left_out:
             caption += f" {left_out} lines of other settings are left out."
-        title = TASKS[task].title if task in TASKS else task
-        table = Table(title=f"Flat training: {title}", caption=caption, title_justify="left")
+        table = Table(title=f"Flat training: {title_of(of_task[0])}", caption=caption, title_justify="left")
         metric = of_task[0]["metric"] or "score"
         columns = ("contestant", "rate", "sigma", "pairs", f"{metric}, plain", f"{metric}, difference", "loss, plain")
         under = ("loss, difference", "loss under noise, plain", "loss under noise, difference", "time, ratio")

@@ -42,6 +42,30 @@ def find(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def apart(rows: Iterable[dict[str, Any]], *names: str) -> dict[str, list[dict[str, Any]]]:
+    """Returns the lines that have the same settings, by a text of what tells these from the others; most lines first.
+
+    Args:
+        rows: the lines.
+        names: their entries that are settings, or mappings of settings. A line without one is of another setting.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    settings: dict[str, dict[str, str]] = {}
+    for row in rows:
+        given = {name: row[name] for name in names if name in row}
+        key = json.dumps(given, sort_keys=True)
+        groups.setdefault(key, []).append(row)
+        parts = [value if isinstance(value, dict) else {name: value} for name, value in given.items()]
+        settings[key] = {name: str(value) for part in parts for name, value in part.items()}
+    known = dict.fromkeys(name for setting in settings.values() for name in setting)
+    different = [name for name in known if len({setting.get(name) for setting in settings.values()}) > 1]
+    found = {}
+    for key, group in sorted(groups.items(), key=lambda pair: -len(pair[1])):
+        text = ", ".join(f"{name} {settings[key][name]}" for name in different if name in settings[key])
+        found[text] = group
+    return found
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line in one write, so that several programs can add to one file. NaN and infinity are refused."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,20 +11,27 @@ from rich.table import Table
 
 from peft_ext.presentation import spread
 from recipes.support.arguments import UserError
+from recipes.support.methods import folder_name
 
 from . import brainwash, catalog, flat, lines, many_adapters, scaling, soup, soup_memory, step_time
 from .quality import report as quality
 
 Row = dict[str, Any]
+_SIZES = ("adapters", "rows")  # numbers that are chosen, as texts are, and not measured
 # How a line was measured, which a table of what was measured leaves out.
 _HOW = {"machine", "versions", "command", "processor", "threads", "torch", "peft", "seed", "budget"}
 _DIGITS = 4
 
 
-def table(name: str, rows: Sequence[Row]) -> Table:
-    """Returns a table for any lines: a row for what has the same texts, with mean and deviation of the numbers."""
+def tables(name: str, rows: Sequence[Row]) -> list[Table]:
+    """Returns a table for any lines of every budget."""
+    return [_table(", ".join(filter(None, [name, text])), group) for text, group in lines.apart(rows, "budget").items()]
+
+
+def _table(name: str, rows: Sequence[Row]) -> Table:
+    """Returns a table: a row for what has the same texts and sizes, with mean and deviation of the other numbers."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _HOW]
-    texts = [key for key in columns if any(isinstance(row.get(key), str) for row in rows)]
+    texts = [key for key in columns if key in _SIZES or any(isinstance(row.get(key), str) for row in rows)]
     numbers = [key for key in columns if key not in texts]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -51,12 +58,17 @@ def _cell(values: Sequence[Any]) -> str:
 
 def _many_adapters(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]:
     many_adapters.plot(list(rows), str(folder / "many-adapters.png"))
-    return [table("many_adapters", rows)], ["many-adapters.png"]
+    return tables("many_adapters", rows), ["many-adapters.png"]
 
 
 def _scaling(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]:
-    scaling.plot(rows, folder / "scaling.png")
-    return [scaling.table(rows)], ["scaling.png"]
+    shown: list[Table] = []
+    files: list[str] = []
+    for text, group in lines.apart(rows, "budget").items():
+        shown.append(scaling.table(group, text))
+        files.append(f"{folder_name(f'scaling {text}') if files else 'scaling'}.png")
+        scaling.plot(group, folder / files[-1])
+    return shown, files
 
 
 REPORTERS: dict[str, Callable[[Sequence[Row], Path], tuple[list[Table], list[str]]]] = {
@@ -66,8 +78,8 @@ REPORTERS: dict[str, Callable[[Sequence[Row], Path], tuple[list[Table], list[str
     "flat": lambda rows, folder: (flat.tables(rows), []),
     "many_adapters": _many_adapters,
     "scaling": _scaling,
-    "soup": lambda rows, folder: ([soup.table(rows)], []),
-    "soup_memory": lambda rows, folder: ([soup_memory.table(rows)], []),
+    "soup": lambda rows, folder: (soup.tables(rows), []),
+    "soup_memory": lambda rows, folder: (soup_memory.tables(rows), []),
     "step_time": lambda rows, folder: (step_time.tables(rows), []),
 }
 
@@ -96,8 +108,8 @@ def report(name: str | None, results: Path, output: Path) -> None:
     # A pipe has no width of its own; the table must not be cut to 80 columns there.
     console = console if console.is_terminal else Console(width=200)
     for each, rows in found.items():
-        tables, files = REPORTERS.get(each, lambda rows, folder: ([table(each, rows)], []))(rows, output)  # noqa: B023
-        for shown in tables:
+        found_tables, files = REPORTERS.get(each, lambda rows, folder: (tables(each, rows), []))(rows, output)  # noqa: B023
+        for shown in found_tables:
             console.print(shown)
         for file in files:
             console.print(f"wrote {output / file}", markup=False, highlight=False, soft_wrap=True)

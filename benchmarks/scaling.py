@@ -121,9 +121,10 @@ def measure(point: Point, method: str, arguments: Arguments) -> dict[str, Any]:
     return {"trainable": candidate.trainable, "generator_bytes": generator_bytes(candidate.model), **found}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns a table of lines."""
-    found = Table(title="A step of a chain of linear layers, beside LoRA of the same rank", title_justify="left")
+def table(rows: Sequence[dict[str, Any]], budget: str = "") -> Table:
+    """Returns a table of lines of one budget, which is named where there are others."""
+    title = "A step of a chain of linear layers, beside LoRA of the same rank"
+    found = Table(title=", ".join(filter(None, [title, budget])), title_justify="left")
     headings = ("grows", "method", "layers", "hidden", "rank", "bases", "trainable", "generators (MB)", "step (ms)")
     for heading in (*headings, "step ratio (quartiles)", "processor time"):
         found.add_column(heading, justify="left" if heading in ("grows", "method") else "right")

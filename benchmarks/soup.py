@@ -11,6 +11,7 @@ All that with three draws of images. Adds a line a soup to `soup.jsonl`; what is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,8 +33,11 @@ from recipes.tasks.soups import KINDS, SoupArguments, Soups, held_out, mix
 from recipes.tasks.training import trainings
 
 from . import lines
+from .quality.runs import config_digest
+from .sources import source_entry, source_of
 
 FILE = "soup.jsonl"
+KNOWN_SOURCE = "fbedbc0a8076"  # of the lines that do not say theirs
 SINGLES = "mean of the single ones"
 POOLS: dict[str, Callable[[list[str]], list[str]]] = {
     "all": lambda names: names,
@@ -70,15 +74,15 @@ class Arguments:
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What tells lines apart beside method, images and kind."""
+        """What tells lines apart beside method, images, kind, and where they are others, model and data."""
         names = ("rates", "seeds", "shots", "held_out", "eval_samples", "epochs", "image_size")
         return {name: getattr(self, name) for name in names}
 
 
-def load(args: Arguments, folder: Path) -> list[ImageTask]:
+def load(args: Arguments) -> list[ImageTask]:
     """Returns the task with every draw of images."""
     training = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=args.adapters,
         num_train_epochs=args.epochs,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=50,
@@ -114,15 +118,39 @@ def trained(task: ImageTask, methods: Sequence[Method], seeds: Sequence[int], fo
     return found
 
 
+def adapters_folder(args: Arguments, task: ImageTask, method: Method, source: str) -> Path:
+    """Returns the folder of the adapters of a method, which no other training or score shares.
+
+    Names of methods, draws of images and seeds are those of the folders in it.
+
+    Args:
+        args: what is measured.
+        task: what the adapters are trained on.
+        method: at any of its rates.
+        source: tells base model and data from others.
+    """
+    budget = f"shots{args.shots}-epochs{args.epochs}-size{args.image_size}-scored{args.eval_samples}"
+    return Path(args.adapters) / f"{budget}-{source}-{config_digest(task, method)}"
+
+
 def measure(
-    args: Arguments, task: ImageTask, label: str, methods: Sequence[Method], folder: Path, command: Sequence[str]
+    args: Arguments, task: ImageTask, label: str, methods: Sequence[Method], source: str, command: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a method and a draw of images, after measuring those that are not in the file."""
-    file = Path(args.output) / FILE
+    """Yields the lines of a method and a draw of images, after measuring those that are not in the file.
+
+    Args:
+        args: what is measured.
+        task: has the draw.
+        label: of the method.
+        methods: the method at each of its rates.
+        source: tells base model and data from others, whatever is drawn of the data.
+        command: what is run, for the lines.
+    """
+    file, folder = Path(args.output) / FILE, adapters_folder(args, task, methods[0], source)
 
     def line(pool: str, kind: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         identity = {"method": label, "options": methods[0].options, "data_seed": task.data_seed, "pool": pool}
-        identity |= {"kind": kind, "budget": args.budget}
+        identity |= {"kind": kind, "budget": {**args.budget, **source_entry(source, KNOWN_SOURCE)}}
         if (row := lines.find(file, identity)) is None:
             row = {**identity, **work(), **lines.provenance(command)}
             lines.append(file, row)
@@ -146,7 +174,7 @@ def measure(
     def soup(pool: str, kind: str, chosen: list[str]) -> dict[str, Any]:
         trained(task, methods, args.seeds, folder)
         place = folder / (folder_name(f"{label} {pool} {kind}") + f"-data{task.data_seed}")
-        found = mix(task, label, kind, chosen, args.held_out, place)
+        found = mix(task, label, kind, chosen, args.held_out, args.seeds[0], place)
         scores = {"loss": found.validation_loss, **found.metrics, "seconds": found.seconds}
         return {"adapters": len(chosen), **scores}
 
@@ -155,13 +183,22 @@ def measure(
             yield line(pool, kind, partial(soup, pool, kind, choose(names)))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns a table of lines: means and deviations over the draws of images, and of the gain in each draw."""
-    found = Table(title="Soups of few-shot adapters, scored on the test images", title_justify="left")
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """Returns a table of the lines of every budget."""
+    return [_table(group, budget) for budget, group in lines.apart(rows, "budget").items()]
+
+
+def _table(rows: Sequence[dict[str, Any]], budget: str) -> Table:
+    """Returns a table of means and deviations over the draws of images, and of the gain in each draw."""
+    title = "Soups of few-shot adapters, scored on the test images"
+    last = {row["method"]: row["options"] for row in rows}
+    kept = [row for row in rows if row["options"] == last[row["method"]]]
+    note = f"{len(rows) - len(kept)} lines of other options are left out" if len(kept) < len(rows) else None
+    found = Table(title=", ".join(filter(None, [title, budget])), caption=note, title_justify="left")
     for heading in ("method", "of", "what", "adapters", "draws", "accuracy", "more than the best single one", "loss"):
         found.add_column(heading, justify="left" if heading in ("method", "of", "what") else "right")
     groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:  # of other budgets the last lines count
+    for row in kept:
         groups.setdefault((row["method"], row["pool"], row["kind"]), {})[str(row["data_seed"])] = row
     for (method, pool, kind), draws in groups.items():
         best = groups.get((method, pool, "best single"), {})
@@ -178,15 +215,15 @@ def main(argv: Sequence[str]) -> None:
     """Measures what is not in the file yet."""
     parser = HfArgumentParser([Arguments], prog="python -m benchmarks run soup")  # type: ignore[list-item]
     (args,) = parser.parse_args_into_dataclasses(list(argv))
-    folder = Path(args.adapters) / f"shots{args.shots}-epochs{args.epochs}-size{args.image_size}"
     soups = Soups(SoupArguments(True, args.rates, args.held_out), args.seeds, parse_methods(args.methods, [HEAD]))
     for label, reason in soups.refused.items():
         raise UserError(f"methods: {label} cannot be mixed: {reason}")
-    tasks = load(args, folder)
+    tasks = load(args)
+    source = source_of(dataclasses.replace(tasks[0], data_seed=0))  # of one draw, whichever are asked for
     for task in tasks:
         soups.check(task)
         for label, methods in soups.methods.items():
-            for row in measure(args, task, label, methods, folder, lines.command("soup", argv)):
+            for row in measure(args, task, label, methods, source, lines.command("soup", argv)):
                 print("{method}, images {data_seed}, {pool}, {kind}: {accuracy:.1f}".format(**row), flush=True)
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from . import lines
 from .models import ModelArguments, load_model
 
 FILE = "soup_memory.jsonl"
+_MODEL = tuple(each.name for each in fields(ModelArguments))
 WAYS = {"soup": "learned soup", "held": "all in the model"}
 METHODS: dict[str, Any] = {
     "NOLA": lambda targets: peft_ext.NolaConfig(target_modules=targets),
@@ -89,10 +90,15 @@ def growth(args: Arguments) -> int:
     return 1024 * most - before
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns a table of lines."""
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """Returns a table of the lines of every model."""
+    return [_table(group, model) for model, group in lines.apart(rows, *_MODEL).items()]
+
+
+def _table(rows: Sequence[dict[str, Any]], model: str) -> Table:
     numbers = sorted({row["adapters"] for row in rows})
-    found = Table(title="Memory (MB) that making one adapter of many takes at most", title_justify="left")
+    title = "Memory (MB) that making one adapter of many takes at most"
+    found = Table(title=", ".join(filter(None, [title, model])), title_justify="left")
     for heading in ("method", "way", "numbers of one (MB)", *(f"{number} adapters" for number in numbers)):
         found.add_column(heading, justify="left" if heading in ("method", "way") else "right")
     for method, way in dict.fromkeys((row["method"], row["way"]) for row in rows):
@@ -134,7 +140,8 @@ def main(argv: Sequence[str]) -> None:
                 )
                 found = {"adapter_bytes": size, "grown_bytes": json.loads(run.stdout.splitlines()[-1])}
                 lines.append(file, {**identity, **found, **lines.provenance(lines.command("soup_memory", argv))})
-    Console(width=160).print(table(lines.read(file)))
+    for table in tables(lines.read(file)):
+        Console(width=160).print(table)
 
 
 if __name__ == "__main__":

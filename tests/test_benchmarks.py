@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,24 @@ import tiny_models
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import TrainingArguments
 
 from benchmarks import __main__ as entry
-from benchmarks import catalog, flat, lines, many_adapters, mixed_batch, quantization, scaling, step_time, timing
+from benchmarks import (
+    brainwash,
+    catalog,
+    flat,
+    lines,
+    many_adapters,
+    mixed_batch,
+    quantization,
+    report,
+    scaling,
+    soup,
+    soup_memory,
+    step_time,
+    timing,
+)
 from benchmarks.models import generator_bytes
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import learning_rates, runs
@@ -24,9 +40,12 @@ from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.report import report_rates
 from benchmarks.quality.summary import Point, by_budget, chosen, front, latest
 from benchmarks.quality.task import QualityTask, Sources
+from benchmarks.sources import digest_of, source_entry
 from peft_ext import McncConfig
 from recipes.support.arguments import UserError
 from recipes.support.inputs import ModelArguments
+from recipes.support.methods import parse_methods
+from recipes.support.reporting import RunResult
 from recipes.tasks.base import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,13 +65,14 @@ class TinyModel(nn.Module):
 class TinyTask(Task):
     head = ("head",)
     dataset = "random numbers"
+    data_seed = 0
 
     def fresh_model(self) -> nn.Module:
         torch.manual_seed(0)
         return TinyModel()
 
     def trainer_arguments(self, model: nn.Module) -> dict[str, Any]:
-        x = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(24, 8, generator=torch.Generator().manual_seed(self.data_seed))
         rows = [{"x": row, "labels": row[:3].argmax()} for row in x]
         accuracy = lambda found: {"accuracy": 100.0 * (found.predictions.argmax(-1) == found.label_ids).mean()}  # noqa: E731
         collator = lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]}  # noqa: E731
@@ -205,6 +225,7 @@ def test_flat_training_is_measured_in_pairs(tmp_path, monkeypatch, capsys):
     plain, noisy = rows[:2]
     assert plain["loss"] != noisy["loss"] and [each["sigma"] for each in plain["noise"]] == [0.8]
     assert plain["noise"][0]["loss"] != plain["loss"] and plain["loss"] != rows[2]["loss"]
+    assert len({str(row["budget"]) for row in rows}) == 1
     check_provenance(plain, "flat", tmp_path)
     monkeypatch.setattr(flat, "measure", None)  # what is there is not measured again
     flat.main(given)
@@ -214,6 +235,26 @@ def test_flat_training_is_measured_in_pairs(tmp_path, monkeypatch, capsys):
     assert "flat minus plain" in shown and f"{means[0]:.3f} ±" in shown and f"{means[1] - means[0]:.3f} ±" in shown
     with pytest.raises(UserError, match="sizes of noise are above 0"):
         flat.main(flags(tmp_path, "--sigmas", "0"))
+
+
+def pair_line(task: str, steps: int, sigma: float, **more: Any) -> dict[str, Any]:
+    budget = {"steps": steps, "batch_size": 4, "train_rows": 16}
+    noise = [{"sigma": 0.5, "loss": 1.0}]
+    values = {"loss": 1.0 + sigma, "score": 50.0, "processor_seconds": 1.0, "noise": noise, "metric": "accuracy"}
+    names = {"task": task, "method": "m", "config": "c", "rate": 0.1, "seed": 0, "budget": budget, "sigma": sigma}
+    return {**names, "sigmas": [0.5], "draws": 1, **values, **more}
+
+
+def test_flat_training_has_a_table_for_every_task_and_budget():
+    known = [pair_line(task, steps, sigma) for task, steps in (("t", 5), ("t", 6), ("u", 5)) for sigma in (0.0, 0.5)]
+    for row in known[-2:]:
+        row |= {"config": "of another task", "sigmas": [0.5, 0.7]}
+    found = flat.tables([pair_line("t", 5, 0.0, draws=9), *known])
+    assert [table.title for table in found] == [
+        f"Flat training: {task}, {steps} steps of 4, 16 rows" for task, steps in (("t", 5), ("t", 6), ("u", 5))
+    ]
+    assert [list(table.columns[3].cells) for table in found] == [["1"]] * 3
+    assert ["1 lines of other settings" in str(table.caption) for table in found] == [True, False, False]
 
 
 def point(label: str, size: int, loss: float | None) -> Point:
@@ -235,6 +276,191 @@ def test_lines_of_old_defaults_are_left_out_and_other_budgets_are_apart():
     found = by_budget([*rows, other, third])  # the last line's budget is not the one with most lines
     assert {name: len(group) for name, group in found.items()} == {"t": 3, "t-steps-1": 2, "t-head_rate-0.2": 1, "u": 1}
     assert latest(found["t"]) == ([rows[2], rows[3]], 1)
+
+
+def test_a_budget_that_says_more_than_the_usual_one_or_less_has_a_name_of_its_own():
+    row = {"task": "t", "budget": {"steps": 5, "source": "a"}}
+    other = {"task": "t", "budget": {"steps": 5}}
+    assert by_budget([row, row, other]) == {"t": [row, row], "t-source-usual": [other]}
+    assert by_budget([row, other, other]) == {"t": [other, other], "t-source-a": [row]}
+
+
+def rate_line(method: str, rate: float, seed: int, loss: float | None) -> dict[str, Any]:
+    budget = {"steps": 5, "batch_size": 4, "train_rows": 16}
+    names = {"task": "t", "method": method, "name": "lora", "config": "c", "budget": budget}
+    return {**names, "rate": rate, "seed": seed, "loss": loss, "coefficients": 7}
+
+
+def test_rates_are_compared_by_the_seeds_that_all_have(tmp_path, monkeypatch):
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr("benchmarks.quality.report.plot_rates", lambda rows, title, path: drawn.extend(rows))
+    rows = [
+        *(rate_line("some", 0.1, seed, loss) for seed, loss in ((0, 0.5), (4, 0.1))),
+        rate_line("some", 0.2, 0, 0.4),
+        *(rate_line("lost", rate, seed, 0.3 + seed) for rate in (0.1, 0.2) for seed in (0, 1)),
+        rate_line("lost", 0.3, 0, None),  # after which no further seeds are trained
+        *(rate_line("none", rate, seed, 0.6) for rate, seed in ((0.1, 0), (0.2, 1))),
+    ]
+    (table,), _ = report_rates(rows, tmp_path)
+    assert list(zip(*(column.cells for column in table.columns))) == [
+        ("some", "7", "0 (of 2)", "0.500", "[bold]0.400[/bold]", "", "0.2"),
+        ("lost", "7", "0, 1", "[bold]0.800[/bold]", "[bold]0.800[/bold]", "diverged", "0.1, 0.2"),
+        ("none", "7", "2, other ones at each rate", "[bold]0.600[/bold]", "[bold]0.600[/bold]", "", "0.1, 0.2"),
+    ]
+    assert drawn == [rows[0], *rows[2:]]
+
+
+def test_lines_are_of_a_model_and_data(tmp_path, measured, monkeypatch):
+    class Other(TinyTask):
+        def fresh_model(self):
+            model = super().fresh_model()
+            nn.init.ones_(model.query.weight)
+            nn.init.normal_(model.head.weight)
+            return model
+
+    class Rows(TinyTask):
+        def trainer_arguments(self, model):
+            found = super().trainer_arguments(model)
+            return {**found, "train_dataset": found["train_dataset"][::-1]}
+
+    class Elsewhere(Tiny):
+        def load(self, training):
+            return {"other": Other, "rows": Rows}.get(self.sources.sst2_model, TinyTask)(
+                ModelArguments(), None, training
+            )
+
+    monkeypatch.setitem(runs.TASKS, "tiny", Elsewhere)
+    monkeypatch.setattr(Elsewhere, "known_source", Tiny(Sources()).source)
+    given = flags(tmp_path, "--methods", NOLA, "--rates", "1e-2", "--sst2_model")
+    for count, where in enumerate(("here", "other", "rows"), start=1):
+        for _ in range(2):
+            learning_rates.main([*given, where])
+        assert len(measured) == count
+    learning_rates.main([*given, "there"])  # where files lie changes nothing
+    assert len(measured) == 3
+    rows = lines.read(tmp_path / "learning_rates.jsonl")
+    assert "source" not in rows[0]["budget"] and len({row["budget"].get("source") for row in rows}) == 3
+    tables, files = report_rates(rows, tmp_path)
+    assert len(tables) == len(set(files)) == 3 and f"model and data {rows[1]['budget']['source']}" in str(
+        tables[1].title
+    )
+
+
+def test_a_source_is_told_by_values_alone():
+    weights, rows = [torch.ones(2), torch.zeros(3)], [{"a": [1, 2], "b": "x"}, {"a": [3], "b": "y"}]
+    found = digest_of(weights, rows, [])
+    assert found == digest_of(weights[::-1], [{"b": "x", "a": torch.tensor([1, 2])}, rows[1]], []) and len(found) == 12
+    others = [digest_of(weights, [], rows), digest_of(weights, rows[::-1], []), digest_of(weights[:1], rows, [])]
+    others += [
+        digest_of([*weights[:1], torch.zeros(1, 3)], rows, []),
+        digest_of(weights, [rows[0], {**rows[1], "b": "z"}], []),
+    ]
+    assert len({found, *others}) == 6
+    assert source_entry("a", "a") == {} and source_entry("b", "a") == {"source": "b"}
+
+
+def test_soups_are_of_adapters_of_the_same_options_model_data_and_scores(tmp_path, monkeypatch):
+    trained: list[dict[str, Any]] = []
+
+    def trainings(tasks, methods, seeds):
+        def run(method):
+            trained.append(method.options)
+            return RunResult(method.label, 0, validation_loss=1.0, metrics={"accuracy": 50.0})
+
+        return {
+            f"{each.folder}-seed{seed}": (lambda folder, each=each: run(each)) for each in methods for seed in seeds
+        }
+
+    monkeypatch.setattr(soup, "trainings", trainings)
+    monkeypatch.setattr(soup, "held_out", lambda *_: None)
+    monkeypatch.setattr(soup, "best_adapter", lambda model, places, rows: SimpleNamespace(losses=[1.0] * len(places)))
+    task = TinyTask(ModelArguments(), None, TrainingArguments(str(tmp_path), use_cpu=True))
+
+    def first(bases: int, source: str = soup.KNOWN_SOURCE, **more: Any) -> dict[str, Any]:
+        given = {"seeds": [0], "adapters": str(tmp_path / "adapters"), "output": str(tmp_path), **more}
+        args = soup.Arguments("model", "data", **given)
+        methods = parse_methods([f"{{name: nola, label: same, num_basis: {bases}, target_modules: [query]}}"])
+        return next(soup.measure(args, task, "same", methods, source, ["x"]))
+
+    row = first(8)
+    assert "source" not in row["budget"]
+    for other in (lambda: first(4), lambda: first(8, "of another model"), lambda: first(8, eval_samples=9)):
+        count = len(trained)
+        row = other()
+        assert len(trained) == count + 1 and trained[-1] == row["options"]
+        other()
+        assert len(trained) == count + 1  # the line is there
+    (tmp_path / "soup.jsonl").unlink()
+    first(4)
+    assert len(trained) == 4  # and so are the adapters
+
+
+def test_noise_is_measured_on_a_network_and_images():
+    def recipe(scale: float, images: int, digits: bool = False) -> Any:
+        def fresh(seed: int) -> nn.Module:
+            model = nn.Linear(2, 2, bias=False).requires_grad_(False)
+            nn.init.constant_(model.weight, scale)
+            return model
+
+        rows = [{"pixel_values": torch.ones(2), "labels": number} for number in range(images)]
+        problem = SimpleNamespace(fresh=fresh, train=[rows], test=[rows])
+        return SimpleNamespace(problem=problem, quickstart=SimpleNamespace(digits=digits))
+
+    found = [brainwash.source_of(recipe(*given)) for given in ((1.0, 3), (2.0, 3), (1.0, 4))]
+    assert len(set(found)) == 3 and found[0] == brainwash.source_of(recipe(1.0, 3))
+    assert brainwash.source_of(recipe(1.0, 3, True)) == brainwash.source_of(recipe(2.0, 3, True))
+
+
+def test_lines_are_apart_by_what_their_settings_differ_in():
+    rows = [{"budget": {"steps": steps, "rate": 1}, "n": number} for number, steps in enumerate((5, 6, 6))]
+    assert lines.apart(rows, "budget") == {"steps 6": rows[1:], "steps 5": rows[:1]}
+    assert lines.apart(rows[1:], "budget") == {"": rows[1:]} and lines.apart(rows, "none") == {"": rows}
+    assert lines.apart([*rows[1:], {"n": 3}], "budget") == {"steps 6, rate 1": rows[1:], "": [{"n": 3}]}
+
+
+def cells(table: Any) -> list[tuple[Any, ...]]:
+    return list(zip(*(column.cells for column in table.columns)))
+
+
+def test_tables_have_lines_of_one_budget():
+    row = {"method": "m", "budget": {"steps": 5}, "seed": 0, "loss": 1.0, "rows": 2}
+    usual, other = report.tables(
+        "any", [row, {**row, "seed": 1, "loss": 3.0}, {**row, "budget": {"steps": 6}, "loss": 7.0}]
+    )
+    assert (usual.title, other.title) == ("any, steps 5", "any, steps 6")
+    assert cells(usual)[0][-1].startswith("2.0") and cells(other)[0][-1].startswith("7.0")
+    (sizes,) = report.tables("any", [row, {**row, "rows": 4, "loss": 3.0}])
+    assert [each[:2] for each in cells(sizes)] == [("m", "2"), ("m", "4")]
+
+    names = {"method": "m", "pool": "all", "kind": "best single", "adapters": 9, "options": {"r": 1}, "loss": 1.0}
+    found = [
+        {**names, "budget": {"shots": shots}, "data_seed": seed, "accuracy": 50.0 + shots}
+        for shots, seed in ((10, 0), (10, 1), (20, 0))
+    ]
+    old = {**found[0], "options": {"r": 2}, "accuracy": 0.0, "data_seed": 7}
+    few, many = soup.tables([old, *found])
+    assert "shots 10" in str(few.title) and "shots 20" in str(many.title)
+    assert [cells(table)[0][4] for table in (few, many)] == ["2", "1"] and cells(few)[0][5].startswith("60.00")
+    assert few.caption == "1 lines of other options are left out" and many.caption is None
+
+    sizes_of = {"method": "m", "way": "soup", "adapter_bytes": 1e6, "gguf_file": "", "target_modules": ["a"]}
+    grown = [
+        {**sizes_of, "adapters": 2, "model_name_or_path": name, "grown_bytes": 1e6 * n} for n, name in enumerate("xy")
+    ]
+    assert [(table.title, cells(table)[0][-1]) for table in soup_memory.tables(grown)] == [
+        (f"Memory (MB) that making one adapter of many takes at most, model_name_or_path {name}", f"{n}")
+        for n, name in enumerate("xy")
+    ]
+
+
+def test_scaling_has_a_table_and_a_plot_for_every_budget(tmp_path, monkeypatch):
+    plotted = {}
+    monkeypatch.setattr(scaling, "plot", lambda rows, path: plotted.update({path.name: len(rows)}))
+    known = lines.read(lines.RESULTS / "scaling.jsonl")[:3]
+    other = {**known[0], "budget": {**known[0]["budget"], "tokens": 7}}
+    tables, files = report.REPORTERS["scaling"]([*known, other], tmp_path)
+    assert [table.row_count for table in tables] == [3, 1] and "tokens 7" in str(tables[1].title)
+    assert files == list(plotted) == ["scaling.png", "scaling-tokens-7.png"]
 
 
 def test_a_head_alone_is_no_contestant_where_there_is_none(tmp_path, measured, monkeypatch):

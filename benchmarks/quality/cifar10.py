@@ -23,6 +23,7 @@ class Cifar10(QualityTask):
     batch_size = 16
     eval_batch_size = 50
     metric = "accuracy"
+    known_source = "a30927316c2c"
 
     def load(self, training: TrainingArguments) -> Task:
         source = image_classification.ModelArguments(self.sources.need("cifar10_model"), image_size=56)

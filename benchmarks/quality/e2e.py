@@ -20,6 +20,7 @@ class E2E(QualityTask):
     batch_size = 8
     eval_batch_size = 16
     sampling = "group_by_length"
+    known_source = "a75bfa3c9e71"
 
     def load(self, training: TrainingArguments) -> Task:
         source = causal_lm.ModelArguments(self.sources.need("e2e_model"), gguf_file=self.sources.e2e_gguf)

@@ -11,15 +11,10 @@ from rich.table import Table
 from peft_ext.presentation import spread
 
 from .figures import plot_front, plot_rates
-from .runs import TASKS
-from .summary import Row, by, by_budget, chosen, front, latest, mean_loss, points
+from .runs import title_of
+from .summary import Row, at_same_seeds, by, by_budget, chosen, front, latest, mean_loss, points
 
 _TOLERANCE = 1.05  # "about as good as the best rate"
-
-
-def _title(line: Row) -> str:
-    name = TASKS[line["task"]].title if line["task"] in TASKS else line["task"]
-    return name + ", {steps} steps of {batch_size}, {train_rows} rows".format(**line["budget"])
 
 
 def _note(left_out: int) -> str | None:
@@ -27,10 +22,13 @@ def _note(left_out: int) -> str | None:
 
 
 def report_rates(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[str]]:
-    """Returns a table of losses at every rate for every task, and draws the curves."""
+    """Returns a table of losses at every rate for every task, and draws the curves.
+
+    The rates of a contestant are compared by the seeds that all of them have.
+    """
     tables, files = [], []
     for stem, group in by_budget(rows).items():
-        title, (of_task, left_out) = _title(group[0]), latest(group)
+        title, (of_task, left_out) = title_of(group[0]), latest(group)
         rates = sorted({row["rate"] for row in of_task})
         table = Table(title=f"Loss at each rate: {title}", caption=_note(left_out), title_justify="left")
         for heading in (
@@ -41,17 +39,27 @@ def report_rates(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list[s
             "within 5 % of its best",
         ):
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
-        for label, runs in by(of_task, "method").items():
+        drawn = []
+        for label, of_label in by(of_task, "method").items():
+            runs, seeds = at_same_seeds(of_label)
+            drawn += runs
             losses = {rate: mean_loss(of_rate) for rate, of_rate in sorted(by(runs, "rate").items())}
             best = min(losses.values())
             good = [f"{rate:g}" for rate, loss in losses.items() if math.isfinite(best) and loss <= _TOLERANCE * best]
             cells = [_loss_cell(losses.get(rate), best) for rate in rates]
-            seeds = str(len({row["seed"] for row in runs}))
-            table.add_row(label, f"{runs[-1]['coefficients']:,}", seeds, *cells, ", ".join(good) or "none")
+            used = _seeds_cell(seeds, len({row["seed"] for row in of_label}))
+            table.add_row(label, f"{runs[-1]['coefficients']:,}", used, *cells, ", ".join(good) or "none")
         tables.append(table)
         files.append(f"learning-rates-{stem}.png")
-        plot_rates(of_task, title, folder / files[-1])
+        plot_rates(drawn, title, folder / files[-1])
     return tables, files
+
+
+def _seeds_cell(seeds: Sequence[int], count: int) -> str:
+    """Returns the seeds by which rates are compared, and of how many they are where others are left out."""
+    if not seeds:
+        return f"{count}, other ones at each rate"
+    return ", ".join(map(str, seeds)) + (f" (of {count})" if len(seeds) < count else "")
 
 
 def _loss_cell(loss: float | None, best: float) -> str:
@@ -66,7 +74,7 @@ def report_quality(rows: Sequence[Row], folder: Path) -> tuple[list[Table], list
     """Returns a table of all points for every task, from few bytes to many, and draws the fronts."""
     tables, files = [], []
     for stem, group in by_budget(rows).items():
-        title, (of_task, left_out) = _title(group[0]), chosen(group)
+        title, (of_task, left_out) = title_of(group[0]), chosen(group)
         found = points(of_task)
         score = next((row["metric"] for row in of_task if row.get("metric")), None)
         best = {name: front([point for point in found if point.size], name) for name in ("loss", "score")}

@@ -12,6 +12,7 @@ from typing import Any
 
 from recipes.support.arguments import UserError, hint
 from recipes.support.methods import HEAD, Method
+from recipes.tasks.base import Task
 
 from .. import lines
 from .cifar10 import Cifar10
@@ -57,7 +58,7 @@ class Run:
         return {
             "task": self.task.name,
             "method": self.method.label,
-            "config": _digest(self.task, self.method),
+            "config": config_digest(self.task.task, self.method),
             "rate": self.rate,
             "seed": self.seed,
             "budget": self.task.budget,
@@ -97,9 +98,9 @@ class Run:
         return row
 
 
-def _digest(task: QualityTask, method: Method) -> str:
+def config_digest(task: Task, method: Method) -> str:
     """Tells configurations apart, with the defaults of the options that are not given."""
-    config: Any = method.config(task.task.task_type, 0, task.task.head)
+    config: Any = method.config(task.task_type, 0, task.head)
     fields = asdict(config)
     if fields.get("factors_version", 0) is None:
         del fields["factors_version"]  # lines from before there was such a field are of the same configurations
@@ -109,6 +110,13 @@ def _digest(task: QualityTask, method: Method) -> str:
         default=lambda value: sorted(value) if isinstance(value, set) else str(value),
     )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def title_of(line: dict[str, Any]) -> str:
+    """Returns what tables and plots call the task and the budget of a line."""
+    name, budget = TASKS[line["task"]].title if line["task"] in TASKS else line["task"], line["budget"]
+    other = f", model and data {budget['source']}" if "source" in budget else ""
+    return name + other + ", {steps} steps of {batch_size}, {train_rows} rows".format(**budget)
 
 
 def load(args: RunArguments, sources: Sources) -> tuple[list[QualityTask], list[Contestant]]:

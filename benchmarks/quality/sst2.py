@@ -21,6 +21,7 @@ class Sst2(QualityTask):
     batch_size = 16
     sampling = "group_by_length"
     metric = "accuracy"
+    known_source = "36d28ec0594e"
 
     def load(self, training: TrainingArguments) -> Task:
         source = inputs.ModelArguments(self.sources.need("sst2_model"))

@@ -25,9 +25,23 @@ def by_budget(rows: Iterable[Row]) -> dict[str, list[Row]]:
         most, *others = sorted(budgets.values(), key=len, reverse=True)
         found[task] = most
         for group in others:
-            differences = group[0]["budget"].items() - most[0]["budget"].items()
-            found["-".join([task, *(f"{name}-{value}" for name, value in sorted(differences))])] = group
+            budget, usual = group[0]["budget"], most[0]["budget"]
+            names = [name for name in sorted({*budget, *usual}) if budget.get(name) != usual.get(name)]
+            found["-".join([task, *(f"{name}-{budget.get(name, 'usual')}" for name in names)])] = group
     return found
+
+
+def at_same_seeds(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """Returns the lines of one contestant at the seeds that all of its rates have, and these seeds.
+
+    A rate that diverged stays so with any seeds: it keeps all of its lines, and decides nothing for the others. Where
+    no seed is common to those, all lines are returned, and no seeds.
+    """
+    rates = by(rows, "rate")
+    lost = {rate for rate, of_rate in rates.items() if math.isinf(mean_loss(of_rate))}
+    seeds = [{row["seed"] for row in of_rate} for rate, of_rate in rates.items() if rate not in lost]
+    common = set.intersection(*seeds or [{row["seed"] for row in rows}])
+    return [row for row in rows if not common or row["rate"] in lost or row["seed"] in common], sorted(common)
 
 
 def latest(rows: Sequence[Row], *names: str) -> tuple[list[Row], int]:

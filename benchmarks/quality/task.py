@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 from recipes.support.arguments import UserError
 from recipes.tasks.base import Task
 
+from ..sources import source_entry, source_of
+
 
 @dataclass
 class Sources:
@@ -55,6 +57,7 @@ class QualityTask(ABC):
         eval_batch_size: rows of a batch of the evaluation.
         sampling: the Trainer's strategy: texts of like length together have little padding.
         metric: the score beside the loss, if there is one; higher is better.
+        known_source: the `source` of the lines that do not say theirs.
         schedule: warm-up steps, the head's own learning rate and the clipping of gradients; the head's rate does not
             follow the searched one, so that a curve over rates shows the adapter alone.
 
@@ -71,6 +74,7 @@ class QualityTask(ABC):
     eval_batch_size: ClassVar[int] = 48
     sampling: ClassVar[str] = "random"
     metric: ClassVar[str | None] = None
+    known_source: ClassVar[str | None] = None
     warmup_steps: ClassVar[int] = 10
     head_rate: ClassVar[float] = 1e-3
     max_grad_norm: ClassVar[float] = 1.0
@@ -108,6 +112,11 @@ class QualityTask(ABC):
         return self.load(self.training)
 
     @cached_property
+    def source(self) -> str:
+        """Tells base model and data from others, by the rows that are drawn when it is first asked for."""
+        return source_of(self.task)
+
+    @cached_property
     def _rows(self) -> dict[str, list[Any]]:
         found = self.task.trainer_arguments(self.task.fresh_model())
         # Read once: images are decoded, and texts encoded, when they are read.
@@ -119,10 +128,14 @@ class QualityTask(ABC):
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What every contestant has: part of what tells results apart."""
+        """What every contestant has, model and data among it: part of what tells results apart."""
         sizes = {name.removesuffix("_dataset") + "_rows": len(rows) for name, rows in self._rows.items()}
         names = ("steps", "batch_size", "sampling", "warmup_steps", "head_rate", "max_grad_norm")
-        return {**{name: getattr(self, name) for name in names}, **sizes}
+        return {
+            **{name: getattr(self, name) for name in names},
+            **sizes,
+            **source_entry(self.source, self.known_source),
+        }
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
