@@ -8,7 +8,8 @@ It verifies unlearning ledgers too.
     peft-ext export FOLDER OUT
     peft-ext ledger verify FOLDER
 
-A folder of a checkpoint can also be the id of a repository on the hub, `user/name`. `--json` prints one JSON object:
+A folder of a checkpoint can also be the id of a repository on the hub, `user/name`; `--revision` names its branch, tag
+or commit. `--json` prints one JSON object:
 
 - inspect: what `peft_ext.adapters.inspection.inspect` returns;
 - verify: `folder`, `identity`, `verified` (sentences) and `unexplained` (names of tensors that only `--base` explains);
@@ -139,7 +140,7 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize(options: argparse.Namespace) -> dict[str, Any]:
-    saved = read(options.folder, options.revision)
+    saved = read(options.folder, options.revision, complete=True)
     verify(saved)
     return quantize(saved, options.out, options.dtype, options.overwrite)
 

@@ -108,3 +108,12 @@ def _is_of(value: Any, hint: Any) -> bool:
     if origin in (list, tuple, Sequence):
         return isinstance(value, (list, tuple, set)) and all(_is_of(item, arguments[0]) for item in value)
     return isinstance(value, origin or hint)
+
+
+def check_default(config: Any, name: str, why: str) -> None:
+    """Raises a ValueError, which says why, if a field that has no meaning beside the others was changed."""
+    (declared,) = (each for each in dataclasses.fields(config) if each.name == name)
+    default = declared.default if declared.default_factory is dataclasses.MISSING else declared.default_factory()
+    value = getattr(config, name)
+    if value != default:
+        raise ValueError(f"`{name}` must be {default!r}, its default, {why}, got {value!r}.")

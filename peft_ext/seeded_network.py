@@ -195,7 +195,7 @@ class SeededNetwork(nn.Module):
         for module, attribute, name in self._slots:
             own = modules[names[module]]
             delattr(own, attribute)
-            own.register_parameter(attribute, parameters[name])
+            setattr(own, attribute, parameters[name])  # recurrent modules notice it, and keep a list of their own
         return network
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peft_ext
+from peft_ext.__main__ import main
 from peft_ext.adapters.trainer import DescribingTrainer
 
 torch.set_num_threads(1)  # as in the tests: the order of sums depends on it
@@ -117,6 +118,8 @@ def publish(folder: str) -> dict[str, Any]:
     network(1).push_to_hub("ann/secret-network", private=True)
 
     peft_ext.push_to_hub(several(), "ann/several")
+    hub.upload_file(path_or_fileobj=b"words", path_in_repo="tokenizer.json", repo_id="ann/several")
+    hub.upload_file(path_or_fileobj=b"numbers", path_in_repo="training_args.bin", repo_id="ann/several")
 
     adapter("NOLA", 1).push_to_hub("ann/theirs")
     told["theirs"] = Path(hub.hf_hub_download("ann/theirs", "README.md")).read_text()
@@ -153,6 +156,8 @@ def load(folder: str) -> dict[str, Any]:
     model.set_adapter("other")
     torch.save(logits(model, "NOLA"), Path(folder, "several.pt"))
 
+    main(["quantize", "ann/several", str(Path(folder, "fewer")), "--dtype", "int8", "--revision", "main"])
+
     def secret(token: str | None) -> str:
         return error_of(lambda: PeftModel.from_pretrained(base("NOLA"), "ann/secret", token=token))
 
@@ -161,6 +166,7 @@ def load(folder: str) -> dict[str, Any]:
 
     return {
         "given": torch.equal(logits(given, "NETWORK"), torch.load(Path(folder, "NETWORK main.pt"))),
+        "fewer": sorted(path.name for path in Path(folder, "fewer").iterdir()),
         "secret": [secret(token) for token in (None, "hf_bob", "hf_ann")],
         "secret network": [secret_network(token) for token in (None, "hf_bob", "hf_ann")],
         "no token": error_of(lambda: peft_ext.push_to_hub(adapter("NOLA"), "ann/nola")),

@@ -96,6 +96,8 @@ def identity(config: Mapping[str, Any], modules: Sequence[Sequence[Any]]) -> dic
     if fields["method"] == "PRANC" and fields["apply_to"] in ("weight", None):
         for name in ("alpha", "apply_to", "r"):
             del fields[name]
+    if config.get("ensure_weight_tying"):
+        fields["ensure_weight_tying"] = True
     described = {}
     for name, value in fields.items():
         text = canonical(value)
@@ -447,9 +449,20 @@ def read_adapter(
         labelled = [(f"coefficients {i}", tensors[name], types[name]) for i, name in enumerate(keys)]
         assert record["coefficients"] == checksum(labelled)
         found = {module.name: as_float32(tensors.pop(n), types[n]).reshape(-1) for module, n in zip(own, keys)}
-    labelled = [(name.rpartition(".")[2], tensor, types[name]) for name, tensor in tensors.items()]
-    assert record["others"] == checksum(labelled)
+    whole = [name for name in tensors if trained_whole(config, name)]
+    assert record["others"] == checksum((name.rpartition(".")[2], tensors[name], types[name]) for name in whole)
     return {module.name: found.get(module.name, found[modules[0].name]) for module in modules}, tensors
+
+
+def trained_whole(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor beside the coefficients was trained whole; others repeat weights of the base model."""
+    parts = name.split(".")
+    if config.get("bias", "none") != "none" and parts[-1] == "bias":
+        return True
+    return bool({*parts} & {*(config.get("modules_to_save") or [])}) and not {*parts} & {
+        "modules_to_save",
+        "original_module",
+    }
 
 
 def base_weight(matrix: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:

@@ -54,6 +54,11 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         },
     ),
     "nola-llama": ("llama", NolaConfig, {"r": 2, "num_basis": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "nola-tied": (
+        "tied",
+        NolaConfig,
+        {"r": 2, "num_basis": 4, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
     "nola-experts": (
         "experts",
         NolaConfig,
@@ -286,4 +291,6 @@ def rebuilt_weights(case: str, folder: Path) -> dict[str, np.ndarray]:
         found[module.name.removesuffix(".weight") + ".weight"] = base_weight(matrix, kind, shape)
         if len(bias):
             found[f"{module.name}.bias"] = bias
+    if config.get("ensure_weight_tying"):
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
     return found

@@ -652,3 +652,53 @@ def test_random_rows_of_a_resized_vocabulary(tmp_path: Path) -> None:
     other.resize_token_embeddings(other.config.vocab_size + 2, mean_resizing=False)
     with pytest.raises(ValueError, match="holds embeddings that are no part of it .*`modules_to_save`"):
         PeftModel.from_pretrained(other, str(tmp_path / "adapter"))
+
+
+# Names, and what cannot be loaded again
+
+
+@one_of_each
+def test_an_adapter_may_be_called_like_its_method(method: str, tmp_path: Path) -> None:
+    base, name = tiny_models.llama(), f"{lower(method)}_v1"
+    model = get_peft_model(base, config_of(method, target_modules=["q_proj"], modules_to_save=["lm_head"]), name).eval()
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path / name), name).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(tiny_models.tokens(2)).logits, model(tiny_models.tokens(2)).logits)
+
+
+@one_of_each
+def test_an_adapter_with_the_name_of_modules_does_not_empty_the_files_of_others(method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method)
+    model.save_pretrained(str(tmp_path))
+    written = (tmp_path / "adapter_model.safetensors").read_bytes()
+    model.add_adapter("self_attn", config_of(method, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match="'default' cannot be saved beside 'self_attn': modules of the model have"):
+        model.save_pretrained(str(tmp_path), selected_adapters=["default"])
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == written
+
+
+@one_of_each
+def test_coefficients_that_are_not_finite(method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method)
+    first = next(iter(coefficients_of(model).values()))
+    first.data[0] = 1e6
+    model.peft_config["default"].coefficient_dtype = "float16"
+    with pytest.raises(ValueError, match="Coefficients of up to 1e.06 are infinite in float16"):
+        model.save_pretrained(str(tmp_path))
+    model.peft_config["default"].coefficient_dtype = "float32"
+    first.data[0] = torch.nan
+    with pytest.warns(UserWarning, match="coefficients are not finite: what is saved cannot be loaded again"):
+        model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="must be finite"):
+        PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path))
+
+
+@one_of_each
+def test_an_adapter_of_the_same_name_in_other_modules(method: str, tmp_path: Path) -> None:
+    base = tiny_models.llama()
+    trained(base, method).save_pretrained(str(tmp_path))
+    for other in (["q_proj", "k_proj"], ["k_proj"]):
+        with pytest.raises(ValueError, match="has an adapter 'default' already, in '.*v_proj|q_proj'.*`unload\\(\\)`"):
+            get_peft_model(base, config_of(method, target_modules=other))
+    get_peft_model(base, config_of(method, target_modules=["q_proj", "v_proj", "k_proj"]))

@@ -271,9 +271,10 @@ def test_winners_are_exactly_k_and_have_their_gradient() -> None:
     [
         NolaConfig(r=3, num_basis=20, target_modules=["first"], seed=1),
         McncConfig(r=3, k=2, d=20, widths=[8], target_modules=["first"], seed=1),
+        PrancConfig(r=3, num_coefficients=12, apply_to="factors", target_modules=["first"], seed=1),
         LoraConfig(r=3, lora_alpha=3, target_modules=["first"]),
     ],
-    ids=["nola", "mcnc", "lora"],
+    ids=["nola", "mcnc", "pranc", "lora"],
 )
 def test_winners_on_the_units_of_an_update(config: PeftConfig) -> None:
     model = adapted(config)
@@ -321,7 +322,7 @@ def test_winners_in_a_whole_network() -> None:
 
 
 def test_winners_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no units to choose from: the model has no update that is a product B A"):
+    with pytest.raises(ValueError, match="no update that is a product B A.* and PRANC with apply_to='factors'"):
         KWinners(adapted(PrancConfig(num_coefficients=10, target_modules=["first"])), 2)
     with pytest.raises(ValueError, match="no units to choose from: the model has no module whose name contains 'gelu'"):
         KWinners(Classifier(), 2, "gelu")

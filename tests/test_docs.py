@@ -86,6 +86,13 @@ def test_every_page_is_in_the_navigation():
     assert written - pages(settings["nav"]) == set()
 
 
+def test_the_guide_links_every_page():
+    guide = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([^)#]+)", guide))
+    written = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert written - linked - {"index.md"} == set()
+
+
 def test_the_citation_is_of_this_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == peft_ext.__version__
 

@@ -177,6 +177,12 @@ def test_errors_are_those_of_the_client(published: Session, loaded: Session) -> 
     assert "`folder` must be a folder or the id of a repository on the hub" in loaded.told["no name"]
 
 
+def test_quantizing_from_the_hub_takes_small_files_along(loaded: Session) -> None:
+    expected = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
+    assert loaded.told["fewer"] == expected
+    assert not any("ann/several/resolve" in path and "training_args" in path for _, path in loaded.requests)
+
+
 def test_several_adapters(hub: hub_server.Hub, loaded: Session) -> None:
     first, second = card(hub, "ann/several"), card(hub, "ann/several", path="other/README.md")
     assert described_once(first) and described_once(second)

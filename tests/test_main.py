@@ -238,6 +238,20 @@ def test_verify_with_a_base_of_another_number_of_classes(run: Any, tmp_path: Pat
     assert code == 1 and "`target_shapes`" in err
 
 
+@pytest.mark.parametrize("trained_on", [torch.float16, torch.float32])
+def test_base_weights_that_have_no_fingerprint(trained_on: torch.dtype, run: Any, tmp_path: Path) -> None:
+    """Nothing is said of whether they are the same, be they so or not."""
+    config = NolaConfig(r=2, num_basis=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_models.llama().to(trained_on), config).save_pretrained(str(tmp_path / "adapter"))
+    other = tiny_models.llama()
+    for parameter in other.parameters():
+        parameter.data *= 2
+    other.half().save_pretrained(tmp_path / "base")
+    code, out, _ = run("verify", tmp_path / "adapter", "--base", tmp_path / "base")
+    assert code == 0 and "It fits" in out and "that it was trained on" not in out
+    assert "float16, quantized and sharded weights have none: whether they are the same cannot be told" in out
+
+
 # quantize
 
 
@@ -274,6 +288,44 @@ def test_quantize_keeps_biases_heads_and_the_text_of_a_card(run: Any, tmp_path: 
     for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters()):
         assert torch.equal(a, b) or "coefficients" in name
     assert "Trained with care." in (tmp_path / "two" / "README.md").read_text()
+
+
+def test_quantize_copies_what_holds_no_tensors(run: Any, tmp_path: Path) -> None:
+    config = NolaConfig(r=2, num_basis=4, target_modules=["q_proj"])
+    get_peft_model(tiny_models.llama(), config).save_pretrained(str(tmp_path / "one"))
+    beside = ["tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "LICENSE"]
+    of_a_run = ["trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "x.safetensors.index.json"]
+    for name in beside + of_a_run:
+        (tmp_path / "one" / name).write_text(name)
+    (tmp_path / "one" / "checkpoint-1").mkdir()
+    assert run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "int8")[0] == 0
+    own = {"README.md", "adapter_config.json", WEIGHTS}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {*beside, *own}
+    assert all((tmp_path / "two" / name).read_text() == name for name in beside)
+
+
+def test_quantize_refuses_a_type_that_is_too_small(run: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_models.llama(), PrancConfig(num_coefficients=20, target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(1e5)
+    model.save_pretrained(str(tmp_path / "one"))
+    code, _, err = run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "float16")
+    assert code == 1 and "got 'float16', in which 20 of them would be infinite: the largest is 1e+05" in err
+    assert not (tmp_path / "two").exists()
+    assert run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "bfloat16")[0] == 0
+
+
+def test_quantize_writes_the_type_that_it_is_told_for_coefficients_in_float64(run: Any, tmp_path: Path) -> None:
+    config = NolaConfig(r=2, num_basis=4, target_modules=["q_proj"])
+    randomised(get_peft_model(tiny_models.llama().double(), config)).save_pretrained(str(tmp_path / "one"))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.nola_coefficients.values"
+    assert load_file(tmp_path / "one" / WEIGHTS)[name].dtype == torch.float64
+    code, out, _ = run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "bfloat16", "--json")
+    assert code == 0 and 0 < json.loads(out)["error"] < 0.01
+    assert load_file(tmp_path / "two" / WEIGHTS)[name].dtype == torch.bfloat16
+    assert run("verify", tmp_path / "two")[0] == 0
+    PeftModel.from_pretrained(tiny_models.llama(), str(tmp_path / "two"))
 
 
 def test_quantize_a_network(run: Any, tmp_path: Path) -> None:
@@ -463,6 +515,14 @@ def test_missing_files(command: str, run: Any, tmp_path: Path) -> None:
     for place in (tmp_path / "absent", tmp_path / "nothing", tmp_path / "lora", folder, "a/b/c"):
         code, out, err = run(command, place, *more)
         assert (code, out) == (2, "") and err.count("\n") == 1, place
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "quantize", "export"])
+def test_a_folder_has_no_revisions(command: str, run: Any, tmp_path: Path) -> None:
+    more = {"quantize": [tmp_path / "out", "--dtype", "int4"], "export": [tmp_path / "out"]}.get(command, [])
+    code, out, err = run(command, saved(tmp_path / "adapter"), *more, "--revision", "main")
+    assert (code, out) == (2, "") and "`revision` must be left out for a folder on this machine" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

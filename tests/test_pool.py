@@ -336,3 +336,84 @@ def test_without_the_adapter_that_it_was_made_from(tmp_path: Path) -> None:
     empty.model.delete_adapter("default")
     with pytest.raises(ValueError, match="'default', which the adapters of the pool are equal to, has been deleted"):
         empty.load({"bob": places["bob"]})
+
+
+def test_one_of_several_active_ones(tmp_path: Path) -> None:
+    """What the tuner takes for active is what the layers have on, whatever takes whose place."""
+    places = saved(tmp_path, "NOLA", ["ann", "bob", "cy"])
+    model, _ = pooled("NOLA", places)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                parameter.normal_()
+    alone, tuner = logits(model), model.base_model
+    tuner.set_adapter(["default", "ann"])
+    both = logits(model)
+
+    def active() -> set[tuple[str, ...]]:
+        layers = [layer for layer in model.modules() if isinstance(layer, tuner.tuner_layer_cls)]
+        return {tuple(tuner.active_adapters), *(tuple(layer.active_adapters) for layer in layers)}
+
+    model.merge_adapter(["bob"])
+    torch.testing.assert_close(logits(model), right(places, "bob"), rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert active() == {("default", "ann")}
+    torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-5)
+    model.merge_adapter(["bob"])
+    model.delete_adapter("ann")  # which was to be active again
+    model.unmerge_adapter()
+    assert active() == {("default",)}
+    tuner.set_adapter(["default", "cy"])
+    model.delete_adapter("cy")
+    assert active() == {("default",)} and model.active_adapter == "default"
+    torch.testing.assert_close(logits(model), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_one_that_takes_the_place_of_a_trained_one_is_frozen(tmp_path: Path) -> None:
+    places = saved(tmp_path / "in", "NOLA", ["ann", "bob"])
+    model, _ = pooled("NOLA", places)
+
+    def held(name: str) -> list[torch.nn.Parameter]:
+        return [parameter for path, parameter in model.named_parameters() if f".{name}." in path]
+
+    model.set_adapter("ann")
+    model.set_requires_grad("ann")
+    model(tiny_models.tokens(1)).logits.square().mean().backward()
+    gradients = [parameter.grad for parameter in held("ann")]
+    model.save_pretrained(str(tmp_path / "out"), selected_adapters=["bob"])  # for which it makes room for a while
+    assert all(parameter.requires_grad for parameter in held("ann"))
+    assert all(parameter.grad is gradient for parameter, gradient in zip(held("ann"), gradients))
+    model.set_adapter("bob")
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in held("bob"))
+
+
+def test_deleting_frees_memory(tmp_path: Path) -> None:
+    places = saved(tmp_path, "NOLA", ["ann"])
+    model, pool = pooled("NOLA", {name: places["ann"] for name in NAMES})
+    for name in NAMES[1:]:
+        model.delete_adapter(name)
+    storages = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes() for row in pool._rows.values()}
+    assert pool.nbytes == sum(storages.values())
+
+
+def test_coefficients_are_kept_in_float32_whatever_is_the_default(tmp_path: Path) -> None:
+    places = saved(tmp_path, "NOLA", ["ann"])
+    model = get_peft_model(tiny_models.llama(), config_of("NOLA")).eval()
+    pool = AdapterPool(model)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        pool.load(places)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.set_adapter("ann")
+    torch.testing.assert_close(logits(model), right(places, "ann"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "__base__", "keys"])
+def test_names_that_no_adapter_can_have(name: str, tmp_path: Path) -> None:
+    places = saved(tmp_path, "NOLA", ["ann"])
+    model = get_peft_model(tiny_models.llama(), config_of("NOLA"))
+    pool = AdapterPool(model)
+    with pytest.raises(ValueError, match=f"`places` must have names .* got {name!r}: "):
+        pool.load({name: places["ann"], "bob": places["ann"]})
+    assert not len(pool) and list(model.peft_config) == ["default"]

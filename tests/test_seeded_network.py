@@ -323,6 +323,18 @@ def test_plain_network(config: Config) -> None:
     assert sum(parameter.numel() for parameter in plain.parameters()) == SIZE
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_plain_recurrent_network(kind: type[nn.RNNBase]) -> None:
+    """Such modules keep a list of their weights beside their parameters."""
+    network = SeededNetwork(kind(4, 4), PrancConfig(num_coefficients=20, seed=3))
+    randomize(network)
+    x = torch.randn(3, 2, 4)
+    expected = network(x)[0]
+    for plain in (network.to_plain(), network.unwrap()):
+        torch.testing.assert_close(plain(x)[0], expected)
+        assert len(list(plain.parameters())) == 4
+
+
 def test_a_dense_basis_can_be_kept() -> None:
     streamed, kept = (SeededNetwork(Small(), CONFIGS["PRANC, dense"](), keep_basis=keep) for keep in (False, True))
     randomize(streamed)

@@ -31,6 +31,10 @@ def llama(layers: int = 2, **options: Any) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **options})).eval()
 
 
+def tied() -> transformers.LlamaForCausalLM:
+    return llama(tie_word_embeddings=True)
+
+
 def gpt2(layers: int = 2, **options: Any) -> transformers.GPT2LMHeadModel:
     torch.manual_seed(0)
     settings: dict[str, Any] = {

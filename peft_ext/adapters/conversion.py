@@ -6,25 +6,32 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
-import transformers
+import torch
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 
 from ..checkpoint import quantization
-from ..checkpoint.card import CARD_NAME
 from ..checkpoint.identity import checksum, write_record
 from ..checks import check_choice
 from ..files import check_writable, write_whole
 from ..tuners.description import NETWORK_CONFIG_NAME, describe
 from .saved import Saved
 
+_TENSORS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npy", ".npz", ".pkl"),
+    ".index.json",  # says in which file a tensor is
+)
+_NOT_COPIED = (CONFIG_NAME, NETWORK_CONFIG_NAME, "trainer_state.json")  # written anew, or of a run of the Trainer
+
 
 def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: bool = False) -> dict[str, Any]:
     """Saves an adapter or a network again, with its coefficients in another type.
 
-    The model card and other files of the checkpoint go with it, described anew.
+    The model card goes with it, described anew, and so do the other files of the folder that hold no tensors, such as
+    those of a tokenizer. Folders in it, and what a Trainer left there, do not.
 
     Args:
         saved: which is not changed.
@@ -37,7 +44,8 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         of the coefficients relative to theirs.
 
     Raises:
-        ValueError: another dtype, or coefficients that cannot be unpacked without the base model.
+        ValueError: another dtype, one in which coefficients become infinite, or coefficients that cannot be unpacked
+            without the base model. Nothing is written then.
         FileExistsError: `out` is the folder of the checkpoint, is not empty, or holds one of the other kind.
     """
     check_choice("dtype", dtype, quantization.DTYPES)
@@ -58,14 +66,15 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         packed = layout.pack(before, dtype)
         after, stored = layout.unpack(packed, dtype), {saved.packed: packed}
     else:
-        cast = [quantization.cast(each, dtype) for each in before]
+        cast = [each.to(getattr(torch, dtype)) for each in before]  # float64 too, which saving a model keeps
         after, stored = cast, dict(zip(saved.vectors, cast))
+    _check_range(before, after, dtype)
     record = {**saved.record, "dtype": dtype, "coefficients": checksum(saved.labelled(stored))}
     tensors = {**saved.others, **stored, saved.record_name: write_record(record)}
 
     path.mkdir(parents=True, exist_ok=True)
     for each in saved.folder.iterdir():
-        if each.is_file() and each.name in (CARD_NAME, transformers.CONFIG_NAME):
+        if _goes_with_it(each):
             shutil.copyfile(each, path / each.name)
     metadata = {"format": "pt"}
     weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -86,3 +95,19 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         "bytes_before": saved.weights_path.stat().st_size,
         "error": error or 0.0,
     }
+
+
+def _goes_with_it(path: Path) -> bool:
+    """Whether a file of a checkpoint is neither written anew nor about tensors that are."""
+    return path.is_file() and path.name not in _NOT_COPIED and not path.name.lower().endswith(_TENSORS)
+
+
+def _check_range(before: list[torch.Tensor], after: list[torch.Tensor], dtype: str) -> None:
+    """Raises a ValueError if a dtype is too small for some coefficients."""
+    lost = sum(int((~each.isfinite()).sum()) for each in after)
+    if lost:
+        largest = max(float(each.abs().max()) for each in before if len(each))
+        raise ValueError(
+            f"`dtype` must be one that holds all coefficients, got {dtype!r}, in which {lost} of them would be "
+            f"infinite: the largest is {largest:.3g}. Take one of a larger range, such as 'bfloat16'."
+        )

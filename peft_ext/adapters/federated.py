@@ -34,8 +34,9 @@ class Exchange:
     Attributes:
         size: how many numbers are trained, P.
         description: what the numbers mean, as values of JSON: the seed and all else that turns them into weights, a
-            fingerprint of the adapted base weights where they are plain, and the shapes of what is trained. Vectors
-            with equal descriptions can be averaged, see [`check_agents`].
+            fingerprint of the base weights that a seeded adapter adapts (null for float16 and quantized ones, which are
+            not compared), and the shapes of what is trained. Vectors with equal descriptions can be averaged, see
+            [`check_agents`].
 
     Raises:
         ValueError: nothing is trained, several adapters are active, the method has numbers that cannot be averaged,

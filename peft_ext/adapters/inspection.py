@@ -13,7 +13,9 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, _BaseAutoPeftModel
 from ..checkpoint.identity import describe_shapes
 from ..generators import Generator
 from ..generators.linear import RandomBasis
+from ..tuners.checkpointed import provenance_of
 from ..tuners.config import SeededConfig
+from ..tuners.surroundings import base_fingerprint
 from .saved import Saved, unexplained
 
 _HEADS = {"classifier", "score"}  # of the classifiers of transformers; their last layer has a row for every class
@@ -131,20 +133,28 @@ def load_with_base(saved: Saved, base: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            PeftModel.from_pretrained(model, str(saved.folder))
+            loaded = PeftModel.from_pretrained(model, str(saved.folder))
         except RuntimeError as error:  # what torch raises for modules that are saved whole, of other shapes
             raise ValueError(str(error)[:500]) from error
     told = [
         f"It fits {type(model).__name__} of {base!r}: {describe_shapes(saved.config.target_shapes)} by their names."
     ]
     changed = [str(each.message) for each in caught if "The base model has other weights" in str(each.message)]
-    if saved.config.base_fingerprint is None:
-        told.append("No fingerprint of the base model's weights was saved: whether they are the same cannot be told.")
-    elif not changed:
-        told.append(
-            f"The base model has the weights that it was trained on, fingerprint {saved.config.base_fingerprint}."
+    return told + (changed or [_compared(saved.config.base_fingerprint, loaded)])
+
+
+def _compared(saved: str | None, loaded: PeftModel) -> str:
+    """What can be told of base weights that are not known to be others than those of a saved fingerprint."""
+    none = "float16, quantized and sharded weights have none: whether they are the same cannot be told."
+    if saved is None:
+        return f"No fingerprint of the base model's weights was saved; {none}"
+    provenance = provenance_of(loaded, loaded.active_adapter)
+    if provenance is None or base_fingerprint(provenance.layers) != saved:
+        return (
+            f"The weights of this base model have no fingerprint to compare with the saved one; {none} Give `base` in "
+            "float32 or bfloat16 to compare them."
         )
-    return told + changed
+    return f"The base model has the weights that it was trained on, fingerprint {saved}."
 
 
 def head_options(saved: Saved) -> dict[str, Any]:

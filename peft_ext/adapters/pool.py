@@ -16,6 +16,7 @@ from ..checkpoint.identity import check_identity
 from ..tuners.coefficients import Container
 from ..tuners.expansion import SharedExpansion
 from ..tuners.layers import SeededLayer
+from ..tuners.mixed import BASE
 from ..tuners.model import SeededModel
 from ..tuners.provenance import Provenance
 from ..tuners.scaling import is_unscaled
@@ -27,11 +28,12 @@ class AdapterPool:
     """Adapters that are equal to one of a model but for their coefficients.
 
     PEFT puts every adapter into every layer, which takes time and memory that grow with the number of adapters. Here an
-    adapter is its coefficients, a row of one tensor, and one adapter at a time is in the layers. All have names of the
-    model's, as if each had been loaded by itself: `model.set_adapter(name)`, `adapter_names=[...]` in `forward` and
+    adapter is its coefficients, one vector, and one adapter at a time is in the layers. All have names of the model's,
+    as if each had been loaded by itself: `model.set_adapter(name)`, `adapter_names=[...]` in `forward` and
     `generate`, `model.delete_adapter(name)`, merging, `model.save_pretrained(..., selected_adapters=[name])`.
 
-    An adapter of the pool is frozen. If its parameters are changed while it is active, it keeps the change.
+    An adapter of the pool is frozen. `model.set_requires_grad(name)` makes the active one trainable, until another one
+    takes its place in the layers. If its parameters are changed while it is active, it keeps the change.
 
     Args:
         model: with at least one adapter of NOLA, PRANC or MCNC.
@@ -93,12 +95,14 @@ class AdapterPool:
         Every one is verified as `PeftModel.from_pretrained` does it. If one is refused, none is loaded.
 
         Raises:
-            ValueError: a name is taken; or an adapter is damaged, of another kind than the pool's, or holds more than
-                coefficients. The message begins with its name.
+            ValueError: a name is taken, or can be none; or an adapter is damaged, of another kind than the pool's, or
+                holds more than coefficients. The message begins with its name, or says which it is.
         """
         taken = [name for name in places if name in self.model.peft_config]
         if taken:
             raise ValueError(f"`places` must have names that the model has no adapter of, got {taken[0]!r}.")
+        for name in places:
+            _check_name(name)
         like = self._like if self._held is None else self._provenance  # the first one may be gone
         if like.adapter_name not in self.model.peft_config:
             raise ValueError(
@@ -106,10 +110,11 @@ class AdapterPool:
                 "is empty: nothing says any more what fits. Make a new pool."
             )
         sizes = [parameter.numel() for parameter in like.parameters()]
-        block = torch.empty(len(places), sum(sizes))
-        other_base, configs = [], {}
+        other_base, configs, rows = [], {}, {}
         fingerprint = Keys(self._tuner.model, like).base_fingerprint
-        for row, (name, place) in zip(block, places.items()):
+        for name, place in places.items():
+            # One tensor for each, which goes when the adapter is deleted.
+            rows[name] = row = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
             try:
                 config = self._read(place, like, row)
             except (ValueError, FileNotFoundError) as error:
@@ -123,7 +128,7 @@ class AdapterPool:
                 f"{', '.join(map(repr, other_base[:5]))}{' and others' if len(other_base) > 5 else ''}.",
                 stacklevel=2,
             )
-        self._rows.update(zip(places, block))
+        self._rows.update(rows)
         self.model.peft_config.update(configs)
         if self._held is None and places:
             self._put_into_layers(next(iter(places)))
@@ -191,16 +196,27 @@ class AdapterPool:
         for expansion in self._expansions:
             expansion.adapter_name = name
         self._provenance.adapter_name = name
-        if self._tuner.active_adapter in (before, [before]):
-            self._tuner.active_adapter = name
+        active = self._tuner.active_adapters
+        if before in active:
+            renamed = [name if each == before else each for each in active]
+            self._tuner.active_adapter = renamed if len(renamed) > 1 else name
         self._held, self._tuner._mixed = name, None
+        for parameter in self._parameters():  # which were those of another one, that may have been trained
+            parameter.requires_grad_(False)
+            parameter.grad = None
         self._fill()
 
     def drop(self, name: str) -> bool:
         """Removes an adapter. Returns whether the layers hold it still, since there is no other to put in its place."""
         others = [each for each in self._rows if each != name]
+        active_later = self._tuner._active_before_merge
+        if active_later is not None and name in active_later:
+            self._tuner._active_before_merge = [each for each in active_later if each != name] or None
         if name == self._held and others:
-            if name in self._tuner.active_adapters:
+            active = self._tuner.active_adapters
+            if name in active and len(active) > 1:
+                self._switch_off(name)
+            elif name in active:
                 warnings.warn(
                     f"Adapter {name} was active which is now deleted. Setting active adapter to {others[0]}.",
                     stacklevel=3,
@@ -217,13 +233,25 @@ class AdapterPool:
     def holding(self, name: str) -> Iterator[None]:
         """Puts an adapter into the layers for a while."""
         before = self.held
+        trained = [(each, each.requires_grad, each.grad) for each in self._parameters()]
         self.hold(name)
         try:
             yield
         finally:
             self.hold(before)
+            for parameter, requires_grad, gradient in trained:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
 
     # Its place in the layers
+
+    def _switch_off(self, name: str) -> None:
+        """Takes an adapter out of several that are active; the others stay so."""
+        rest = [each for each in self._tuner.active_adapters if each != name]
+        for layer in self._tuner.modules():
+            if isinstance(layer, SeededLayer):
+                layer._active_adapter = list(rest)
+        self._tuner.active_adapter = rest if len(rest) > 1 else rest[0]
 
     def _put_into_layers(self, name: str) -> None:
         active = self._tuner.active_adapters
@@ -259,6 +287,19 @@ class AdapterPool:
         row, now = self._rows[self.held], torch.cat(self._parameters())
         if not torch.equal(now, row.to(now)):
             row.copy_(now)
+
+
+def _check_name(name: str) -> None:
+    """Raises a ValueError for what PyTorch does not take as the name of a module, and for the base model's name."""
+    try:
+        nn.ModuleDict().add_module(name, None)
+    except (KeyError, TypeError) as error:
+        reason = error.args[0]
+    else:
+        if name != BASE:
+            return
+        reason = "it means the base model in `adapter_names`"
+    raise ValueError(f"`places` must have names that a module can have, without dots, got {name!r}: {reason}.")
 
 
 def _unsaved(config: Any) -> Any:

@@ -46,6 +46,7 @@ _FILES = (
     *(CARD_NAME, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME),
     *(NETWORK_CONFIG_NAME, NETWORK_WEIGHTS_NAME, transformers.CONFIG_NAME),
 )
+_BESIDE = ("*.json", "*.jinja", "*.md", "*.model", "*.tiktoken", "*.txt")  # tokenizers and other small files
 
 
 @dataclass
@@ -133,14 +134,19 @@ class Saved:
         return list(numbered([tensors[name] for name in self.vectors]).items())
 
 
-def read(place: str | os.PathLike[str], revision: str | None = None) -> Saved:
+def read(place: str | os.PathLike[str], revision: str | None = None, complete: bool = False) -> Saved:
     """Reads an adapter or a network from a folder or from the hub.
 
+    Args:
+        place: a folder, or the id of a repository on the hub.
+        revision: branch, tag or commit of a repository.
+        complete: download also what a repository holds beside the checkpoint, such as the files of a tokenizer.
+
     Raises:
-        FileNotFoundError: no folder or repository, or one that holds neither.
+        FileNotFoundError: no folder or repository, one that holds neither, or the revision of a folder.
         ValueError: a file is damaged, the configuration does not fit its identity, or there are both.
     """
-    folder = local_folder(place, _FILES, revision, None)
+    folder = local_folder(place, _FILES + _BESIDE if complete else _FILES, revision, None)
     if (folder / CONFIG_NAME).is_file() and (folder / NETWORK_CONFIG_NAME).is_file():
         raise ValueError(
             f"{str(place)!r} holds an adapter ({CONFIG_NAME}) and a network from a seed ({NETWORK_CONFIG_NAME}), and "

@@ -41,8 +41,9 @@ class KWinners:
     al., "Sparsity and heterogeneous dropout for continual learning in the null space of neural activations", 2022).
 
     The layers of an adapter whose base model is frozen cannot be made sparse, but for what the adapter computes: by
-    default the units are the r numbers `A x` of every update that is a product B A, of LoRA, NOLA or MCNC. In a whole
-    network, such as a `SeededNetwork`, they are the outputs of modules that are named.
+    default the units are the r numbers `A x` of every update that is a product B A: of LoRA and NOLA, and of MCNC and
+    PRANC with `apply_to="factors"`. In a whole network, such as a `SeededNetwork`, they are the outputs of modules that
+    are named.
 
     It is a part of what the model computes and is not saved with an adapter: whoever loads that, puts it on again. An
     update with it is not linear, so that seeded layers refuse to be merged or exported; LoRA's do not know of it.
@@ -77,7 +78,8 @@ class KWinners:
         fewest += [int(module.out_features) for module in found if modules is None]
         if not found and not self._seeded:
             where = (
-                "update that is a product B A, as LoRA's, NOLA's and MCNC's are"
+                "update that is a product B A, as those of LoRA and NOLA are, and of MCNC and PRANC with "
+                "apply_to='factors'"
                 if modules is None
                 else (f"module whose name contains {modules!r}")
             )

@@ -76,9 +76,14 @@ def local_folder(
         token: of the hub; by default the one that is logged in.
 
     Raises:
-        FileNotFoundError: neither a folder nor what could be the id of a repository.
+        FileNotFoundError: neither a folder nor what could be the id of a repository, or the revision of a folder.
     """
     if os.path.isdir(place):
+        if revision is not None:
+            raise FileNotFoundError(
+                f"`revision` must be left out for a folder on this machine, which has no revisions, got {revision!r} "
+                f"for {str(place)!r}. For a repository of that name on the hub, call this from where no such folder is."
+            )
         return Path(place)
     if not isinstance(place, str) or not is_repository(place):
         raise FileNotFoundError(f"`folder` must be a folder or the id of a repository on the hub, got {str(place)!r}.")

@@ -109,8 +109,9 @@ def check_identity(saved: Any, found: Identity | Mapping[str, Any], where: str) 
             raise ValueError(
                 f"`{name}` of the saved adapter was {described.get(name, 'not there')!r} {where}, and is "
                 f"{expected.get(name, 'not there')!r} here: its coefficients would give other weights. Load the "
-                "adapter with the configuration that was saved with it, unedited, and without a `config` of your own. "
-                "To start a new adapter from a saved configuration, set its `identity` to None."
+                "adapter with the configuration that was saved with it, unedited, and without a `config` of your own; "
+                "where the model has an adapter of that name already, under another name. To start a new adapter from "
+                "a saved configuration, set its `identity` to None."
             )
     if described.get("modules") != expected["modules"]:
         raise ValueError(

@@ -21,8 +21,18 @@ def is_integer(dtype: str) -> bool:
 
 
 def cast(coefficients: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Coefficients in a floating-point dtype of `DTYPES`; those in float64 lose nothing."""
-    return coefficients if coefficients.dtype == torch.float64 else coefficients.to(getattr(torch, dtype))
+    """Coefficients in a floating-point dtype of `DTYPES`; those in float64 lose nothing.
+
+    Raises:
+        ValueError: a number is too large for it.
+    """
+    if coefficients.dtype == torch.float64:
+        return coefficients
+    found = coefficients.to(getattr(torch, dtype))
+    if torch.isinf(found).sum() > torch.isinf(coefficients).sum():
+        largest = float(coefficients.abs().max())
+        raise ValueError(f"Coefficients of up to {largest:.3g} are infinite in {dtype}: save them in another dtype.")
+    return found
 
 
 def size_of(sizes: Sequence[int], dtype: str) -> int:

@@ -71,8 +71,17 @@ class CheckpointedModel(BaseTuner):
         if provenance is None:
             return found
         check_biases(model, config)
+        keys = Keys(model, provenance)
         others = saved_modules(model, adapter_name, state_dict)
-        return provenance.seal(config, Keys(model, provenance), found, others)
+        lost = [key for key in keys.coefficients if key not in found]
+        alike = [name for name in unwanted_adapter_names if any(f".{name}." in key for key in lost)]
+        if alike:
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be saved beside {alike[0]!r}: modules of the model have that name "
+                f"too ({lost[0]!r}), and PEFT takes what is in them for tensors of {alike[0]!r}. Delete that one, and "
+                "load it again under another name."
+            )
+        return provenance.seal(config, keys, found, others)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

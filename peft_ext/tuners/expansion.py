@@ -106,6 +106,8 @@ class SharedExpansion:
         ready.served.add(key)
         if not needs_graph:
             return ready.values[key]
+        if key not in ready.graph:  # coefficients without numbers yet, or made in inference mode
+            return self._expand_alone(parameter)
         if len(ready.graph) == 1:
             # A whole update that was added to the weight is not needed again: kept, it would be one more copy.
             self.kept.ready.pop(parameter.device, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from typing import Protocol
@@ -26,6 +27,7 @@ class _Idle:
     def __init__(self) -> None:
         self.budget = _DEFAULT
         self.held: OrderedDict[int, tuple[weakref.ref[Releasable], int]] = OrderedDict()
+        self.lock = threading.RLock()  # models may be used in threads of their own
 
 
 _idle = _Idle()
@@ -45,8 +47,9 @@ def set_expansion_budget(nbytes: int) -> int:
         ValueError: a negative number.
     """
     check_not_negative("nbytes", nbytes)
-    before, _idle.budget = _idle.budget, int(nbytes)
-    _shrink()
+    with _idle.lock:
+        before, _idle.budget = _idle.budget, int(nbytes)
+        _shrink()
     return before
 
 
@@ -57,9 +60,10 @@ def budget() -> int:
 def keep(expanded: Releasable) -> None:
     """Notes that expanded weights are not in use, but could be again."""
     if expanded.nbytes:
-        _idle.held[id(expanded)] = weakref.ref(expanded), expanded.nbytes
-        _idle.held.move_to_end(id(expanded))
-        _shrink()
+        with _idle.lock:
+            _idle.held[id(expanded)] = weakref.ref(expanded), expanded.nbytes
+            _idle.held.move_to_end(id(expanded))
+            _shrink()
 
 
 def use(expanded: Releasable) -> None:

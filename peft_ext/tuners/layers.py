@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import Any, ClassVar, Union, cast
+from typing import Any, ClassVar, NoReturn, Union
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
@@ -274,17 +274,22 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight with the updates of the active adapters, for code that reads it and does not call the layer."""
+        self._follow()
         return read(self, "weight", super().weight)
 
     @property
     def bias(self) -> torch.Tensor:
         """The bias, likewise."""
+        self._follow()
         return read(self, "bias", super().bias)
 
     def parameter_updates(self, adapter: str) -> dict[str, torch.Tensor]:
         """What an adapter adds to the parameters of the base layer, by name, in their shapes."""
         update, bias = self.update(adapter)
-        return {"weight": self._delta_weight(adapter, update), **({} if bias is None else {"bias": bias})}
+        return {
+            "weight": self._delta_weight(adapter, update),
+            **({} if bias is None else {"bias": self._scaled(adapter, bias)}),
+        }
 
     def adapts(self, adapter: str, parameter: str) -> bool:
         """Whether `parameter_updates` has one for a parameter."""
@@ -331,8 +336,7 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
                 )
             if not self.disable_adapters:
                 return self._mixed(self.mixed, x, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        self._follow()
         active = [adapter for adapter in self.active_adapters if self.container(adapter) is not None]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
@@ -351,8 +355,18 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
             adapter_names: which adapters; the active ones by default.
 
         Raises:
-            ValueError: `safe_merge` and the merged weight is not finite. The base weight is then unchanged.
+            ValueError: `safe_merge` and the merged weight or bias is not finite: the adapter is then not merged; or the
+                layer normalises its weight when it is called (`max_norm`).
+            TypeError: the layer makes its weight anew whenever it is called.
         """
+        base = self.get_base_layer()
+        if getattr(base, "max_norm", None) is not None:
+            raise ValueError(
+                "An embedding with `max_norm` changes the rows that it looks up, and a merged update with them: use "
+                "the adapter unmerged."
+            )
+        if self.quantization_backend is None and self.parameter_name not in base._parameters:
+            self._refuse_to_merge()
         for adapter in check_adapters_to_merge(self, adapter_names):
             if self.container(adapter) is None:
                 continue
@@ -367,28 +381,51 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
             return
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            if self.container(adapter) is not None:
+            source = self._merged_with(adapter)
+            if source is not None and adapter in source.merged_adapters:
+                source.unmerge()
+            elif source is None and self.container(adapter) is not None:
                 self._add_to_base(adapter, -1, False)
 
-    def _add_to_base(self, adapter: str, sign: int, safe: bool) -> None:
+    def _merged_with(self, adapter: str) -> SeededLayer | None:
+        """The layer whose weight is this one's too, and which an adapter is merged into for both; `None` for most."""
         source = self.tied_to.get(adapter)
-        if source is not None and source.get_base_layer().weight is self.get_base_layer().weight:
+        return source if source is not None and source.get_base_layer().weight is self.get_base_layer().weight else None
+
+    def _follow(self) -> None:
+        """Takes off merged updates while adapters are disabled, also where another layer has the same weight."""
+        for adapter in [adapter for adapter in self.merged_adapters if adapter in self.tied_to]:
+            source = self._merged_with(adapter)
+            if source is not None and adapter not in source.merged_adapters:
+                self.merged_adapters.remove(adapter)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+
+    def _add_to_base(self, adapter: str, sign: int, safe: bool) -> None:
+        if self._merged_with(adapter) is not None:
             return  # the source does it for both
         weight = self.get_base_weight()
         update, bias_update = self.update(adapter)
+        bias: Any = getattr(self.get_base_layer(), "bias", None)
+        if bias_update is not None:
+            merged_bias = (bias + sign * self._scaled(adapter, bias_update).to(bias.device)).to(bias.dtype)
+            self._check_merged(merged_bias, safe, adapter)
         delta = sign * self._delta_weight(adapter, update)
         merged = (weight + delta.to(weight.device)).to(weight.dtype)
         self._check_merged(merged, safe, adapter)
         self.set_base_weight(merged)
         if self.quantization_backend is None and self.get_base_weight().data_ptr() != merged.data_ptr():
-            raise TypeError(
-                f"The weight of a {type(self.get_base_layer()).__name__}, a {type(weight).__name__}, cannot be "
-                "changed: merging has no effect. Use the adapter unmerged, or merge it into the model before that is "
-                "quantized."
-            )
+            self._refuse_to_merge()
         if bias_update is not None:
-            bias = cast(nn.Parameter, self.get_base_layer().bias)
-            bias.data = (bias + sign * self._scaled(adapter, bias_update).to(bias.device)).to(bias.dtype)
+            bias.data = merged_bias
+
+    def _refuse_to_merge(self) -> NoReturn:
+        base = self.get_base_layer()
+        raise TypeError(
+            f"The {self.parameter_name} of a {type(base).__name__}, a {type(base.weight).__name__}, cannot be changed: "
+            "merging has no effect. Use the adapter unmerged, or merge it into the model before that is quantized, "
+            "normalised or pruned."
+        )
 
     def _check_merged(self, merged: torch.Tensor, safe: bool, adapter: str) -> None:
         if safe and not torch.isfinite(merged).all():

@@ -97,7 +97,7 @@ class MixedBatch:
     def parts(self, layer: Any) -> list[Part]:
         """What the rows need in a layer. A row that the layer leaves as it is, is in no part."""
         kept = self._parts.get(layer)
-        if kept is not None:
+        if kept is not None and not self._is_trained(layer):
             return kept
         groups: dict[tuple[Generator, ...], dict[str, str]] = {}
         for name in dict.fromkeys(self.names):
@@ -119,6 +119,13 @@ class MixedBatch:
             if now[0].device != stack.device or not torch.equal(torch.stack(now), stack):
                 return False
         return True
+
+    def _is_trained(self, layer: Any) -> bool:
+        """Whether gradients are wanted of coefficients of a layer, which weights that were kept do not lead to."""
+        if not torch.is_grad_enabled():
+            return False
+        adapters = {self._stands_for(layer, name) for name in set(self.names)} - {None}
+        return any(layer.container(adapter)[adapter].requires_grad for adapter in adapters)
 
     def _stands_for(self, layer: Any, name: str) -> str | None:
         """The adapter in a layer that is a row's adapter, or is equal to it but for the coefficients, if any is."""
@@ -148,6 +155,8 @@ class MixedBatch:
         for expansion in expansions:
             expansion.verify()
         generator, span, shape = expansions[0].generator, expansions[0].span, expansions[0].shape
+        if self._is_trained(layer):
+            return generator.expand(self._stack(group, [own], span))[0].view(len(group), *shape), False
         places, weights = self._joint.get((generator, tuple(group)), ({}, own))
         if own[0] in places:
             return weights[places[own[0]]], True
@@ -155,10 +164,6 @@ class MixedBatch:
         size = len(columns) * len(group) * generator.size * 4
         if size > self._room:
             columns = [own]
-        if torch.is_grad_enabled() and any(
-            container[adapter].requires_grad for column in columns for adapter, container in zip(group.values(), column)
-        ):
-            return generator.expand(self._stack(group, [own], span))[0].view(len(group), *shape), False
         with torch.inference_mode(False), torch.no_grad():  # the weights must outlive an inference mode
             stack = self._stack(group, columns, span)
             check_finite(stack)

@@ -69,6 +69,7 @@ class SeededModel(CheckpointedModel):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._mixed = None
+        self._injected = adapter_name
         self._expansions: dict[Any, SharedExpansion] = {}
         self._found: dict[str, Target] = {}  # the targets by name, with the names that they were saved by
         self._targets_from_state_dict = state_dict is not None
@@ -84,6 +85,7 @@ class SeededModel(CheckpointedModel):
                 state_dict=state_dict,
             )
         names = [*self.targeted_module_names, *self.targeted_parameter_names]
+        self._expansions, self._found, self._provenance = {}, {}, None  # which would outlive the adapter
         for field in ("rank_pattern", "alpha_pattern"):
             keys = getattr(self.peft_config[adapter_name], field, {})
             unmatched = sorted(key for key in keys if not any(get_pattern_key([key], name) == key for name in names))
@@ -246,6 +248,7 @@ class SeededModel(CheckpointedModel):
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
         targets: dict[str, nn.Module] = {}
         adaptable: set[str] = set()
+        adapted: list[str] = []  # by an adapter of this name, from before
         inside_adapted: tuple[str, ...] = ()
         kinds = self.adaptable_kinds(peft_config)
         for name, module in model.named_modules():
@@ -253,11 +256,14 @@ class SeededModel(CheckpointedModel):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside_adapted += (f"{name}.",)
+                if self._injected in getattr(module, "provenances", {}):
+                    adapted.append(name)
             base_layer = base_layer_of(module)
             kind = layer_kind(base_layer)
             if kind in kinds:
                 adaptable.add(name.rpartition(".")[-1])
             if self._check_target_module_exists(peft_config, name):
+                adapted = [other for other in adapted if other != name]
                 if self._check_tied_module_exists(peft_config, name):  # it gets what the input embedding gets
                     continue
                 if name in parameters:  # a name of the module that holds experts stands for them
@@ -269,6 +275,13 @@ class SeededModel(CheckpointedModel):
                         f"{peft_config.method_name} cannot adapt. It adapts {known}." + parameter_hint(name, base_layer)
                     )
                 targets[name] = base_layer
+        left = [name for name in adapted if name not in parameters]
+        if left:
+            raise ValueError(
+                f"The model has an adapter {self._injected!r} already, in {left[0]!r}, which is no target of the new "
+                "one: it would stay there. Take it off (`unload()` of the model that `get_peft_model` gave), load the "
+                "base model again, or give the new adapter another `adapter_name`."
+            )
         if not targets and not self._places and not peft_config.exclude_modules and not peft_config.modules_to_save:
             raise NoMatchingPeftModuleError(
                 f"`target_modules` matches no module of {type(model).__name__}: got {peft_config.target_modules!r}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -172,15 +171,6 @@ def matrices_of(targets: Sequence[Target], fillings: Sequence[Filling]) -> dict[
     """Rows and columns of the parameters whose updates are products of factors, by name."""
     parts = [part for filling in fillings for part in filling.parts if part.kind == A]
     return {targets[part.place].name: [targets[part.place].fan_out, targets[part.place].fan_in] for part in parts}
-
-
-def check_default(config: Any, field: str, why: str) -> None:
-    """Raises a ValueError if a field that has no meaning for a whole network was changed."""
-    (declared,) = (each for each in dataclasses.fields(config) if each.name == field)
-    default = declared.default if declared.default_factory is dataclasses.MISSING else declared.default_factory()
-    value = getattr(config, field)
-    if value != default:
-        raise ValueError(f"`{field}` must be {default!r}, its default, to make a whole network: {why}, got {value!r}.")
 
 
 def saved_targets(shapes: Mapping[str, Sequence[int]], matrices: Mapping[str, Sequence[int]]) -> list[Target]:

@@ -162,6 +162,8 @@ class Provenance:
         if any(key not in tensors or tensors[key].is_meta for key in keys.coefficients):
             return tensors  # another process has them
         coefficients = [whole(tensors.pop(key)).detach() for key in keys.coefficients]
+        if not all(torch.isfinite(each).all() for each in coefficients):
+            warnings.warn("The coefficients are not finite: what is saved cannot be loaded again.", stacklevel=2)
         dtype = config.coefficient_dtype
         if quantization.is_integer(dtype):
             packed = self._layout().pack(coefficients, dtype)
@@ -214,7 +216,7 @@ class Provenance:
         check_identity(content.get("identity"), self.identity, "in the weights file")
         dtype = self._check_dtype(content)
         self._check_renamed(keys, dtype)
-        adapted = {key for key in tensors if f".{prefix}" in key}
+        adapted = {key for key in tensors if f".{prefix}" in key and not keys.belongs(key)}
         if quantization.is_integer(dtype):
             self._check_keys(adapted, {keys.packed})
             packed = tensors.pop(keys.packed)
@@ -308,7 +310,10 @@ class Provenance:
             return
         state = model.state_dict()
         for key in list(strangers):
-            if key in state and state[key].shape == strangers[key].shape:
+            if key in state and state[key].is_meta:
+                warnings.warn(f"{key!r} is offloaded, and was not compared with the saved one.", stacklevel=2)
+                del strangers[key]
+            elif key in state and state[key].shape == strangers[key].shape:
                 if torch.equal(state[key].cpu(), strangers[key].to(state[key].dtype).cpu()):
                     del strangers[key]
         embeddings = sorted(strangers.keys() & embeddings_of(model))

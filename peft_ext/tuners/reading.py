@@ -121,6 +121,12 @@ class AdaptedParameter(torch.Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         return self._numbers().numpy(force=force)
 
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self._numbers().detach().__dlpack__(**kwargs)
+
+    def __dlpack_device__(self) -> Any:
+        return self._numbers().__dlpack_device__()
+
     def tolist(self) -> Any:
         return self._numbers().tolist()
 

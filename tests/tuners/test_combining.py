@@ -326,3 +326,10 @@ def test_adapters_of_a_pool(tmp_path: Path) -> None:
     scale(model, "b", 1)
     model.set_adapter("c")
     torch.testing.assert_close(model(X, PATH), expected)
+
+
+def test_an_edited_configuration_is_not_believed() -> None:
+    model, *_ = model_of("NOLA", "a", "b")
+    model.peft_config["a"].alpha = 200
+    with pytest.raises(ValueError, match="`alpha` of the configuration of adapter 'a' was changed after it was made"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c")

@@ -184,3 +184,17 @@ def test_a_seed_changed_before_saving_is_saved_with_its_fingerprint(config: type
     made.seed = 2
     made.save_pretrained(str(tmp_path))
     assert PeftConfig.from_pretrained(str(tmp_path)).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: PrancConfig(r=64), "`r` must be 8, its default, with apply_to='weight': .* got 64"),
+        (lambda: PrancConfig(alpha=32), "`alpha` must be 8.0, its default, with apply_to='weight'"),
+        (lambda: McncConfig(apply_to="weight", r=4), "`r` must be 8, its default, with apply_to='weight'"),
+        (lambda: PrancConfig(basis="dense", nnz=2), "`nnz` must be .*, its default, with basis='dense'"),
+    ],
+)
+def test_fields_without_a_use_are_refused(made: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made()

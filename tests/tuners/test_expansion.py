@@ -8,7 +8,10 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+import tiny_models
 import torch
+from methods import METHODS, config_of
+from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -366,3 +369,18 @@ def test_a_pass_of_a_part_where_passes_are_compared_once(make, monkeypatch):
             container["default"].data.mul_(3)
         assert_right(expansion, containers)
     assert products == [3, 3]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_deleted_adapter_is_kept(method: str) -> None:
+    model = get_peft_model(tiny_models.llama(), config_of(method, target_modules=["q_proj"]))
+    model.add_adapter("second", config_of(method, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    with torch.no_grad():
+        model(tiny_models.tokens(2))
+    model.set_adapter("default")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    kept = [weakref.ref(expansion) for expansion in layer.expansions["second"]]
+    model.delete_adapter("second")
+    gc.collect()
+    assert kept and not any(each() for each in kept)

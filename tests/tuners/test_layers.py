@@ -18,6 +18,7 @@ from methods import FURTHER, METHODS, ONE_OF_EACH, Config, adapt, adapts_norms, 
 from peft import PeftModel, get_peft_model
 from tiny_models import One
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.tuners import weight_layers
@@ -1013,3 +1014,31 @@ def test_quantized_base(kind: str, method: str) -> None:
     merged = model.merge_and_unload()
     assert type(merged.first) is type(base.first)
     assert near(merged(x))
+
+
+@pytest.mark.parametrize(
+    "made", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: l1_unstructured(layer, "weight", 3)]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_weights_that_are_made_anew_cannot_be_merged_into(made: Any) -> None:
+    model = get_peft_model(nn.Sequential(made(nn.Linear(8, 8))), config_of("NOLA", target_modules=["0"]))
+    with pytest.raises(TypeError, match="The weight of a Linear.* cannot be changed: merging has no effect"):
+        model.merge_adapter()
+    assert not model.base_model.model[0].merged
+
+
+def test_an_embedding_that_normalises_its_rows_cannot_be_merged_into() -> None:
+    model = get_peft_model(nn.Sequential(nn.Embedding(9, 8, max_norm=1.0)), config_of("NOLA", target_modules=["0"]))
+    with pytest.raises(ValueError, match="An embedding with `max_norm` changes the rows that it looks up"):
+        model.merge_adapter()
+
+
+def test_a_bias_that_is_not_finite_is_not_merged_safely() -> None:
+    config = config_of("PRANC, two a weight, biases", target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    layer: Any = model.base_model.model[0]
+    before = layer.base_layer.weight.clone()
+    layer.base_layer.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinity in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged

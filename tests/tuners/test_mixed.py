@@ -303,3 +303,24 @@ def test_half_precision(how: str, method: str) -> None:
         found = model(input_ids=x, adapter_names=NAMES).logits.float()
     rounding = (alone - exact).abs().max()
     assert (found - exact).abs().max() <= 2 * rounding and (found - alone).abs().max() <= 2 * rounding
+
+
+@every_method
+def test_gradients_after_a_pass_without(method: str) -> None:
+    model = adapted(tiny_models.llama(), method).eval()
+    model.set_requires_grad(["default", "second"])
+    tokens, names = tiny_models.tokens(3), ["default", "second", "__base__"]
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(tokens, adapter_names=names).logits.square().sum().backward()
+        found = [p.grad for name, p in model.named_parameters() if ".default." in name or ".second." in name]
+        assert found and all(grad is not None for grad in found)
+        return [grad.clone() for grad in found if grad is not None]
+
+    first = gradients()
+    with torch.no_grad():
+        expected = model(tokens, adapter_names=names).logits
+    for before, now in zip(first, gradients()):
+        torch.testing.assert_close(now, before)
+    torch.testing.assert_close(model(tokens, adapter_names=names).logits, expected)

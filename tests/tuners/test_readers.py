@@ -331,3 +331,40 @@ def test_rows_with_adapters_of_their_own_are_refused(method: str) -> None:
     model = get_peft_model(Attention(), config_of(method, target_modules=["out_proj"])).eval()
     with pytest.raises(ValueError, match="reads the (weight|bias) of an adapted layer.*`adapter_names`"):
         model(inputs(), adapter_names=["default", "__base__", "default"])
+
+
+@one_of_each
+def test_a_merged_layer_that_is_read_is_unmerged_while_adapters_are_disabled(method: str) -> None:
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = get_peft_model(
+        nn.ModuleDict({"attention": attention}).eval(), config_of(method, target_modules=["out_proj"])
+    )
+    expected = attention(x, x, x)[0]
+    with model.disable_adapter():
+        base = attention(x, x, x)[0]
+    assert (base - expected).abs().max() > 1e-3
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(attention(x, x, x)[0], base)
+    torch.testing.assert_close(attention(x, x, x)[0], expected)
+
+
+def test_a_bias_that_is_read_is_scaled() -> None:
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    config = config_of("PRANC, two a weight, biases", target_modules=["out_proj"])
+    model = get_peft_model(nn.ModuleDict({"attention": attention}).eval(), config)
+    attention.out_proj.set_scale("default", 3)
+    expected = attention(x, x, x)[0]
+    model.merge_adapter()
+    torch.testing.assert_close(attention(x, x, x)[0], expected)
+
+
+@one_of_each
+def test_other_libraries_get_the_adapted_numbers(method: str) -> None:
+    model, _ = adapt(tiny_models.llama(), method, target_modules=["q_proj"])
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        expected = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        torch.testing.assert_close(torch.from_dlpack(layer.weight.detach()), expected)

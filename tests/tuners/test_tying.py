@@ -164,3 +164,21 @@ def test_what_cannot_be_tied(tmp_path: Path) -> None:
     edited.write_text(edited.read_text().replace('"ensure_weight_tying": true', '"ensure_weight_tying": false'))
     with pytest.raises(ValueError, match="ensure_weight_tying"):
         PeftModel.from_pretrained(tiny_models.llama(tie_word_embeddings=True), str(tmp_path / "saved"))
+
+
+@every_method
+def test_merged_updates_come_off_both_when_one_works_alone(method: str) -> None:
+    model = tied(method, target_modules=["embed_tokens"])
+    vectors = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def of_vectors() -> torch.Tensor:
+        return model(inputs_embeds=vectors).logits
+
+    adapted = logits(model)
+    with model.disable_adapter():
+        base = of_vectors()
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(of_vectors(), base, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)

@@ -11,12 +11,12 @@ import torch
 
 from ... import randomness
 from ...checkpoint.identity import parse_shape
-from ...checks import check_choice, check_number, check_positive_integer
+from ...checks import check_choice, check_default, check_number, check_positive_integer
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
 from ..config import SCALED, SeededConfig, documented
 from ..limits import check_memory, check_rank
-from ..network import UPDATE, A, B, Filling, Part, check_default, factor_parts, size_of, whole_parts
+from ..network import UPDATE, A, B, Filling, Part, factor_parts, size_of, whole_parts
 from ..start import SMALL_START, beside_a_start
 from ..target import Target
 
@@ -140,6 +140,9 @@ class McncConfig(SeededConfig):
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("apply_to", self.apply_to, ("factors", "weight"))
         check_number("alpha", self.alpha)
+        if self.apply_to == "weight":
+            for name in ("r", "alpha"):
+                check_default(self, name, "with apply_to='weight': the update of a whole weight has no rank")
         check_number("frequency", self.frequency)
         if self.frequency <= 0:
             raise ValueError(f"`frequency` must be positive, got {self.frequency!r}.")
@@ -259,7 +262,7 @@ class McncConfig(SeededConfig):
         sequences: tuple[tuple[Part, ...], ...] = (whole_parts(targets),)
         what = f"{sum(target.size for target in targets)} parameters of the network"
         if self.apply_to == "factors":
-            check_default(self, "alpha", "`r` alone decides the scale of its updates")
+            check_default(self, "alpha", "to make a whole network: `r` alone decides the scale of its updates")
             sequences = factor_parts(targets, self.r)
             what = f"{max(map(size_of, sequences))} numbers of the factors A or B or of the vectors of the network"
         if self.chunk_size > max(map(size_of, sequences)):

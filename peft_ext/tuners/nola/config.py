@@ -10,11 +10,11 @@ from typing import TypeVar, Union
 import torch
 from peft.utils.other import get_pattern_key
 
-from ...checks import check_number, check_positive_integer
+from ...checks import check_default, check_number, check_positive_integer
 from ...generators import Generator, RandomBasis, SignedCopies
 from ..config import ELSEWHERE, SeededConfig, documented, weighted_sum
 from ..limits import check_memory, check_multiple
-from ..network import UPDATE, A, B, Filling, check_default, factor_parts, size_of
+from ..network import UPDATE, A, B, Filling, factor_parts, size_of
 from ..start import beside_a_start
 from ..target import Target
 
@@ -217,7 +217,9 @@ class NolaConfig(SeededConfig):
         vectors as a factor B is. The factors A start at random numbers of variance 1.
         """
         for name in ("alpha", "rank_pattern", "alpha_pattern"):
-            check_default(self, name, "`r` alone decides the ranks and the scale of its updates")
+            check_default(
+                self, name, "to make a whole network: `r` alone decides the ranks and the scale of its updates"
+            )
         parts_A, parts_B, vectors = factor_parts(targets, self.r)
         num_A, num_B = self.num_basis_per_factor
         numbers, size = len(parts_A) * (num_A + num_B) + num_B * bool(vectors), sum(t.size for t in targets)
