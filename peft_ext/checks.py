@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,10 +111,20 @@ def _is_of(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def default_of(config: Any, name: str) -> Any:
+    """Returns what a field of a dataclass is unless it is given."""
+    (declared,) = (each for each in dataclasses.fields(config) if each.name == name)
+    return declared.default if declared.default_factory is dataclasses.MISSING else declared.default_factory()
+
+
 def check_default(config: Any, name: str, why: str) -> None:
     """Raises a ValueError, which says why, if a field that has no meaning beside the others was changed."""
-    (declared,) = (each for each in dataclasses.fields(config) if each.name == name)
-    default = declared.default if declared.default_factory is dataclasses.MISSING else declared.default_factory()
-    value = getattr(config, name)
+    default, value = default_of(config, name), getattr(config, name)
     if value != default:
         raise ValueError(f"`{name}` must be {default!r}, its default, {why}, got {value!r}.")
+
+
+def warn_of_no_effect(config: Any, name: str, why: str) -> None:
+    """Warns, and says why, if a field was changed that has no effect beside the others."""
+    if getattr(config, name) != default_of(config, name):
+        warnings.warn(f"`{name}` has no effect {why}.", stacklevel=6)  # where the configuration is made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +190,17 @@ def test_a_seed_changed_before_saving_is_saved_with_its_fingerprint(config: type
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: PrancConfig(r=64), "`r` must be 8, its default, with apply_to='weight': .* got 64"),
-        (lambda: PrancConfig(alpha=32), "`alpha` must be 8.0, its default, with apply_to='weight'"),
-        (lambda: McncConfig(apply_to="weight", r=4), "`r` must be 8, its default, with apply_to='weight'"),
-        (lambda: PrancConfig(basis="dense", nnz=2), "`nnz` must be .*, its default, with basis='dense'"),
+        (lambda: PrancConfig(r=64), "`r` has no effect with apply_to='weight', .*; give apply_to='factors'"),
+        (lambda: PrancConfig(alpha=32), "`alpha` has no effect with apply_to='weight'"),
+        (lambda: McncConfig(apply_to="weight", r=4), "`r` has no effect with apply_to='weight'"),
+        (lambda: PrancConfig(basis="dense", nnz=2), "`nnz` has no effect with basis='dense'"),
     ],
 )
-def test_fields_without_a_use_are_refused(made: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_fields_without_an_effect_are_warned_of(made: Any, message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
         made()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for config in (PrancConfig(), McncConfig(apply_to="weight"), PrancConfig(apply_to="factors", r=4, alpha=2)):
+            assert config.identity is None

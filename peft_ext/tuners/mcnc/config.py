@@ -11,7 +11,7 @@ import torch
 
 from ... import randomness
 from ...checkpoint.identity import parse_shape
-from ...checks import check_choice, check_default, check_number, check_positive_integer
+from ...checks import check_choice, check_default, check_number, check_positive_integer, warn_of_no_effect
 from ...generators import Generator, SineManifold
 from ...generators.manifold import ACTIVATIONS
 from ..config import SCALED, SeededConfig, documented
@@ -140,9 +140,9 @@ class McncConfig(SeededConfig):
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("apply_to", self.apply_to, ("factors", "weight"))
         check_number("alpha", self.alpha)
-        if self.apply_to == "weight":
+        if self.identity is None and self.apply_to == "weight":
             for name in ("r", "alpha"):
-                check_default(self, name, "with apply_to='weight': the update of a whole weight has no rank")
+                warn_of_no_effect(self, name, "with apply_to='weight', which has no rank; give apply_to='factors'")
         check_number("frequency", self.frequency)
         if self.frequency <= 0:
             raise ValueError(f"`frequency` must be positive, got {self.frequency!r}.")

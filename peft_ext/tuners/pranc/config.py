@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...checks import check_choice, check_default, check_number, check_positive_integer
+from ...checks import check_choice, check_number, check_positive_integer, warn_of_no_effect
 from ...generators import RandomBasis, SparseBasis
 from ...generators.linear import LinearGenerator, index_type
 from ..config import ELSEWHERE, SeededConfig, documented, weighted_sum
@@ -104,11 +104,11 @@ class PrancConfig(SeededConfig):
         check_number("alpha", self.alpha)
         if self.on_factors and self.adapt_bias:
             raise ValueError("`adapt_bias` must be False with apply_to='factors', which biases have none of, got True.")
-        if not self.on_factors:
+        if self.identity is None and not self.on_factors:
             for name in ("r", "alpha"):
-                check_default(self, name, "with apply_to='weight': the update of a whole weight has no rank")
-        if self.basis == "dense":
-            check_default(self, "nnz", "with basis='dense': every weight reads all coefficients")
+                warn_of_no_effect(self, name, "with apply_to='weight', which has no rank; give apply_to='factors'")
+        if self.identity is None and self.basis == "dense":
+            warn_of_no_effect(self, "nnz", "with basis='dense': every weight reads all coefficients")
         if self.on_factors and self.basis != "sparse":
             raise ValueError(f"`basis` must be 'sparse' with apply_to='factors', got {self.basis!r}.")
 
