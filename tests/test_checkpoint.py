@@ -702,3 +702,17 @@ def test_an_adapter_of_the_same_name_in_other_modules(method: str, tmp_path: Pat
         with pytest.raises(ValueError, match="has an adapter 'default' already, in '.*v_proj|q_proj'.*`unload\\(\\)`"):
             get_peft_model(base, config_of(method, target_modules=other))
     get_peft_model(base, config_of(method, target_modules=["q_proj", "v_proj", "k_proj"]))
+
+
+@one_of_each
+def test_a_merged_adapter_is_not_loaded_into(method: str, tmp_path: Path) -> None:
+    model = trained(tiny_models.llama(), method)
+    model.save_pretrained(str(tmp_path))
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().weight
+    before = weight.detach().clone()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="Adapter 'default' is merged: .* Call `unmerge_adapter"):
+        model.load_adapter(str(tmp_path), "default")
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight.detach(), before)
+    model.load_adapter(str(tmp_path), "default")

@@ -95,6 +95,11 @@ class CheckpointedModel(BaseTuner):
             )
         if provenance is None:
             return state_dict
+        if any(adapter_name in layer.merged_adapters for layer in provenance.layers):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged: unmerging would take off what is loaded now, and not what was "
+                "merged. Call `unmerge_adapter()` first."
+            )
         fresh = provenance.pending
         try:
             opened = provenance.open(Keys(model, provenance), state_dict, model, cls.prefix)

@@ -142,7 +142,8 @@ class SharedExpansion:
             if key in ready.served or place <= ready.last:
                 if not torch.equal(self._stack(ready.parameters), ready.stacked):
                     return False
-                ready.served.clear()
+                if key in ready.served:  # otherwise a model that runs its layers in another order is in mid-pass
+                    ready.served.clear()
             ready.last = place
         return True
 

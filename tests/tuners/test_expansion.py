@@ -371,6 +371,21 @@ def test_a_pass_of_a_part_where_passes_are_compared_once(make, monkeypatch):
     assert products == [3, 3]
 
 
+def test_layers_in_another_order_where_passes_are_compared_once(make, monkeypatch):
+    """As on a GPU: averaged weights, for one, are put in place through `.data` between two evaluations."""
+    monkeypatch.setattr(expansion_module, "_CHEAP", "none")
+    expansion, containers, products = make()
+    with torch.no_grad():
+        for _ in range(2):
+            for container in reversed(containers):
+                expansion(container)
+        assert products == [3]
+        for container in containers:
+            container["default"].data.mul_(3)
+        assert_right(expansion, list(reversed(containers)))
+    assert products == [3, 3]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_of_a_deleted_adapter_is_kept(method: str) -> None:
     model = get_peft_model(tiny_models.llama(), config_of(method, target_modules=["q_proj"]))

@@ -787,3 +787,13 @@ def test_two_models_do_not_share_coefficients(method: str) -> None:
         loss.backward()
     for case in cases:
         check(case, 1)
+
+
+@pytest.mark.parametrize("method", ["NOLA", "MCNC"])
+def test_a_layer_that_a_pass_leaves_out_has_a_gradient_of_zero(method: str) -> None:
+    layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    get_peft_model(layers, config_of(method, target_modules=["0", "1"]))
+    layers[0](torch.randn(3, 8)).square().sum().backward()
+    first, second = ([p.grad for p in layer.parameters() if p.requires_grad] for layer in layers)
+    assert first and all(grad is not None and grad.abs().sum() > 0 for grad in first)
+    assert second and all(grad is not None and not grad.any() for grad in second)
