@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from ...training.callbacks import StopAfter
 from ...training.trainer import CheckedTrainer, EvaluationTrainer
-from ..derivatives.data import Loader
-from .base import Request, Tuned, UnlearningReport
+from .base import Request, Tuned
 from .tuning import TrainingMethod
 
 
@@ -55,38 +53,16 @@ class Retrain(TrainingMethod):
                 "them as `reference`)."
             )
 
-    def fit(
-        self,
-        model: nn.Module,
-        retain: Loader,
-        forget: Loader,
-        *,
-        reference: Mapping[str, torch.Tensor] | None = None,
-        ridge: float = 0.0,
-        training: TrainingArguments | None = None,
-        eval_mode: bool | None = None,
-    ) -> UnlearningReport:
-        """Trains a model; see `TrainingMethod.fit`.
-
-        Args:
-            model, retain, forget, reference, ridge, training: see `TrainingMethod.fit`.
-            eval_mode: whether the model's training ran in evaluation mode, so that batch-norm statistics stood still.
-                It must be said of a model whose statistics have moved at some time.
-
-        Raises:
-            ValueError: as `TrainingMethod.fit`; or whether the training moved batch-norm statistics is not known.
-        """
+    def assumed_eval_mode(self, model: nn.Module) -> bool:
         counts = [value for name, value in statistics_of_norms(model).items() if name.endswith("num_batches_tracked")]
-        if eval_mode is None and any(counts):
+        if any(counts):
             raise ValueError(
                 f"{type(self).__name__} must know whether the model's training moved the running statistics of its "
                 "normalisation layers, which then hold the forget set. Give eval_mode=True if it ran in evaluation "
                 "mode and they are from before; otherwise eval_mode=False, and a `reference` with copies of those "
                 "buffers from before it."
             )
-        return super().fit(
-            model, retain, forget, reference=reference, ridge=ridge, training=training, eval_mode=eval_mode
-        )
+        return super().assumed_eval_mode(model)
 
     def train(self, request: Request) -> Trainer:
         self.check(request)

@@ -87,11 +87,13 @@ class TrainingMethod(UnlearningMethod):
                 of 1e-3, which is customary for adapters, batches as large as the first of `retain`, and the model's
                 device.
             eval_mode: whether the model's training ran in evaluation mode; see `Request`, and for batch-norm `Retrain`.
-                By default it did.
+                By default it did. `Retrain` and `Rewind` want it said of a model whose batch-norm statistics have moved
+                at some time.
 
         Raises:
             ValueError: one of the sets is empty, they overlap, the model has nothing to train, what the method needs
-                (`needed`) is missing, or the training would take no step. The model is then as it was.
+                (`needed`) is missing, the training would take no step, or whether it moved batch-norm statistics is not
+                known. The model is then as it was.
         """
         if any({"reference": reference, "training": training}[name] is None for name in self.needed):
             wanted = ", and ".join(f"`{name}`, {_NEEDED[name]}" for name in self.needed)
@@ -100,8 +102,12 @@ class TrainingMethod(UnlearningMethod):
         (stays, goes), collator = rows_of(retain, forget)
         initial = trainable_state(model) if reference is None else reference
         with _training(training, model, retain) as arguments:
-            mode = eval_mode is None or eval_mode
+            mode = self.assumed_eval_mode(model) if eval_mode is None else eval_mode
             return self.unlearn(Request(model, stays, goes, collator, arguments, initial, ridge, mode))
+
+    def assumed_eval_mode(self, model: nn.Module) -> bool:
+        """Whether a model was trained in evaluation mode if nobody says so; a ValueError if that must be said."""
+        return True
 
 
 @contextmanager
