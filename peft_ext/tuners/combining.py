@@ -103,12 +103,13 @@ def _verified(tuner: Any, adapter: str) -> Provenance:
     if provenance is None:
         raise ValueError(f"Adapter {adapter!r} adapts no layer that could be combined.")
     provenance.settle()
-    now = tuner.peft_config[adapter].generating()
-    if now != provenance.fields:
-        name = next(name for name in (*now, *provenance.fields) if provenance.fields.get(name) != now.get(name))
+    config = tuner.peft_config[adapter]
+    name = provenance.changed_field(config)
+    if name is not None:
         raise ValueError(
             f"`{name}` of the configuration of adapter {adapter!r} was changed after it was made: it has "
-            f"{provenance.fields.get(name)!r}, the configuration says {now.get(name)!r}. Change it back."
+            f"{provenance.fields.get(name)!r}, the configuration says {config.generating().get(name)!r}. Change it "
+            "back."
         )
     return provenance
 

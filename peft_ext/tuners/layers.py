@@ -421,8 +421,9 @@ class SeededLayer(ScaledLayer, CheckpointedLayer, nn.Module):
 
     def _refuse_to_merge(self) -> NoReturn:
         base = self.get_base_layer()
+        parameter = getattr(base, self.parameter_name)
         raise TypeError(
-            f"The {self.parameter_name} of a {type(base).__name__}, a {type(base.weight).__name__}, cannot be changed: "
+            f"The {self.parameter_name} of a {type(base).__name__}, a {type(parameter).__name__}, cannot be changed: "
             "merging has no effect. Use the adapter unmerged, or merge it into the model before that is quantized, "
             "normalised or pruned."
         )

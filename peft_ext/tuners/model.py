@@ -248,22 +248,22 @@ class SeededModel(CheckpointedModel):
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
         targets: dict[str, nn.Module] = {}
         adaptable: set[str] = set()
-        adapted: list[str] = []  # by an adapter of this name, from before
+        left: list[str] = []  # modules with an adapter of this name, from before, that are no targets now
         inside_adapted: tuple[str, ...] = ()
         kinds = self.adaptable_kinds(peft_config)
         for name, module in model.named_modules():
             if not name or name.startswith(inside_adapted):
                 continue
+            matches = self._check_target_module_exists(peft_config, name)
             if isinstance(module, BaseTunerLayer):
                 inside_adapted += (f"{name}.",)
-                if self._injected in getattr(module, "provenances", {}):
-                    adapted.append(name)
+                if self._injected in getattr(module, "provenances", {}) and not matches and name not in parameters:
+                    left.append(name)
             base_layer = base_layer_of(module)
             kind = layer_kind(base_layer)
             if kind in kinds:
                 adaptable.add(name.rpartition(".")[-1])
-            if self._check_target_module_exists(peft_config, name):
-                adapted = [other for other in adapted if other != name]
+            if matches:
                 if self._check_tied_module_exists(peft_config, name):  # it gets what the input embedding gets
                     continue
                 if name in parameters:  # a name of the module that holds experts stands for them
@@ -275,7 +275,6 @@ class SeededModel(CheckpointedModel):
                         f"{peft_config.method_name} cannot adapt. It adapts {known}." + parameter_hint(name, base_layer)
                     )
                 targets[name] = base_layer
-        left = [name for name in adapted if name not in parameters]
         if left:
             raise ValueError(
                 f"The model has an adapter {self._injected!r} already, in {left[0]!r}, which is no target of the new "

@@ -130,6 +130,11 @@ class Provenance:
         names = {BaseTuner._remove_adapter_name_from_key(clean(name), self.adapter_name): name for name in tensors}
         return [(name.removeprefix(PREFIX), tensors[full]) for name, full in names.items()]
 
+    def changed_field(self, config: CheckpointedConfig) -> str | None:
+        """The name of a generating field that has changed in the configuration since the adapter was made, if any."""
+        now = config.generating()
+        return next((name for name in (*now, *self.fields) if self.fields.get(name) != now.get(name)), None)
+
     # Saving
 
     def seal(
@@ -147,13 +152,12 @@ class Provenance:
             ValueError: the configuration has changed since the adapter was made, or has become none that can be read.
         """
         self.settle()
-        now = config.generating()
-        if now != self.fields:
-            name = next(name for name in (*now, *self.fields) if self.fields.get(name) != now.get(name))
+        name = self.changed_field(config)
+        if name is not None:
             raise ValueError(
                 f"`{name}` of the configuration was changed after the adapter was made: the adapter has "
-                f"{self.fields.get(name)!r}, the configuration says {now.get(name)!r}. Change it back, or make a new "
-                "adapter."
+                f"{self.fields.get(name)!r}, the configuration says {config.generating().get(name)!r}. Change it back, "
+                "or make a new adapter."
             )
         config.check()
         warn_of_scales(self.adapter_name, [layer.scale_of(self.adapter_name) for layer in self.layers])

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..checkpoint.identity import canonical
+from ..checks import default_of
 from .derivatives.function import AdapterFunction
 
 _MARK = "configured-"
@@ -65,10 +66,7 @@ def _described(config: Any) -> str:
 
     With the defaults, a new field of a later release would make another model of every adapter.
     """
-    defaults = {
-        each.name: each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
-        for each in dataclasses.fields(config)
-    }
+    defaults = {each.name: default_of(config, each.name) for each in dataclasses.fields(config)}
     if hasattr(config, "generating"):  # our own configurations say what they generate weights from
         values = config.generating()
     else:

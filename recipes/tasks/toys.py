@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from peft_ext.checks import default_of
 from recipes.support import inputs
 from recipes.support.arguments import UserError
 
@@ -26,8 +27,7 @@ def refuse_all(reason: str, *arguments: Any) -> None:
     """Refuses whatever was given of some arguments, which have no use for a reason."""
     for each in arguments:
         for field in dataclasses.fields(each):
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if getattr(each, field.name) != default:
+            if getattr(each, field.name) != default_of(each, field.name):
                 raise UserError(f"{field.name}: {reason}; leave it out")
 
 
