@@ -136,7 +136,8 @@ def encode(
 ) -> dict[str, list[list[int]]]:
     """Turns rows into token ids, with labels on the target and its end mark only.
 
-    A plain text is a target without a prompt.
+    A plain text is a target without a prompt. Where nothing precedes its first token, as with GPT-2's tokenizer, that
+    is no target: only soft prompts could predict it, and the losses of all methods are over the same tokens.
     """
     if args.text_column:
         targets = batch[args.text_column]
@@ -154,7 +155,8 @@ def encode(
         tail = [*tail, tokenizer.eos_token_id][: args.max_target_length]
         encoded["input_ids"].append(head + tail)
         encoded["attention_mask"].append([1] * len(head + tail))
-        encoded["labels"].append([IGNORED] * len(head) + tail)
+        first = max(1, len(head))
+        encoded["labels"].append([IGNORED] * first + (head + tail)[first:])
     return encoded
 
 

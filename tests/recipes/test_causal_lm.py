@@ -69,7 +69,7 @@ def test_lengths_and_plain_text(tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenizer.decode(encoded["input_ids"][0][:3]).endswith("\n")
     assert tokenizer.eos_token_id not in encoded["labels"][0]
     text = encode({"ref": batch["ref"]}, tokenizer, DataArguments(text_column="ref"))
-    assert text["labels"] == text["input_ids"]
+    assert text["labels"] == [[-100, *text["input_ids"][0][1:]]]
     assert tokenizer.decode(text["input_ids"][0]) == batch["ref"][0] + tokenizer.eos_token
 
 
