@@ -227,6 +227,8 @@ def _show_quantized(found: dict[str, Any], console: Console) -> None:
         ("bytes", f"{found['bytes']:,} (before: {found['bytes_before']:,})"),
         ("relative error", f"{found['error']:.2e}"),
     ]
+    if found["not_copied"]:
+        rows.append(("not copied", ", ".join(found["not_copied"])))
     console.print(_table("Saved", rows))
 
 

@@ -147,7 +147,7 @@ def test_json_has_the_documented_names(run: Any, tmp_path: Path) -> None:
         assert list(json.loads(run("inspect", folder, "--json")[1])) == names.split()
         assert list(json.loads(run("verify", folder, "--json")[1])) == ["folder", "identity", "verified", "unexplained"]
         found = json.loads(run("quantize", folder, tmp_path / f"{folder.name}-int4", "--dtype", "int4", "--json")[1])
-        assert list(found) == ["folder", "coefficient_dtype", "bytes", "bytes_before", "error"]
+        assert list(found) == "folder coefficient_dtype bytes bytes_before error not_copied".split()
 
 
 # verify
@@ -298,7 +298,10 @@ def test_quantize_copies_what_holds_no_tensors(run: Any, tmp_path: Path) -> None
     for name in beside + of_a_run:
         (tmp_path / "one" / name).write_text(name)
     (tmp_path / "one" / "checkpoint-1").mkdir()
-    assert run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "int8")[0] == 0
+    code, out, _ = run("quantize", tmp_path / "one", tmp_path / "two", "--dtype", "int8", "--json")
+    assert code == 0 and json.loads(out)["not_copied"] == sorted([*of_a_run, "checkpoint-1/"])
+    assert "checkpoint-1/" in run("quantize", tmp_path / "one", tmp_path / "three", "--dtype", "int8")[1]
+    assert "not copied" not in run("quantize", tmp_path / "two", tmp_path / "four", "--dtype", "int4")[1]
     own = {"README.md", "adapter_config.json", WEIGHTS}
     assert {path.name for path in (tmp_path / "two").iterdir()} == {*beside, *own}
     assert all((tmp_path / "two" / name).read_text() == name for name in beside)

@@ -31,7 +31,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
     """Saves an adapter or a network again, with its coefficients in another type.
 
     The model card goes with it, described anew, and so do the other files of the folder that hold no tensors, such as
-    those of a tokenizer. Folders in it, and what a Trainer left there, do not.
+    those of a tokenizer. Folders in it, with further adapters perhaps, and what a Trainer left there, do not.
 
     Args:
         saved: which is not changed.
@@ -40,8 +40,8 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         overwrite: write into a folder that is not empty.
 
     Returns:
-        `folder`, `coefficient_dtype`, `bytes` of the weights file, `bytes_before`, and `error`: the norm of the change
-        of the coefficients relative to theirs.
+        `folder`, `coefficient_dtype`, `bytes` of the weights file, `bytes_before`, `error`: the norm of the change
+        of the coefficients relative to theirs, and `not_copied`: names of the files and folders that stay behind.
 
     Raises:
         ValueError: another dtype, one in which coefficients become infinite, or coefficients that cannot be unpacked
@@ -73,9 +73,12 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
     tensors = {**saved.others, **stored, saved.record_name: write_record(record)}
 
     path.mkdir(parents=True, exist_ok=True)
+    left = []
     for each in saved.folder.iterdir():
         if _goes_with_it(each):
             shutil.copyfile(each, path / each.name)
+        elif each.name not in (CONFIG_NAME, NETWORK_CONFIG_NAME, saved.weights_path.name):
+            left.append(f"{each.name}/" if each.is_dir() else each.name)
     metadata = {"format": "pt"}
     weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_whole(path / saved.weights_path.name, save(weights, metadata=metadata))
@@ -94,6 +97,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
         "bytes": (path / saved.weights_path.name).stat().st_size,
         "bytes_before": saved.weights_path.stat().st_size,
         "error": error or 0.0,
+        "not_copied": sorted(left),
     }
 
 
