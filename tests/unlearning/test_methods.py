@@ -313,6 +313,16 @@ def test_the_mask_takes_the_largest_gradients_of_the_forget_loss(request_: Reque
     assert least["a"].tolist() == [False, True, False], "a share that rounds to nothing would unlearn nothing"
 
 
+def test_the_gradients_of_many_batches_in_half_precision_add_up(request_: Request) -> None:
+    request_.model.to(torch.bfloat16)
+    request_.training.per_device_train_batch_size = 1
+    row = {**samples()[0], "x": samples()[0]["x"].bfloat16()}
+    one, many = (forget_gradient(changed(request_, forget=[row] * count)) for count in (1, 300))
+    assert any(part.any() for part in one.values())
+    for name, part in many.items():
+        torch.testing.assert_close(part, 300 * one[name], rtol=1e-4, atol=0)
+
+
 def test_wrong_labels_are_wrong_and_stay(request_: Request) -> None:
     rows = WrongLabels(Subset(samples(), range(64)), CLASSES, request_.rng())
     labels = [rows[i]["labels"] for i in range(64)]

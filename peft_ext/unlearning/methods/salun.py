@@ -19,14 +19,18 @@ from .random_labels import RandomLabels
 
 
 def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
-    """Returns the gradient of the sum of the losses of the forget set, by parameter.
+    """Returns the gradient of the sum of the losses of the forget set, by parameter, in single precision at least.
 
     Every process goes through the whole set.
     """
     parameters = trainable_parameters(request.model)
     request.model.eval()
     device, alignment = next(iter(parameters.values())).device, Alignment.of(request.model)
-    gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    # In half precision a sum over many batches would stand still, or be infinite.
+    gradient = {
+        name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        for name, parameter in parameters.items()
+    }
     for batch in request.loader(request.forget):
         batch = send_to_device(batch, device)
         outputs = request.model(**batch)
@@ -34,12 +38,11 @@ def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
         count = alignment.pair(outputs, batch["labels"])[1].ne(IGNORED).sum()
         if not count:
             continue
-        loss = outputs.loss * count
-        check_dependence(loss, sum(map(torch.numel, parameters.values())))
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        check_dependence(outputs.loss, sum(map(torch.numel, parameters.values())))
+        found = torch.autograd.grad(outputs.loss, list(parameters.values()), allow_unused=True)
         for name, part in zip(parameters, found):
             if part is not None:
-                gradient[name] += part
+                gradient[name] += count * part.to(gradient[name].dtype)
     return gradient
 
 
