@@ -59,4 +59,4 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Request:
 @pytest.fixture
 def request_(trained: Request) -> Request:
     """A fresh copy of it."""
-    return dataclasses.replace(trained, model=copy.deepcopy(trained.model))
+    return dataclasses.replace(trained, model=copy.deepcopy(trained.model), training=copy.copy(trained.training))

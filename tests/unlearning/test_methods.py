@@ -299,7 +299,6 @@ def test_the_bound_on_the_gradient_is_for_what_may_change_alone(request_: Reques
 
 
 def test_the_mask_takes_the_largest_gradients_of_the_forget_loss(request_: Request) -> None:
-    request_.training = copy.copy(request_.training)
     request_.training.per_device_train_batch_size = 5  # 16 samples: the last batch is a single one
     found = forget_gradient(request_)
     batch = default_data_collator([request_.forget[i] for i in range(16)])
