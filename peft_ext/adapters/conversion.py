@@ -24,7 +24,8 @@ _TENSORS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npy", ".npz", ".pkl"),
     ".index.json",  # says in which file a tensor is
 )
-_NOT_COPIED = (CONFIG_NAME, NETWORK_CONFIG_NAME, "trainer_state.json")  # written anew, or of a run of the Trainer
+_WRITTEN_ANEW = (CONFIG_NAME, NETWORK_CONFIG_NAME)
+_NOT_COPIED = (*_WRITTEN_ANEW, "trainer_state.json")  # which is of a run of the Trainer
 
 
 def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: bool = False) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def quantize(saved: Saved, out: str | os.PathLike[str], dtype: str, overwrite: b
     for each in saved.folder.iterdir():
         if _goes_with_it(each):
             shutil.copyfile(each, path / each.name)
-        elif each.name not in (CONFIG_NAME, NETWORK_CONFIG_NAME, saved.weights_path.name):
+        elif each.name not in (*_WRITTEN_ANEW, saved.weights_path.name):
             left.append(f"{each.name}/" if each.is_dir() else each.name)
     metadata = {"format": "pt"}
     weights = {name: tensor.contiguous() for name, tensor in tensors.items()}

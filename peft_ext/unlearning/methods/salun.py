@@ -35,7 +35,7 @@ def forget_gradient(request: Request) -> dict[str, torch.Tensor]:
         batch = send_to_device(batch, device)
         outputs = request.model(**batch)
         # The model's loss is a mean over the targets of the batch.
-        count = alignment.pair(outputs, batch["labels"])[1].ne(IGNORED).sum()
+        count = int(alignment.pair(outputs, batch["labels"])[1].ne(IGNORED).sum())
         if not count:
             continue
         check_dependence(outputs.loss, sum(map(torch.numel, parameters.values())))
